@@ -1,0 +1,38 @@
+"""The two modules a compiled model may contain that torch lacks. Both script, export and go to ONNX."""
+
+import torch
+from torch import Tensor, nn
+
+
+class ChannelGather(nn.Module):
+    """Reorder, repeat or drop the channels of a tensor: `y = x.index_select(dim, index)`.
+
+    Args:
+        index: positions to read, shape `(A,)`, integer; kept as the int64 buffer `index`.
+        dim: the channel dimension of the input; the output has `A` channels there.
+
+    `index_select` and not `x[:, index]`: the latter exports to ONNX as `GatherND` between two transposes.
+
+    >>> ChannelGather(torch.tensor([2, 0]))(torch.arange(3.0).reshape(1, 3, 1, 1)).flatten().tolist()
+    [2.0, 0.0]
+    """
+
+    index: Tensor
+
+    def __init__(self, index: Tensor, dim: int = 1) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("index", index.to(torch.int64))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.index_select(input, self.dim, self.index)
+
+    def extra_repr(self) -> str:
+        return f"{self.index.numel()} channels, dim={self.dim}"
+
+
+class TrainingFlag(nn.Module):
+    """Return `self.training`, so that a traced call such as `F.dropout(x, training=...)` follows `.train()` and `.eval()`."""
+
+    def forward(self) -> bool:
+        return self.training
