@@ -1,0 +1,47 @@
+# On a fresh machine with Python >= 3.11, `make demo` and `make test` are the only commands needed.
+# Every target sets up .venv by itself, once: the stamp files below make a second run free.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN := .venv/bin
+SETUP := requirements-dev.txt setup.cfg pyproject.toml
+
+.PHONY: help demo install test test-all check bench clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+demo: .venv/.installed ## train a small network on digits, compile it, compare (under a minute)
+	$(BIN)/fxprune demo --output build/demo
+
+install: .venv/.installed-dev ## create .venv with fxprune (editable) and everything the tests need
+
+test: .venv/.installed-dev ## run the tests that a change must pass
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: .venv/.installed-dev ## run every test, slow ones too
+	$(BIN)/python -m pytest -m "not huge" $(PYTEST_ARGS)
+
+check: .venv/.installed-dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/.installed-dev ## measure compile times and memory (several minutes) into benchmarks/results
+	$(BIN)/python -m benchmarks.compile_time
+
+clean: ## remove .venv, caches and build products
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fxprune needs Python >= 3.11; try: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: $(SETUP) | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt -e .
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt -e '.[dev]'
+	touch $@
