@@ -1,0 +1,7 @@
+"""`python -m fxprune`: the same as the console command `fxprune`."""
+
+import sys
+
+from fxprune.cli import main
+
+sys.exit(main())

@@ -1,0 +1,336 @@
+"""The console command `fxprune`.
+
+stdout carries the result, a table or with `--json` one JSON document; progress bars and warnings go to stderr.
+Exit codes: 0 done; 1 the compiled model does not compute what the masked one does; 2 an error in what was asked;
+130 interrupted.
+"""
+
+import argparse
+import importlib.util
+import io
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+import fxprune
+from fxprune import demo
+from fxprune.errors import FxpruneError, VerificationError
+from fxprune.models import default_input_size, example_inputs, load_model
+
+EPILOG = """\
+examples:
+  fxprune demo                                             train, compile and compare a small network
+  fxprune compile resnet50 --ratio 0.5 -o resnet50.pt      prune half of the kernel groups of a torchvision model
+  fxprune compile mynets:small --weights small.pt --input-size 2,3,32,32 -o small-pruned.pt
+  fxprune report resnet50.pt resnet50                      what became of each convolution
+  fxprune verify resnet50.pt resnet50                      does the file still compute what it should?
+  fxprune analyze densenet121                              the channel spaces: who ties them, which may be permuted
+"""
+
+EPILOG_COMPILE = """\
+examples:
+  fxprune compile resnet50 --ratio 0.5 -o resnet50.pt
+  fxprune compile resnet18 --ratio 0.75 --form partition --ignore 'layer4.*' --torchscript resnet18.ts.pt
+  fxprune compile timm:resnest14d --weights resnest14d.pth --json -o resnest.pt
+"""
+
+MODEL_HELP = "a torchvision model, a timm model (timm:NAME), or module:callable"
+FILE_HELP = "a file that `fxprune compile -o` wrote"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments`, by default those of the process; return the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        with _warnings_in_one_line():
+            code: int = options.run(options)
+    except VerificationError as error:
+        return _complain(error, 1)
+    except (FxpruneError, OSError) as error:
+        return _complain(error, 2)
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"fxprune: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Show warnings as `fxprune: warning: ...`, without the source line that raised them."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        print(f"fxprune: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fxprune",
+        description="Turn the convolutions of a network into clustered, pruned and permuted grouped convolutions, "
+        "and check that the smaller graph computes exactly what the masked network does.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fxprune {fxprune.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    compile_ = commands.add_parser("compile", help="prune a model and write the smaller one", epilog=EPILOG_COMPILE)
+    compile_.formatter_class = argparse.RawDescriptionHelpFormatter
+    compile_.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _add_pruning_options(compile_)
+    _add_model_options(compile_)
+    compile_.add_argument("-o", "--output", type=Path, metavar="FILE", help="where fxprune.save puts the result")
+    compile_.add_argument("--torchscript", type=Path, metavar="FILE", help="also write a TorchScript file")
+    compile_.add_argument("--onnx", type=Path, metavar="FILE", help="also write an ONNX file (batch size free)")
+    compile_.add_argument("--no-verify", action="store_true", help="skip the check against the masked model")
+    _add_output_options(compile_)
+    compile_.set_defaults(run=_compile)
+
+    report = commands.add_parser("report", help="show what became of each convolution")
+    report.add_argument("target", metavar="FILE|MODEL", help=f"{FILE_HELP}, or {MODEL_HELP}")
+    report.add_argument("model", nargs="?", metavar="MODEL", help="the model that FILE was made from")
+    _add_pruning_options(report)
+    _add_model_options(report)
+    _add_output_options(report)
+    report.set_defaults(run=_report)
+
+    verify = commands.add_parser("verify", help="check a saved file against the masked model it came from")
+    verify.add_argument("file", metavar="FILE", type=Path, help=FILE_HELP)
+    verify.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _add_model_options(verify)
+    _add_output_options(verify)
+    verify.set_defaults(run=_verify)
+
+    analyze = commands.add_parser("analyze", help="show the channel spaces of a model")
+    analyze.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _add_model_options(analyze)
+    _add_output_options(analyze)
+    analyze.set_defaults(run=_analyze)
+
+    show = commands.add_parser("demo", help="train a small network on digits, compile it, compare")
+    show.add_argument("--output", type=Path, default=Path("fxprune-demo"), metavar="DIR", help="default: %(default)s")
+    show.add_argument("--ratio", type=float, default=0.5, help="share of kernel groups to prune (%(default)s)")
+    show.add_argument("--epochs", type=int, default=12, help="of training (default: %(default)s)")
+    show.add_argument("--seed", type=int, default=0)
+    _add_output_options(show)
+    show.set_defaults(run=_demo)
+    return parser
+
+
+
+def _add_pruning_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ratio", type=float, default=0.5, help="share of kernel groups to prune (%(default)s)")
+    parser.add_argument("--groups", type=_groups, default="auto", metavar="N|auto", help="groups per convolution")
+    parser.add_argument("--form", choices=("auto", "partition", "overlap"), default="auto", help="default: %(default)s")
+    parser.add_argument("--method", default="cocluster", help="how kernels are chosen (default: %(default)s)")
+    parser.add_argument("--criterion", default="l2", help="importance of a kernel, l1 or l2 (default: %(default)s)")
+    parser.add_argument(
+        "--ignore", action="append", default=[], metavar="PATTERN", help="module names to leave dense; may be repeated"
+    )
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="state dict of MODEL (default: random weights)")
+    parser.add_argument(
+        "--input-size", type=_size, metavar="N,C,H,W", help="shape of the example input (default: 2,3,224,224 or alike)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and of the plan (default: %(default)s)")
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _groups(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither an integer nor 'auto'") from None
+
+
+def _size(text: str) -> tuple[int, ...]:
+    try:
+        size = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        size = ()
+    if not size or min(size) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape; give positive integers, as in 2,3,224,224")
+    return size
+
+
+def _compile(options: argparse.Namespace) -> int:
+    began = time.perf_counter()
+    model = _model(options.model, options)
+    inputs = _inputs(model, options)
+    with _steps(4, options) as step:
+        step("planning")
+        plan = fxprune.make_plan(model, example_inputs=inputs, **_pruning(options))
+        step("masking")
+        masked = fxprune.mask(model, plan)
+        step("rewriting")
+        pruned = fxprune.rewrite(masked, plan, inputs)
+        step("checking")
+        check = None if options.no_verify else fxprune.verify(pruned, masked, inputs)
+    written = _write(pruned, inputs, options)
+    report = fxprune.report(pruned)
+    document = {
+        "model": options.model,
+        "weights": None if options.weights is None else str(options.weights),
+        "files": written,
+        "report": report.to_dict(),
+        "verification": None if check is None else asdict(check),
+        "seconds": time.perf_counter() - began,
+    }
+    lines = [str(report), "", _verdict(check), *(f"wrote {path} ({kind})" for kind, path in written.items())]
+    return _show(options, document, "\n".join(lines))
+
+
+def _report(options: argparse.Namespace) -> int:
+    if options.model is None and Path(options.target).is_file():
+        raise FxpruneError(f"{options.target}: is a file; name its model too: fxprune report {options.target} MODEL")
+    model = _model(options.model or options.target, options)
+    with _steps(1, options) as step:
+        if options.model:
+            step("loading")
+            pruned = fxprune.load(options.target, model)
+        else:
+            step("compiling")
+            inputs = _inputs(model, options)
+            pruned = fxprune.compile(model, example_inputs=inputs, verify=False, **_pruning(options))
+    report = fxprune.report(pruned)
+    return _show(options, report.to_dict(), str(report))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    model = _model(options.model, options)
+    with _steps(2, options) as step:
+        step("loading")
+        pruned = fxprune.load(options.file, model)
+        masked = fxprune.mask(model, pruned.meta["fxprune"].plan)
+        step("checking")
+        check = fxprune.verify(pruned, masked, _inputs(model, options))
+    return _show(options, asdict(check), _verdict(check))
+
+
+def _analyze(options: argparse.Namespace) -> int:
+    model = _model(options.model, options)
+    with _steps(1, options) as step:
+        step("analyzing")
+        analysis = fxprune.analyze(model, _inputs(model, options))
+    return _show(options, {"model": options.model, "analysis": str(analysis).splitlines()}, str(analysis))
+
+
+def _demo(options: argparse.Namespace) -> int:
+    result = demo.run(
+        options.output,
+        ratio=options.ratio,
+        epochs=options.epochs,
+        seed=options.seed,
+        progress=_progress(options),
+    )
+    return _show(options, result.to_dict(), str(result))
+
+
+def _model(name: str, options: argparse.Namespace) -> nn.Module:
+    return load_model(name, options.weights, options.seed)
+
+
+def _inputs(model: nn.Module, options: argparse.Namespace) -> tuple[Tensor]:
+    return example_inputs(options.input_size or default_input_size(model), options.seed)
+
+
+def _pruning(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("ratio", "groups", "form", "method", "criterion", "ignore", "seed")
+    return {name: getattr(options, name) for name in names} | {"progress": _progress(options)}
+
+
+def _progress(options: argparse.Namespace) -> bool:
+    return sys.stderr.isatty() and not options.quiet
+
+
+@contextmanager
+def _steps(count: int, options: argparse.Namespace) -> Iterator[Callable[[str], None]]:
+    """Yield a function that names the step that begins; a bar on stderr counts the steps that are over."""
+    layout = "{desc:<12}{bar}{n_fmt}/{total_fmt} {elapsed}"
+    with tqdm(total=count, disable=not _progress(options), bar_format=layout) as bar:
+        begun = False
+
+        def step(label: str) -> None:
+            nonlocal begun
+            bar.update(int(begun))
+            bar.set_description_str(label)
+            begun = True
+
+        yield step
+        bar.update(int(begun))
+
+
+def _write(pruned: fx.GraphModule, inputs: tuple[Tensor], options: argparse.Namespace) -> dict[str, str]:
+    writers = {
+        "fxprune": (options.output, lambda path: fxprune.save(pruned, path)),
+        "TorchScript": (options.torchscript, lambda path: _write_torchscript(pruned, path)),
+        "ONNX": (options.onnx, lambda path: _write_onnx(pruned, inputs, path)),
+    }
+    written = {kind: (path, write) for kind, (path, write) in writers.items() if path is not None}
+    for path, write in written.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+    return {kind: str(path) for kind, (path, _) in written.items()}
+
+
+def _write_torchscript(pruned: fx.GraphModule, path: Path) -> None:
+    with warnings.catch_warnings():
+        # Deprecated since torch 2.10; who asks for the format by name need not be told.
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")
+        torch.jit.save(torch.jit.script(pruned), path)
+
+
+def _write_onnx(pruned: fx.GraphModule, inputs: tuple[Tensor], path: Path) -> None:
+    absent = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if absent:
+        raise FxpruneError(f"--onnx: {' and '.join(absent)} not installed; pip install 'fxprune[onnx]'")
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        batch = torch.export.Dim("batch")
+        torch.onnx.export(
+            pruned, inputs, path, dynamo=True, dynamic_shapes=({0: batch},), external_data=False, verbose=False
+        )
+
+
+def _verdict(check: fxprune.Verification | None) -> str:
+    if check is None:
+        return "not verified (--no-verify)"
+    return f"verified: compiled equals masked; largest difference {check.max_abs:.1e} ({', '.join(check.modes)} mode)"
+
+
+def _show(options: argparse.Namespace, document: dict[str, Any], text: str) -> int:
+    print(json.dumps(document, indent=2) if options.json else text)
+    return 0

@@ -1,0 +1,172 @@
+"""Models by name, for the command line: torchvision, timm, or any callable that returns a module."""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import pickle
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from fxprune.errors import FxpruneError, StorageError
+
+
+class ModelNameError(FxpruneError):
+    """No model goes by this name, or what goes by it is not a model."""
+
+
+def load_model(name: str, weights: str | Path | None = None, seed: int = 0) -> nn.Module:
+    """Build a model, in evaluation mode, on the CPU.
+
+    Args:
+        name: a torchvision model (`resnet50`); a timm model if timm is installed (`timm:resnest14d`, or `resnest14d`
+            alone where torchvision has no such name); or `module:callable`, called without arguments.
+        weights: a file with a state dict, loaded with `weights_only=True`; `{"state_dict": ...}` is unwrapped and the
+            prefix `module.` of `nn.DataParallel` is removed. Without it the weights are random.
+        seed: of the random weights, so that the same call builds the same model.
+
+    Raises:
+        ModelNameError: there is no such model.
+        StorageError: the file cannot be read, or belongs to another model.
+    """
+    build = _builder(name)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        model = build()
+    if not isinstance(model, nn.Module):
+        raise ModelNameError(f"{name}: returned a {type(model).__name__}; a model must be a torch.nn.Module")
+    if weights is not None:
+        _load_weights(model, name, Path(weights))
+    return model.eval()
+
+
+def default_input_size(model: nn.Module) -> tuple[int, ...]:
+    """The shape of an input batch that `model` was made for, `(2, C, H, W)`.
+
+    timm says it of its models; Inception takes 299 pixels, and all others are taken to want 224. The batch is 2, so
+    that BatchNorm can be run in training mode too.
+    """
+    config = getattr(model, "default_cfg", None)
+    if isinstance(config, dict) and "input_size" in config:
+        return (2, *config["input_size"])
+    pixels = 299 if isinstance(model, torchvision.models.Inception3) else 224
+    return (2, 3, pixels, pixels)
+
+
+def example_inputs(size: Sequence[int], seed: int = 0) -> tuple[Tensor]:
+    """One standard normal float32 tensor of shape `size`, as the inputs of a model."""
+    return (torch.randn(tuple(size), generator=torch.Generator().manual_seed(seed)),)
+
+
+def _builder(name: str) -> Callable[[], Any]:
+    source, colon, rest = name.partition(":")
+    if source == "timm" and colon:
+        return _timm_builder(rest)
+    if colon:
+        return _callable_builder(name, source, rest)
+    if name in torchvision.models.list_models():
+        return lambda: torchvision.models.get_model(name, **_torchvision_options(name))
+    if _timm_names(name):
+        return _timm_builder(name)
+    raise ModelNameError(f"{name}: no such model{_did_you_mean(name)}; see torchvision.models.list_models()")
+
+
+def _torchvision_options(name: str) -> dict[str, Any]:
+    """Arguments that keep torchvision from downloading a backbone and from warning of new initial weights."""
+    accepted = inspect.signature(torchvision.models.get_model_builder(name)).parameters
+    options: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in accepted:
+        options["weights_backbone"] = None
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = True
+    return options
+
+
+def _timm_names(pattern: str) -> list[str]:
+    if importlib.util.find_spec("timm") is None:
+        return []
+    import timm
+
+    return list(timm.list_models(pattern))
+
+
+def _timm_builder(name: str) -> Callable[[], Any]:
+    if importlib.util.find_spec("timm") is None:
+        raise ModelNameError(f"timm:{name}: timm is not installed; pip install timm")
+    if not _timm_names(name):
+        raise ModelNameError(f"timm:{name}: no such model in timm{_did_you_mean(name)}; see timm.list_models()")
+    import timm
+
+    return lambda: timm.create_model(name, pretrained=False)
+
+
+def _callable_builder(name: str, module_name: str, attribute: str) -> Callable[[], Any]:
+    # A console script, unlike `python -m`, does not look for modules in the current directory.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ModelNameError(f"{name}: cannot import {module_name!r}: {error}") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ModelNameError(f"{name}: {module_name!r} has no {attribute!r}{_similar(part, dir(found))}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ModelNameError(f"{name}: is a {type(found).__name__}; it must be callable and return a module")
+    return found  # type: ignore[no-any-return]  # getattr gives Any
+
+
+def _did_you_mean(name: str) -> str:
+    return _similar(name, [*torchvision.models.list_models(), *_timm_names("*")])
+
+
+def _similar(name: str, candidates: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(name, dict.fromkeys(candidates))
+    return f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+
+
+def _load_weights(model: nn.Module, name: str, path: Path) -> None:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise StorageError(f"{path}: not a file of tensors that torch.load(weights_only=True) opens") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise StorageError(f"{path}: holds no state dict; save one with torch.save(model.state_dict(), path)")
+    state = {str(key).removeprefix("module."): value for key, value in content.items()}
+    _check_state(model, state, f"{path}: not the weights of {name}")
+    model.load_state_dict(state, strict=False)
+
+
+def _check_state(model: nn.Module, state: dict[str, Tensor], complaint: str) -> None:
+    expected = model.state_dict()
+    # num_batches_tracked came with torch 0.4.1; older checkpoints lack it, and evaluation does not read it.
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in expected]
+    reshaped = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    faults = [
+        f"{label} {_first(keys)}"
+        for label, keys in (("missing", missing), ("unexpected", unexpected), ("shape of", reshaped))
+        if keys
+    ]
+    if faults:
+        raise StorageError(f"{complaint}: {'; '.join(faults)}")
+
+
+def _first(keys: Sequence[str], limit: int = 3) -> str:
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more
