@@ -1,0 +1,382 @@
+"""A pruning plan as pure data: which filters form a group, and which input channels each group keeps.
+
+A plan holds no weights and no code. It is validated when it is built, cannot be changed, and survives JSON.
+"""
+
+import difflib
+import itertools
+import json
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fxprune.errors import PlanError
+
+Form = Literal["partition", "overlap"]
+
+FORMAT = "fxprune-plan"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class GroupedKernels:
+    """How one dense convolution with weight `(O, C, kh, kw)` becomes a pruned grouped one.
+
+    Args:
+        out_order: `(O,)` the filters in group order: group `g` owns `out_order[g * d:(g + 1) * d]`, `d = O / groups`.
+        kept: `(groups, k)` the input channels that each group keeps, ascending.
+        in_channels: `C`, the input channels of the dense convolution.
+        asked_ratio: the share of kernel groups that was asked to go, in `[0, 1)`; `ratio` is the share that goes.
+
+    Raises:
+        PlanError: `out_order` is no permutation, the groups differ in size, or a kept set is empty, unordered or
+            out of range. The message does not name the layer: a `GroupedKernels` does not know it.
+
+    >>> kernels = GroupedKernels(out_order=(0, 2, 1, 3), kept=((0, 1), (2, 3)), in_channels=4, asked_ratio=0.5)
+    >>> print(kernels)
+    partition: 2 groups of 2 filters, each keeps 2 of 4 channels (ratio 0.5)
+    """
+
+    out_order: tuple[int, ...]
+    kept: tuple[tuple[int, ...], ...]
+    in_channels: int
+    asked_ratio: float
+
+    def __post_init__(self) -> None:
+        """Turn lists into tuples and check the rules above."""
+        _set(self, "out_order", _integers("out_order", self.out_order))
+        _set(self, "kept", tuple(_integers(f"kept[{g}]", channels) for g, channels in enumerate(_rows(self.kept))))
+        _set(self, "in_channels", _integer("in_channels", self.in_channels))
+        _set(self, "asked_ratio", check_ratio(self.asked_ratio))
+        filters = len(self.out_order)
+        if not filters:
+            raise PlanError("out_order is empty; it must list every filter of the convolution once")
+        if sorted(self.out_order) != list(range(filters)):
+            wrong = next(f for f in range(filters) if self.out_order.count(f) != 1)
+            raise PlanError(
+                f"out_order has {filters} entries, but filter {wrong} occurs {self.out_order.count(wrong)} times; "
+                f"it must hold each of 0..{filters - 1} once"
+            )
+        check_divisible(filters, len(self.kept))
+        for group, channels in enumerate(self.kept):
+            self._check_kept(group, channels)
+
+    def _check_kept(self, group: int, channels: tuple[int, ...]) -> None:
+        if not channels:
+            raise PlanError(f"group {group} keeps no channel; every group must keep at least one")
+        if len(channels) != len(self.kept[0]):
+            raise PlanError(
+                f"group {group} keeps {len(channels)} channels but group 0 keeps {len(self.kept[0])}; "
+                "a grouped convolution needs the same number in every group"
+            )
+        if any(a >= b for a, b in itertools.pairwise(channels)):
+            raise PlanError(f"the channels of group {group} are not strictly ascending; sort them and list each once")
+        if channels[0] < 0 or channels[-1] >= self.in_channels:
+            outside = channels[0] if channels[0] < 0 else channels[-1]
+            raise PlanError(
+                f"group {group} keeps channel {outside}, which is outside 0..{self.in_channels - 1}: "
+                f"the convolution has {self.in_channels} input channels"
+            )
+
+    def __str__(self) -> str:
+        """One line: form, groups, and what they keep."""
+        return (
+            f"{self.form}: {self.groups} groups of {self.group_width} filters, "
+            f"each keeps {self.kept_channels} of {self.in_channels} channels (ratio {self.ratio:.4g})"
+        )
+
+    @property
+    def groups(self) -> int:
+        """Number of groups, `n`."""
+        return len(self.kept)
+
+    @property
+    def out_channels(self) -> int:
+        """Filters of the convolution, `O`."""
+        return len(self.out_order)
+
+    @property
+    def group_width(self) -> int:
+        """Filters in each group, `d = O / n`."""
+        return self.out_channels // self.groups
+
+    @property
+    def kept_channels(self) -> int:
+        """Input channels that each group keeps, `k`."""
+        return len(self.kept[0])
+
+    @property
+    def ratio(self) -> float:
+        """Share of kernel groups that is removed: `1 - k / C`."""
+        return 1 - self.kept_channels / self.in_channels
+
+    @property
+    def form(self) -> Form:
+        """`"partition"` if every input channel is kept by exactly one group, else `"overlap"`."""
+        readers = sorted(channel for channels in self.kept for channel in channels)
+        return "partition" if readers == list(range(self.in_channels)) else "overlap"
+
+    def mask(self) -> torch.Tensor:
+        """The kernels that stay, as a bool tensor `(O, C)`."""
+        mask = torch.zeros(self.out_channels, self.in_channels, dtype=torch.bool)
+        filters = torch.tensor(self.out_order).reshape(self.groups, self.group_width)
+        mask[filters[:, :, None], torch.tensor(self.kept)[:, None, :]] = True  # (n, d, 1) and (n, 1, k) -> (n, d, k)
+        return mask
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as lists and numbers, ready for JSON."""
+        return {
+            "out_order": list(self.out_order),
+            "kept": [list(channels) for channels in self.kept],
+            "in_channels": self.in_channels,
+            "asked_ratio": self.asked_ratio,
+        }
+
+    @classmethod
+    def from_dict(cls, data: object) -> "GroupedKernels":
+        """Undo `to_dict`.
+
+        Raises:
+            PlanError: a field is missing, unknown or invalid.
+        """
+        return cls(**_fields(data, "out_order", "kept", "in_channels", "asked_ratio"))
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What is pruned in a model, and what was asked for.
+
+    Args:
+        layers: module name to the grouping of that convolution.
+        skipped: module name of each `Conv2d` that stays dense, to the reason.
+        ratio: the ratio that was asked for, or pattern to ratio; an empty mapping in a plan written by hand.
+        method: how the groups were chosen.
+        criterion: how a kernel's importance was measured.
+        seed: of the random numbers that the method drew.
+
+    Two plans are equal when all fields are. A plan can be copied and pickled, but not hashed.
+
+    Raises:
+        PlanError: a field has the wrong type, or a layer is both planned and skipped.
+    """
+
+    layers: Mapping[str, GroupedKernels]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    ratio: float | Mapping[str, float] = field(default_factory=dict)
+    method: str = "manual"
+    criterion: str = "manual"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Make the mappings read-only and check them."""
+        _set(self, "layers", _frozen("layers", self.layers, GroupedKernels))
+        _set(self, "skipped", _frozen("skipped", self.skipped, str))
+        _set(self, "ratio", freeze_ratio(self.ratio))
+        _set(self, "seed", _integer("seed", self.seed))
+        for name in ("method", "criterion"):
+            if not isinstance(getattr(self, name), str):
+                raise PlanError(f"{name} is {getattr(self, name)!r}; it must be a string")
+        for name in self.layers.keys() & self.skipped.keys():
+            raise PlanError(f"{name}: the layer is both planned and skipped; list it once")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and deepcopy by the constructor: neither knows the mapping proxies that keep the plan constant."""
+        ratio = dict(self.ratio) if isinstance(self.ratio, Mapping) else self.ratio
+        return PrunePlan, (dict(self.layers), dict(self.skipped), ratio, self.method, self.criterion, self.seed)
+
+    def __str__(self) -> str:
+        """A table: one line for each planned layer, then one for each skipped layer with its reason."""
+        width = max((len(name) for name in (*self.layers, *self.skipped)), default=5)
+        lines = [f"{len(self.layers)} convolutions to prune, {len(self.skipped)} left dense"]
+        if self.layers:
+            lines.append(f"{'layer':{width}}  {'form':9}  groups x filters  kept/channels  ratio (asked)")
+        for name, kernels in self.layers.items():
+            grouping = f"{kernels.groups} x {kernels.group_width}"
+            kept = f"{kernels.kept_channels}/{kernels.in_channels}"
+            ratio = f"{kernels.ratio:.4f} ({kernels.asked_ratio:.4g})"
+            lines.append(f"{name:{width}}  {kernels.form:9}  {grouping:>16}  {kept:>13}  {ratio}")
+        lines += [f"{name:{width}}  dense      {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The plan as JSON text; `from_json` gives an equal plan back."""
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "ratio": dict(self.ratio) if isinstance(self.ratio, Mapping) else self.ratio,
+                "method": self.method,
+                "criterion": self.criterion,
+                "seed": self.seed,
+                "layers": {name: kernels.to_dict() for name, kernels in self.layers.items()},
+                "skipped": dict(self.skipped),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "PrunePlan":
+        """Undo `to_json`.
+
+        Raises:
+            PlanError: the text is not JSON, not a plan, of another version, or describes an invalid plan.
+        """
+        try:
+            data = json.loads(text)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PlanError(f"the text of the plan is not JSON: {error}") from error
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+            raise PlanError(f'the JSON is not a plan: it must be an object with "format": "{FORMAT}"')
+        version = data.pop("version", None)
+        if version != VERSION:
+            raise PlanError(f"the plan has version {version!r}, but only {VERSION} can be read; make the plan again")
+        values = _fields(data, "ratio", "method", "criterion", "seed", "layers", "skipped")
+        if not isinstance(values["layers"], dict):
+            raise PlanError("layers is not a JSON object; it must map module names to groupings")
+        layers = {}
+        for name, kernels in values["layers"].items():
+            try:
+                layers[name] = GroupedKernels.from_dict(kernels)
+            except PlanError as error:
+                raise PlanError(f"{name}: {error}") from error
+        return cls(**values | {"layers": layers})
+
+    def check(self, model: nn.Module) -> None:
+        """See that the plan fits the model: each layer exists, is a dense `Conv2d`, and has the planned size.
+
+        Raises:
+            PlanError: naming the first layer that does not fit and what was found in its place.
+        """
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name, kernels in self.layers.items():
+            module = modules.get(name)
+            if module is None:
+                close = near_matches(name, modules)
+                raise PlanError(f"{name}: {type(model).__name__} has no module of this name{close}; {_REMAKE}")
+            if not isinstance(module, nn.Conv2d):
+                raise PlanError(f"{name}: the plan prunes a Conv2d, the model has a {type(module).__name__}; {_REMAKE}")
+            if module.groups != 1:
+                raise PlanError(
+                    f"{name}: the convolution already has groups={module.groups}, but only groups=1 can be regrouped; "
+                    "apply the plan to the dense model it was made for"
+                )
+            planned, found = (kernels.out_channels, kernels.in_channels), (module.out_channels, module.in_channels)
+            if planned != found:
+                raise PlanError(
+                    f"{name}: the plan is for {planned[0]} filters of {planned[1]} channels, "
+                    f"but the convolution has {found[0]} of {found[1]}; {_REMAKE}"
+                )
+
+
+_REMAKE = "make a plan for this model with fxprune.make_plan"
+
+
+def check_ratio(ratio: object) -> float:
+    """Return `ratio` as a float in `[0, 1)`.
+
+    Raises:
+        PlanError: it is no number in that range.
+    """
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+        raise PlanError(f"ratio is {ratio!r}; it must be a number in [0, 1), or map module-name patterns to numbers")
+    if not 0 <= ratio < 1:  # false for NaN too
+        raise PlanError(f"ratio {ratio} is not in [0, 1): it is the share of kernel groups to remove; 0.5 removes half")
+    return float(ratio)
+
+
+def freeze_ratio(ratio: object) -> float | Mapping[str, float]:
+    """Return the ratio, or a read-only copy of the mapping from pattern to ratio.
+
+    Raises:
+        PlanError: a ratio is no number in `[0, 1)`, or a pattern is no string; the message names the pattern.
+    """
+    if not isinstance(ratio, Mapping):
+        return check_ratio(ratio)
+    checked = {}
+    for pattern, value in ratio.items():
+        if not isinstance(pattern, str):
+            raise PlanError(f"ratio: {pattern!r} is not a string; map module-name patterns to ratios")
+        try:
+            checked[pattern] = check_ratio(value)
+        except PlanError as error:
+            raise PlanError(f"{pattern}: {error}") from error
+    return MappingProxyType(checked)
+
+
+def check_divisible(filters: int, groups: int) -> None:
+    """See that groups of equal size exist.
+
+    Raises:
+        PlanError: `groups` does not divide `filters`; the message names the nearest divisors.
+
+    >>> check_divisible(64, 6)
+    Traceback (most recent call last):
+    fxprune.errors.PlanError: 64 filters do not divide into 6 groups; use a divisor of 64, such as 4 or 8
+    """
+    if groups >= 1 and filters % groups == 0:
+        return
+    divisors = [d for d in range(1, filters + 1) if filters % d == 0]
+    nearest = {
+        max((d for d in divisors if d < groups), default=1),
+        min((d for d in divisors if d > groups), default=filters),
+    }
+    ways = " or ".join(str(d) for d in sorted(nearest))
+    raise PlanError(f"{filters} filters do not divide into {groups} groups; use a divisor of {filters}, such as {ways}")
+
+
+def near_matches(name: str, names: Iterable[str]) -> str:
+    """The names most like `name`, as the end of an error message: `" (near: 'a', 'b')"`, or `""` if none is."""
+    close = difflib.get_close_matches(name, list(names), cutoff=0.5)
+    return f" (near: {', '.join(map(repr, close))})" if close else ""
+
+
+def _set(instance: object, name: str, value: object) -> None:
+    object.__setattr__(instance, name, value)  # the one way to normalize a field of a frozen dataclass
+
+
+def _integer(what: str, value: object) -> int:
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]  # raises for what is no integer
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or (what == "in_channels" and number < 1):
+        rule = "a positive integer" if what == "in_channels" else "an integer"
+        raise PlanError(f"{what} is {value!r}; it must be {rule}")
+    return number
+
+
+def _rows(value: object) -> Iterable[object]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise PlanError(f"kept is {value!r}; it must hold one list of input channels for each group")
+    return value
+
+
+def _integers(what: str, values: object) -> tuple[int, ...]:
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise PlanError(f"{what} is {values!r}; it must be a list of integers")
+    return tuple(_integer(f"an entry of {what}", value) for value in values)
+
+
+def _frozen(what: str, mapping: object, kind: type) -> Mapping[str, Any]:
+    if not isinstance(mapping, Mapping):
+        raise PlanError(f"{what} is a {type(mapping).__name__}; it must map module names to {kind.__name__}")
+    for name, value in mapping.items():
+        if not isinstance(name, str) or not isinstance(value, kind):
+            raise PlanError(f"{what}: {name!r} maps to a {type(value).__name__}; it must map names to {kind.__name__}")
+    return MappingProxyType(dict(mapping))
+
+
+def _fields(data: object, *names: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise PlanError(f"expected a JSON object with the fields {', '.join(names)}, found {type(data).__name__}")
+    for name in names:
+        if name not in data:
+            raise PlanError(f"the field {name!r} is missing; expected {', '.join(names)}")
+    for name in data:
+        if name not in names:
+            raise PlanError(f"the field {name!r} is unknown; expected {', '.join(names)}")
+    return data
