@@ -1,0 +1,68 @@
+"""The CIFAR-10 residual networks of the accuracy benchmark.
+
+Architecture: He et al., Deep Residual Learning for Image Recognition (2016), section 4.2, with shortcut option A: where
+the size halves, every second pixel is taken and the new channels are zero. Published weights differ in where those go.
+"""
+
+from functools import partial
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Zeros = Literal["around", "after"]
+"""Where a shortcut puts its zero channels: half before and half after the others, or all after them."""
+
+
+class CifarBlock(nn.Module):
+    """Two 3x3 convolutions and a parameter-free shortcut (option A)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, zeros: Zeros) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.stride = stride
+        new = out_channels - in_channels
+        self.before = new // 2 if zeros == "around" else 0
+        self.after = new - self.before
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        shortcut = x
+        if self.stride > 1:
+            shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
+        return F.relu(self.bn2(self.conv2(y)) + shortcut)
+
+
+class CifarResNet(nn.Module):
+    """A residual network of `depth = 6n + 2` layers for `(N, 3, 32, 32)` images; returns logits `(N, 10)`."""
+
+    def __init__(self, depth: int, zeros: Zeros = "around") -> None:
+        super().__init__()
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"depth {depth}: must be 6n + 2, as in 20, 32, 56")
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = _stage(blocks, 16, 16, 1, zeros)
+        self.layer2 = _stage(blocks, 16, 32, 2, zeros)
+        self.layer3 = _stage(blocks, 32, 64, 2, zeros)
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        logits: Tensor = self.linear(features.mean((2, 3)))
+        return logits
+
+
+def _stage(blocks: int, in_channels: int, out_channels: int, stride: int, zeros: Zeros) -> nn.Sequential:
+    first = CifarBlock(in_channels, out_channels, stride, zeros)
+    return nn.Sequential(first, *(CifarBlock(out_channels, out_channels, 1, zeros) for _ in range(blocks - 1)))
+
+
+resnet20 = partial(CifarResNet, 20)
+resnet32 = partial(CifarResNet, 32)
+resnet56 = partial(CifarResNet, 56)
+resnet20_zeros_after = partial(CifarResNet, 20, "after")
