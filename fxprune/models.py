@@ -4,7 +4,6 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import pickle
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -137,7 +136,7 @@ def _load_weights(model: nn.Module, name: str, path: Path) -> None:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # the unpickler runs on foreign bytes: UnpicklingError, KeyError, EOFError, ...
         raise StorageError(f"{path}: not a file of tensors that torch.load(weights_only=True) opens") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]

@@ -18,11 +18,12 @@ Groups = int | Literal["auto"]
 Value = TypeVar("Value")
 
 # Overlap form under groups="auto": the most groups whose width stays at 16 filters or more. More groups fit the weights
-# better; narrower ones waste the processor (1 thread, oneDNN 3.13, 64 channels of 56x56, ratio 0.5, share of the dense
-# time: 32 filters a group .55, 16 filters .70 to .78, 8 filters .96 to 1.02; the work is .5 in each).
+# better; narrower ones waste the processor (1 thread, oneDNN 3.13, AVX2, 64 channels of 56x56, ratio 0.5, time relative
+# to dense: 32 filters a group .55 to .59, 16 filters .70 to .78, 8 filters .96 to 1.02; the work is .5 in each).
 AUTO_GROUPS = (8, 4, 2)
 AUTO_GROUP_WIDTH = 16
-# Partition form, where the ratio dictates the number of groups: narrower ones cost 2 to 5 times the dense time.
+# Partition form, where the ratio dictates the number of groups: below 4 filters a group the convolution is slower than
+# the dense one whatever the ratio saves (16 channels of 32x32, 2 filters a group: 1.5 to 5.4 times the dense time).
 MIN_PARTITION_WIDTH = 4
 # How far a ratio may be from 1 - 1/n and still mean it, so that 0.6667 is 2/3. The channels kept are the same.
 PARTITION_TOLERANCE = 1e-4
@@ -85,6 +86,9 @@ def make_plan(
             weight has no finite values, or an explicit `groups` does not divide the filters of a layer.
     """
     ratio = freeze_ratio(ratio)
+    for count in groups.values() if isinstance(groups, Mapping) else (groups,):
+        if count != "auto" and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise PlanError(f"groups is {count!r}; it must be a positive integer, 'auto', or map patterns to these")
     _check_choice("method", method, METHODS)
     _check_choice("criterion", criterion, CRITERIA)
     _check_choice("form", form, FORMS)
@@ -149,8 +153,6 @@ def choose_shape(filters: int, channels: int, ratio: float, groups: Groups = "au
     Shape(form='overlap', groups=4, kept=26)
     """
     if groups != "auto":
-        if isinstance(groups, bool) or not isinstance(groups, int):
-            raise PlanError(f"groups is {groups!r}; it must be a positive integer, 'auto', or a mapping from patterns")
         try:
             check_divisible(filters, groups)
         except PlanError as error:

@@ -1,0 +1,215 @@
+"""Walk a traced graph once, with labels in place of tensors, and say which channels share an order and which may be permuted."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.channels.atoms import Array, Blocks
+from fxprune.channels.interpreter import Port, Scale, State, layer_name
+from fxprune.channels.rules import FUNCTIONS, METHODS, Rule, rule_for
+from fxprune.tracing import Trace, is_hooked, trace_leaf
+
+
+@dataclass(frozen=True)
+class ChannelSpace:
+    """A set of channels that must share one order.
+
+    Attributes:
+        producers: nodes whose channels they are (layers, gathers, parameters).
+        channels: number of classes of channels that move as one.
+        ties: nodes that tie the producers: adds, concats, shared modules.
+        readers: layers that mix these channels.
+        permutable: number of channels that may change places with another.
+        reason: why the others may not; empty if all may.
+    """
+
+    producers: tuple[str, ...]
+    channels: int
+    ties: tuple[str, ...]
+    readers: tuple[str, ...]
+    permutable: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ChannelAnalysis:
+    """What is known about the channels of a graph. `str()` gives a table of the channel spaces.
+
+    Attributes:
+        blocks: which channels move together, and which may change places.
+        ports: where layers and gathers read and write channels.
+        scales: parameters that hold one entry a channel.
+        boundaries: nodes without a rule, and why.
+        labels: label tensor of each node's value.
+    """
+
+    blocks: Blocks
+    ports: tuple[Port, ...]
+    scales: tuple[Scale, ...]
+    boundaries: Mapping[str, str]
+    labels: Mapping[fx.Node, Any]
+    ties: tuple[tuple[str, Array, Array], ...]
+
+    @cached_property
+    def spaces(self) -> tuple[ChannelSpace, ...]:
+        """The channel spaces, in graph order of their first producer."""
+        starts = self.blocks.starts
+        runs = nx.Graph()
+        runs.add_nodes_from(range(starts.size))
+        causes: dict[int, set[str]] = {}
+        for cause, left, right in self.ties:
+            pairs = np.unique(np.stack([_run(starts, left), _run(starts, right)]), axis=1).T.tolist()
+            runs.add_edges_from(pairs)
+            for a, _ in pairs:
+                causes.setdefault(a, set()).add(cause)
+        readers: dict[int, list[str]] = {}
+        for port in self.ports:
+            if port.kind == "reads":
+                for run in np.unique(_run(starts, port.atoms)).tolist():
+                    readers.setdefault(run, []).append(port.node.name)
+        component = np.zeros(starts.size, dtype=np.int64)
+        components = sorted(sorted(c) for c in nx.connected_components(runs))
+        for i, members in enumerate(components):
+            component[members] = i
+        first = np.asarray([atoms[0] for atoms in self.blocks.members], dtype=np.int64)
+        home = component[_run(starts, first)] if first.size else first
+        writers = {port.node.name for port in self.ports if port.kind == "writes"}
+        spaces = []
+        for i, members in enumerate(components):
+            classes = np.flatnonzero(home == i)
+            names = tuple(dict.fromkeys(self.blocks.producers[run] for run in members))
+            spaces.append(
+                ChannelSpace(
+                    producers=tuple(name for name in names if name in writers) or names[:1],
+                    channels=classes.size,
+                    ties=tuple(sorted(set().union(*(causes.get(run, set()) for run in members)))),
+                    readers=tuple(dict.fromkeys(name for run in members for name in readers.get(run, []))),
+                    permutable=self._permutable(classes),
+                    reason=next((reason for c in classes.tolist() if (reason := self.blocks.why_fixed(int(first[c])))), ""),
+                )
+            )
+        return tuple(spaces)
+
+    def _permutable(self, classes: Array) -> int:
+        blocks = self.blocks.block_of[classes]
+        _, counts = np.unique(blocks[blocks >= 0], return_counts=True)
+        return int(counts[counts > 1].sum())
+
+    def __str__(self) -> str:
+        lines = [f"{'channel space':40} {'channels':>8} {'movable':>8}  tied by / fixed because"]
+        for space in self.spaces:
+            who = space.producers[0] + (f" + {len(space.producers) - 1} more" if len(space.producers) > 1 else "")
+            ties = ", ".join(space.ties[:4]) + (", ..." if len(space.ties) > 4 else "")
+            why = f"fixed: {space.reason}" if space.permutable < space.channels and space.reason else ""
+            lines.append(f"{who:40} {space.channels:>8} {space.permutable:>8}  {'; '.join(filter(None, (ties, why)))}")
+        if self.boundaries:
+            lines.append("boundaries (channels keep their order there):")
+            lines.extend(f"  {name}: {reason}" for name, reason in self.boundaries.items())
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def analyze_channels(trace: Trace) -> ChannelAnalysis:
+    """Interpret the graph of `trace` on labels: one pass over the nodes, without recursion over the graph."""
+    state = State(module=trace.module, values=dict(trace.values))
+    _walk(state, trace.module.graph)
+    state.pin_parameters_read_twice()
+    blocks = state.atoms.solve()
+    return ChannelAnalysis(
+        blocks=blocks,
+        ports=tuple(state.ports),
+        scales=tuple(state.scales),
+        boundaries={node.name: reason for node, reason in state.boundaries.items()},
+        labels=state.labels,
+        ties=tuple((tie.cause, tie.left, tie.right) for tie in state.atoms.ties),
+    )
+
+
+def _walk(state: State, graph: fx.Graph) -> None:
+    last: Tensor | None = None
+    for node in graph.nodes:
+        state.node = node
+        state.labels[node] = labels = state.labels.get(node, _UNSEEN)
+        if labels is _UNSEEN:
+            state.labels[node] = labels = _interpret(state)
+        for leaf in torch.utils._pytree.tree_leaves(labels):
+            # Every value is a site: chunks of one tensor that different operators treat are told apart.
+            if isinstance(leaf, Tensor) and leaf.numel() > 1 and leaf is not last:
+                state.atoms.site(leaf.numpy())
+                last = leaf
+
+
+_UNSEEN = object()
+
+
+def _interpret(state: State) -> Any:
+    node = state.node
+    if node.op == "output":
+        state.pin([state.labels[n] for n in node.all_input_nodes], "model output")
+        return None
+    if node not in state.values:
+        return state.boundary("its shape is unknown")
+    if node.op == "placeholder":
+        return state.unlabelled(state.value)
+    if node.op == "get_attr":
+        owner, _, attribute = layer_name(node).rpartition(".")
+        if not isinstance(state.value, Tensor) or all(user.op == "output" or _rule(state.module, user) is None for user in node.users):
+            return state.unlabelled(state.value)
+        return state.parameter(owner, attribute)
+    if not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(state.value)):
+        return None  # a size, a flag: meta tensors have no data, so it cannot depend on the channels' values
+    if node.op == "call_module":
+        module = state.module.get_submodule(layer_name(node))
+        if is_hooked(module):
+            return state.boundary(f"{node.target} has hooks or a parametrized weight")
+        if _rule(state.module, node) is None:
+            labels = _through(state, module)
+            return state.boundary(f"no rule for {type(module).__module__}.{type(module).__qualname__}") if labels is None else labels
+    rule = _rule(state.module, node)
+    if rule is None:
+        return state.boundary(f"no rule for {getattr(node.target, '__module__', None) or 'torch'}.{getattr(node.target, '__name__', node.target)}")
+    return rule(state) if state.tensors() else state.unlabelled(state.value)
+
+
+def _rule(module: fx.GraphModule, node: fx.Node) -> Rule | None:
+    if node.op == "call_module":
+        return rule_for(module.get_submodule(layer_name(node)))
+    return METHODS.get(str(node.target)) if node.op == "call_method" else FUNCTIONS.get(node.target)
+
+
+def _through(state: State, module: nn.Module) -> Tensor | None:
+    """Labels of a leaf module without a rule or tensors of its own (a user's DropPath): interpret its forward in both modes, and tie the two."""
+    if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+        return None
+    arguments = tuple(state.concrete(state.node.args))
+    results = []
+    for training in (False, True):
+        inner = trace_leaf(module, training, arguments)
+        if inner is None:
+            return None
+        graph_module, values = inner
+        nested = State(module=graph_module, values=values, atoms=state.atoms)
+        placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+        given = [state.labels[arg] if isinstance(arg, fx.Node) else None for arg in state.node.args]
+        nested.labels.update(zip(placeholders, given, strict=False))
+        output = graph_module.graph.output_node()
+        output_value = output.args[0]
+        graph_module.graph.erase_node(output)
+        _walk(nested, graph_module.graph)
+        if nested.boundaries or not isinstance(output_value, fx.Node) or not isinstance(nested.labels[output_value], Tensor):
+            return None
+        results.append(nested.labels[output_value])
+    if results[0].shape != results[1].shape:
+        return None
+    state.tie(results[0], results[1])
+    return results[0]
+
+
+def _run(starts: Array, atoms: Array) -> Array:
+    """Which run of minted atoms each atom belongs to."""
+    return np.searchsorted(starts, atoms.reshape(-1), side="right") - 1
