@@ -1,0 +1,284 @@
+"""The command line: what each subcommand prints and writes, its exit codes, and its one-line errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune import cli
+
+NETS = """
+from torch import nn
+
+class Residual(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return (self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())) + x).relu()
+
+def small():
+    stem = nn.Conv2d(3, 16, 3, padding=1)
+    return nn.Sequential(stem, Residual(16), Residual(16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+
+def wide():
+    return nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), Residual(32))
+
+def linear():
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+"""
+SIZE = ("--input-size", "2,3,8,8")
+
+
+@pytest.fixture(autouse=True)
+def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "handmade_nets.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "handmade_nets", raising=False)
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """Run a command that must succeed; its stdout must be one JSON document."""
+    assert cli.main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
+    """Run a command that must fail with one line on stderr and nothing on stdout."""
+    assert cli.main(list(arguments)) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("fxprune: error: ")
+    return lines[0]
+
+
+@pytest.fixture
+def saved(capsys: pytest.CaptureFixture[str]) -> str:
+    assert cli.main(["compile", "handmade_nets:small", *SIZE, "-o", "small.pt"]) == 0
+    capsys.readouterr()
+    return "small.pt"
+
+
+def test_compile_prints_the_report_and_the_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compile", "handmade_nets:small", *SIZE]) == 0
+    captured = capsys.readouterr()
+    assert "1.conv1" in captured.out
+    assert "verified: compiled equals masked" in captured.out
+    assert captured.err == ""
+
+
+def test_compile_json(capsys: pytest.CaptureFixture[str]) -> None:
+    document = run_json(capsys, "compile", "handmade_nets:small", *SIZE, "-o", "deep/small.pt")
+    assert document["files"] == {"fxprune": "deep/small.pt"}
+    grouped = [layer["name"] for layer in document["report"]["layers"] if layer["form"] != "dense"]
+    assert grouped == ["1.conv1", "1.conv2", "2.conv1", "2.conv2"]
+    assert document["report"]["params_pruned"] < document["report"]["params_dense"]
+    assert document["verification"]["max_abs"] < 1e-9
+    assert Path("deep/small.pt").is_file()
+
+
+def test_the_options_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    document = run_json(
+        capsys, "compile", "handmade_nets:small", *SIZE, "--no-verify", "--ratio", "0.75", "--groups", "4",
+        "--form", "overlap", "--criterion", "l1", "--ignore", "1.conv1", "--ignore", "2.*",
+    )  # fmt: skip
+    assert document["verification"] is None
+    grouped = [layer for layer in document["report"]["layers"] if layer["form"] != "dense"]
+    assert [(layer["name"], layer["form"], layer["groups"]) for layer in grouped] == [("1.conv2", "overlap", 4)]
+    assert grouped[0]["reached_ratio"] == 0.75
+
+
+def test_compile_is_deterministic_in_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, seed in (("a.pt", "1"), ("b.pt", "1"), ("c.pt", "2")):
+        run_json(capsys, "compile", "handmade_nets:small", *SIZE, "--seed", seed, "-o", name)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = cli.load_model("handmade_nets:small")
+    a, b, c = (fxprune.load(name, model).eval()(x) for name in ("a.pt", "b.pt", "c.pt"))
+    assert torch.equal(a, b)
+    assert not torch.allclose(a, c)
+
+
+def test_weights_are_used(capsys: pytest.CaptureFixture[str]) -> None:
+    model = cli.load_model("handmade_nets:small")
+    last = model[5]
+    assert isinstance(last, nn.Linear)
+    nn.init.zeros_(last.weight)
+    nn.init.constant_(last.bias, 3)
+    torch.save(model.state_dict(), "weights.pth")
+    run_json(capsys, "compile", "handmade_nets:small", *SIZE, "--weights", "weights.pth", "-o", "out.pt")
+    pruned = fxprune.load("out.pt", cli.load_model("handmade_nets:small")).eval()
+    assert torch.equal(pruned(torch.randn(2, 3, 8, 8)), torch.full((2, 5), 3.0))
+
+
+def test_torchscript(capsys: pytest.CaptureFixture[str]) -> None:
+    document = run_json(
+        capsys, "compile", "handmade_nets:small", *SIZE, "--torchscript", "small.ts.pt", "-o", "small.pt"
+    )
+    assert document["files"]["TorchScript"] == "small.ts.pt"
+    scripted = torch.jit.load("small.ts.pt")
+    pruned = fxprune.load("small.pt", cli.load_model("handmade_nets:small")).eval()
+    x = torch.randn(3, 3, 8, 8)
+    torch.testing.assert_close(scripted(x), pruned(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_onnx(capsys: pytest.CaptureFixture[str]) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    run_json(capsys, "compile", "handmade_nets:small", *SIZE, "--onnx", "small.onnx", "-o", "small.pt")
+    pruned = fxprune.load("small.pt", cli.load_model("handmade_nets:small")).eval()
+    x = torch.randn(5, 3, 8, 8)
+    session = onnxruntime.InferenceSession("small.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.tensor(found), pruned(x), rtol=1e-4, atol=1e-4)
+
+
+def test_onnx_not_installed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxprune.cli.importlib.util.find_spec", lambda name: None)
+    line = error_of(capsys, "compile", "handmade_nets:small", *SIZE, "--onnx", "small.onnx")
+    assert "pip install 'fxprune[onnx]'" in line
+
+
+def test_report_of_a_file(capsys: pytest.CaptureFixture[str], saved: str) -> None:
+    document = run_json(capsys, "report", saved, "handmade_nets:small")
+    assert next(layer["name"] for layer in document["layers"] if layer["form"] != "dense") == "1.conv1"
+
+
+def test_report_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", "handmade_nets:small", *SIZE]) == 0
+    assert "1.conv1" in capsys.readouterr().out
+
+
+def test_report_of_a_file_needs_its_model(capsys: pytest.CaptureFixture[str], saved: str) -> None:
+    assert "fxprune report small.pt MODEL" in error_of(capsys, "report", saved)
+
+
+def test_verify(capsys: pytest.CaptureFixture[str], saved: str) -> None:
+    assert cli.main(["verify", saved, "handmade_nets:small", *SIZE]) == 0
+    assert "verified: compiled equals masked" in capsys.readouterr().out
+
+
+def test_verify_fails_on_other_weights(capsys: pytest.CaptureFixture[str], saved: str) -> None:
+    error_of(capsys, "verify", saved, "handmade_nets:small", *SIZE, "--seed", "3", code=1)
+
+
+def test_verify_refuses_another_model(capsys: pytest.CaptureFixture[str], saved: str) -> None:
+    error_of(capsys, "verify", saved, "handmade_nets:wide", *SIZE)
+
+
+def test_verify_refuses_a_damaged_file(capsys: pytest.CaptureFixture[str], saved: str) -> None:
+    content = Path(saved).read_bytes()
+    Path(saved).write_bytes(content[: len(content) // 2])
+    error_of(capsys, "verify", saved, "handmade_nets:small", *SIZE)
+
+
+def test_analyze(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["analyze", "handmade_nets:small", *SIZE]) == 0
+    assert "1.conv2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["compile", "resnet_50"], "did you mean resnet50"),
+        (["compile", "handmade_nets:small", *SIZE, "--ratio", "1.5"], "1.5"),
+        (["compile", "handmade_nets:small", *SIZE, "--groups", "3"], "3 groups"),
+        (["compile", "handmade_nets:small", *SIZE, "--method", "magic"], "magic"),
+        (["compile", "handmade_nets:small", "--input-size", "2,7,8,8"], "7"),
+        (["compile", "handmade_nets:small", "--weights", "absent.pth"], "absent.pth"),
+        (["verify", "absent.pt", "handmade_nets:small"], "absent.pt"),
+        (["compile", "handmade_nets:small", *SIZE, "-o", "handmade_nets.py/out.pt"], "handmade_nets.py"),
+    ],
+)
+def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert message in error_of(capsys, *arguments)
+
+
+def test_a_model_left_whole_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compile", "handmade_nets:small", *SIZE, "--ignore", "*"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("fxprune: warning: ")]
+
+
+def test_a_failed_verification_is_exit_code_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rewrite(masked: nn.Module, *rest: Any) -> torch.fx.GraphModule:
+        pruned = compiled(masked, *rest)
+        for parameter in pruned.parameters():
+            parameter.data.mul_(1.1)
+        return pruned
+
+    compiled = fxprune.rewrite
+    monkeypatch.setattr(fxprune, "rewrite", rewrite)
+    error_of(capsys, "compile", "handmade_nets:small", *SIZE, "-o", "small.pt", code=1)
+    assert not Path("small.pt").exists(), "a network that failed the check must not be written"
+
+
+def test_an_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fxprune, "make_plan", interrupt)
+    assert cli.main(["compile", "handmade_nets:small", *SIZE]) == 130
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["compile"],
+        ["compile", "m", "--groups", "x"],
+        ["compile", "m", "--input-size", "2,a"],
+        ["compile", "m", "--input-size", "0"],
+    ],
+)
+def test_a_malformed_command_line_is_exit_code_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    assert "usage: fxprune" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["compile", "report", "verify", "analyze", "demo"])
+def test_each_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, "--help"])
+    assert exit_.value.code == 0
+    assert f"usage: fxprune {command}" in capsys.readouterr().out
+
+
+def test_the_examples_of_the_help_parse() -> None:
+    lines = [line.split("  ")[1] for line in (cli.EPILOG + cli.EPILOG_COMPILE).splitlines() if "  fxprune " in line]
+    assert len(lines) >= 9
+    for line in lines:
+        cli._parser().parse_args(line.replace("'", "").split()[1:])
+
+
+def test_bars_only_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["compile", "handmade_nets:small", *SIZE]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert cli.main(arguments) == 0
+    assert "rewriting" in capsys.readouterr().err
+    assert cli.main([*arguments, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_python_m_fxprune() -> None:
+    root = Path(fxprune.__file__).parent.parent
+    command = [sys.executable, "-m", "fxprune", "--version"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == f"fxprune {fxprune.__version__}\n"
