@@ -31,7 +31,9 @@ def skip_reason(module: nn.Module, shared_parameters: Set[int] = frozenset()) ->
     if not isinstance(module, nn.Conv2d):
         return f"{type(module).__name__} is not a Conv2d"
     conv = module
-    if _computes_its_own_forward(conv):
+    if "forward" in vars(conv) or "_conv_forward" in vars(conv):
+        return "its forward was replaced; only plain Conv2d can be regrouped exactly"
+    if _computes_its_own_forward(type(conv)):
         return f"subclass {type(conv).__name__} computes its own forward; only plain Conv2d can be regrouped exactly"
     if parametrize.is_parametrized(conv):
         return "is parametrized, its weight is computed; call torch.nn.utils.parametrize.remove_parametrizations first"
@@ -82,7 +84,7 @@ def check_model(model: nn.Module) -> None:
             )
         if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
             raise PlanError(
-                f"{name or 'the model'}: {type(module).__name__} is not initialized yet; run the model once on an example"
+                f"{name or 'the model'}: {type(module).__name__} is not initialized yet; run the model once first"
             )
 
 
@@ -96,10 +98,7 @@ def parameters_of_several_modules(model: nn.Module) -> Set[int]:
     return several
 
 
-def _computes_its_own_forward(conv: nn.Conv2d) -> bool:
-    kind = type(conv)
+def _computes_its_own_forward(kind: type[nn.Conv2d]) -> bool:
     if f"{kind.__module__}.{kind.__qualname__}" in EXACT_SUBCLASSES:
         return False
-    methods = ((kind.forward, nn.Conv2d.forward), (kind._conv_forward, nn.Conv2d._conv_forward))
-    replaced = "forward" in vars(conv) or "_conv_forward" in vars(conv)
-    return replaced or any(own is not plain for own, plain in methods)
+    return kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
