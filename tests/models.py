@@ -173,6 +173,7 @@ SIZES = {
     "torchvision:maxvit_t": 224,
     **{f"torchvision:{name}": 224 for name in CLASSIFICATION if name.startswith("vit_")},
     "detection:ssd300_vgg16": 300,
+    "timm:bat_resnext26ts": 256,
     "timm:botnet26t_256": 256,
     "timm:coat_lite_tiny": 224,
     "timm:inception_v4": 96,
