@@ -309,7 +309,7 @@ def test_shapes(filters: int, channels: int, arguments: dict[str, Any], expected
         (64, 64, {"ratio": 0.001}, "ratio 0.001 removes none of 64 channels"),
         (64, 33, {"ratio": 0.5, "form": "partition"}, "64 filters of 33 channels do not divide into 2 parts"),
         (33, 64, {"ratio": 0.5, "form": "partition"}, "33 filters of 64 channels do not divide into 2 parts"),
-        (64, 9, {"ratio": 0.5, "form": "partition", "groups": 2}, "64 filters of 9 channels do not divide into 2 parts"),
+        (8, 9, {"ratio": 0.5, "form": "partition", "groups": 2}, "8 filters of 9 channels do not divide into 2 parts"),
         (64, 24, {"ratio": 0.875, "form": "partition"}, "too small: 8 parts of 3 filters or channels, fewer than 4"),
     ],
 )
