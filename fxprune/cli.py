@@ -245,7 +245,9 @@ def _analyze(options: argparse.Namespace) -> int:
     with _steps(1, options) as step:
         step("analyzing")
         analysis = fxprune.analyze(model, _inputs(model, options))
-    return _show(options, {"model": options.model, "analysis": str(analysis).splitlines()}, str(analysis))
+    spaces = [asdict(space) for space in analysis.spaces]
+    document = {"model": options.model, "spaces": spaces, "boundaries": dict(analysis.boundaries)}
+    return _show(options, document, str(analysis))
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -9,18 +9,20 @@ class ChannelGather(nn.Module):
 
     Args:
         index: positions to read, shape `(A,)`, integer; kept as the int64 buffer `index`.
+        in_channels: number of channels of the input.
         dim: the channel dimension of the input; the output has `A` channels there.
 
     `index_select` and not `x[:, index]`: the latter exports to ONNX as `GatherND` between two transposes.
 
-    >>> ChannelGather(torch.tensor([2, 0]))(torch.arange(3.0).reshape(1, 3, 1, 1)).flatten().tolist()
+    >>> ChannelGather(torch.tensor([2, 0]), 3)(torch.arange(3.0).reshape(1, 3, 1, 1)).flatten().tolist()
     [2.0, 0.0]
     """
 
     index: Tensor
 
-    def __init__(self, index: Tensor, dim: int = 1) -> None:
+    def __init__(self, index: Tensor, in_channels: int, dim: int = 1) -> None:
         super().__init__()
+        self.in_channels = in_channels
         self.dim = dim
         self.register_buffer("index", index.to(torch.int64))
 
@@ -28,7 +30,17 @@ class ChannelGather(nn.Module):
         return torch.index_select(input, self.dim, self.index)
 
     def extra_repr(self) -> str:
-        return f"{self.index.numel()} channels, dim={self.dim}"
+        return f"{self.in_channels} -> {self.index.numel()} channels, dim={self.dim}"
+
+    @property
+    def is_permutation(self) -> bool:
+        """Whether every channel is read exactly once."""
+        return self.index.numel() == self.in_channels and self.index.unique().numel() == self.in_channels
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the output is the input."""
+        return self.index.numel() == self.in_channels and torch.equal(self.index, torch.arange(self.in_channels, device=self.index.device))
 
 
 class TrainingFlag(nn.Module):

@@ -1,6 +1,8 @@
 """What a rewrite pass is: a frozen dataclass whose fields are its options, called with a program, answering with an outcome."""
 
-from collections.abc import Callable, Iterator
+import inspect
+import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -10,6 +12,9 @@ from torch import fx, nn
 from fxprune.layers import ChannelGather
 
 M = TypeVar("M", bound=nn.Module)
+
+KEPT_BECAUSE = "fxprune_kept_because"
+"""Key of `node.meta` under which a pass leaves the reason why a gather stays, for the report."""
 
 
 @dataclass(frozen=True)
@@ -53,40 +58,33 @@ def call_sites(gm: fx.GraphModule, module: nn.Module) -> list[fx.Node]:
     return [node for node, other in calls(gm, type(module)) if other is module]
 
 
-def new_gather(gm: fx.GraphModule, source: fx.Node, index: torch.Tensor, dim: int, name: str) -> fx.Node:
-    """Add a ChannelGather that reads `source`, at the insertion point of the graph; `name` is a module path, made unique."""
+def new_gather(gm: fx.GraphModule, source: fx.Node, gather: ChannelGather, name: str) -> fx.Node:
+    """Add a gather that reads `source`, at the insertion point of the graph; `name` is a module path, made unique."""
     path, n = name, 1
     while _exists(gm, path):
         n += 1
         path = f"{name}_{n}"
-    gm.add_submodule(path, ChannelGather(index, dim))
+    gm.add_submodule(path, gather)
     return gm.graph.call_module(path, (source,))
 
 
-def gather_before(gm: fx.GraphModule, node: fx.Node, index: torch.Tensor, dim: int) -> fx.Node:
+def gather_before(gm: fx.GraphModule, node: fx.Node, gather: ChannelGather) -> None:
     """Make the first input of `node` pass through a gather."""
     source = node.args[0] if node.args else node.kwargs["input"]
     assert isinstance(source, fx.Node)
     with gm.graph.inserting_before(node):
-        gather = new_gather(gm, source, index, dim, f"{node.target}_in")
+        new = new_gather(gm, source, gather, f"{node.target}_in")
     if node.args:
-        node.args = (gather, *node.args[1:])
+        node.args = (new, *node.args[1:])
     else:
-        node.kwargs = {**node.kwargs, "input": gather}
-    return gather
+        node.kwargs = {**node.kwargs, "input": new}
 
 
-def gather_after(gm: fx.GraphModule, node: fx.Node, index: torch.Tensor, dim: int) -> fx.Node:
+def gather_after(gm: fx.GraphModule, node: fx.Node, gather: ChannelGather) -> None:
     """Make all users of `node` read it through a gather."""
     with gm.graph.inserting_after(node):
-        gather = new_gather(gm, node, index, dim, f"{node.target}_out")
-    node.replace_all_uses_with(gather, delete_user_cb=lambda user: user is not gather)
-    return gather
-
-
-def is_identity(index: torch.Tensor) -> bool:
-    """Whether a gather index of shape `(A,)` is 0, 1, ..., A - 1."""
-    return torch.equal(index, torch.arange(index.numel(), device=index.device))
+        new = new_gather(gm, node, gather, f"{node.target}_out")
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
 
 def erase_gather(gm: fx.GraphModule, node: fx.Node, replacement: fx.Node) -> None:
@@ -98,13 +96,57 @@ def erase_gather(gm: fx.GraphModule, node: fx.Node, replacement: fx.Node) -> Non
         gm.delete_submodule(str(target))
 
 
-def set_module(gm: fx.GraphModule, path: str, module: nn.Module) -> None:
-    """Put `module` at every path where the module now at `path` stands, so that a shared module stays shared."""
-    old = gm.get_submodule(path)
-    for other, candidate in list(gm.named_modules(remove_duplicate=False)):
-        if candidate is old:
-            parent, _, child = other.rpartition(".")
-            setattr(gm.get_submodule(parent), child, module)
+def replace_tensor(gm: fx.GraphModule, old: torch.Tensor, new: torch.Tensor) -> None:
+    """Put `new` in place of a parameter or buffer everywhere it stands, so that tied parameters stay tied. `old` itself is not changed."""
+    stored = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+    for module in gm.modules():
+        for store in (module._parameters, module._buffers):
+            for name in [name for name, tensor in store.items() if tensor is old]:
+                store[name] = stored  # type: ignore[assignment]  # a parameter is only found among parameters
+
+
+def is_mutating(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node writes into one of its inputs: `relu(inplace=True)`, `x.mul_(y)`, `x += y`, `out=`."""
+    if node.op == "call_module":
+        return bool(getattr(gm.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    if "out" in node.kwargs or name == "setitem" or (name.endswith("_") and not name.endswith("__")):
+        return True
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name in _INPLACE_OPERATORS
+    inplace = node.kwargs.get("inplace", False)
+    try:
+        bound = inspect.signature(node.target).bind_partial(*node.args, **node.kwargs) if callable(node.target) else None
+    except (TypeError, ValueError):  # builtins without a signature have no `inplace` argument
+        return bool(inplace)
+    return bool(bound.arguments.get("inplace", inplace)) if bound else bool(inplace)
+
+
+def storage_roots(gm: fx.GraphModule) -> dict[fx.Node, frozenset[fx.Node]]:
+    """For each node, the nodes whose memory its value may share, itself included. Only known operators are trusted to give new memory."""
+    roots: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if _gives_new_memory(gm, node):
+            roots[node] = frozenset((node,))
+        else:
+            roots[node] = frozenset((node,)).union(*(roots[source] for source in node.all_input_nodes))
+    return roots
+
+
+_INPLACE_OPERATORS = frozenset("iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift iconcat".split())
+_NEW_MEMORY_MODULES = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.modules.pooling._AvgPoolNd, ChannelGather)
+_NEW_MEMORY_FUNCTIONS = frozenset((torch.cat, torch.stack, operator.add, operator.mul, operator.sub, operator.truediv, torch.add, torch.mul))
+
+
+def _gives_new_memory(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(gm.get_submodule(str(node.target)), _NEW_MEMORY_MODULES) and not is_mutating(gm, node)
+    return node.op == "call_function" and node.target in _NEW_MEMORY_FUNCTIONS and "out" not in node.kwargs
 
 
 def _exists(gm: fx.GraphModule, path: str) -> bool:
@@ -114,6 +156,3 @@ def _exists(gm: fx.GraphModule, path: str) -> bool:
             return False
         holder = getattr(holder, part)
     return True
-
-
-RewriteHook = Callable[[fx.GraphModule, Pass, Outcome], None]

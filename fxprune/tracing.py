@@ -46,7 +46,7 @@ class Trace:
     Attributes:
         module: the graph with its own module tree. Parameters and buffers are *shared* with the traced model.
         values: what each node gives for `inputs`: meta tensors in place of tensors, otherwise plain values. A node whose value is unknown is absent.
-        inputs: shape and dtype of each tensor input, from the example or from a probe.
+        inputs: the arguments of forward as meta tensors, from the example or from a probe; empty if no probe fits.
         probed: True if no example was given and `inputs` was found by trying.
         opaque: modules that could not be traced and stay whole, with the reason.
         modes: `("eval", "train")`, or `("eval",)` if the forward differs in structure between the modes; the graph then follows evaluation.
@@ -55,7 +55,7 @@ class Trace:
 
     module: fx.GraphModule
     values: Mapping[fx.Node, Any]
-    inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    inputs: tuple[Any, ...]
     probed: bool
     opaque: Mapping[str, str]
     modes: tuple[str, ...]
@@ -115,7 +115,7 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
         module=module,
         values=values,
         inputs=inputs,
-        probed=examples is None and bool(values),
+        probed=examples is None,
         opaque=leaves,
         modes=("eval",) if divergent else ("eval", "train"),
         notes=tuple(notes),
@@ -350,25 +350,24 @@ def _thaw(argument: Any) -> Any:
     return argument
 
 
-def _propagate(module: fx.GraphModule, examples: tuple[Any, ...] | None) -> tuple[dict[fx.Node, Any], tuple[tuple[tuple[int, ...], torch.dtype], ...]]:
-    """Values of all nodes on meta tensors, from the example or from the first probe that fits."""
+def _propagate(module: fx.GraphModule, examples: tuple[Any, ...] | None) -> tuple[dict[fx.Node, Any], tuple[Any, ...]]:
+    """Values of all nodes on meta tensors, from the example or from the first probe that fits, and the inputs used."""
     if examples is None:
         for probe in _probes(module):
             values, error = meta_values(module, (probe,))
             if error is None:
-                return values, ((tuple(probe.shape), probe.dtype),)
+                return values, (probe,)
         return {}, ()
-    described = tuple((tuple(leaf.shape), leaf.dtype) for leaf in torch.utils._pytree.tree_leaves(examples) if isinstance(leaf, Tensor))
-    values, error = meta_values(module, examples)
+    inputs = torch.utils._pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, examples)
+    values, error = meta_values(module, inputs)
     if error is not None and not isinstance(error, NotImplementedError):
-        shapes = ", ".join(str(shape) for shape, _ in described)
-        raise TraceError(f"the model does not run on the example inputs of shape {shapes}: {str(error).splitlines()[0]}") from error
-    return values, described
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
+        raise TraceError(f"the model does not run on example inputs of shape {shapes}: {str(error).splitlines()[0]}") from error
+    return values, inputs
 
 
 def meta_values(module: fx.GraphModule, inputs: tuple[Any, ...]) -> tuple[dict[fx.Node, Any], Exception | None]:
     """Run `module` on meta tensors; return the value of each node reached, and the error that ended the run, if any."""
-    as_meta = torch.utils._pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, inputs)
 
     def convert(tensor: Tensor) -> Tensor:
         meta = tensor.detach().to("meta")
@@ -377,7 +376,7 @@ def meta_values(module: fx.GraphModule, inputs: tuple[Any, ...]) -> tuple[dict[f
     interpreter = _MetaInterpreter(share_tensors(module, convert).eval(), module.graph)
     try:
         with torch.no_grad():
-            interpreter.run(*as_meta)
+            interpreter.run(*inputs)
     except Exception as error:  # user code may raise anything; the caller decides what it means
         return interpreter.values, error
     return interpreter.values, None

@@ -1,0 +1,10 @@
+"""The dependency analyzer: labels on every channel axis, and which channels may change places.
+
+`atoms` holds the identities and solves for blocks; `interpreter` the state that rules work on; `rules` the operators; `analysis` walks the graph.
+"""
+
+from fxprune.channels.analysis import ChannelAnalysis, ChannelSpace, analyze_channels
+from fxprune.channels.atoms import Blocks, Reordering
+from fxprune.channels.interpreter import Port, Scale
+
+__all__ = ["Blocks", "ChannelAnalysis", "ChannelSpace", "Port", "Reordering", "Scale", "analyze_channels"]

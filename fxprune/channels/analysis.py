@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from fxprune.channels.atoms import Array, Blocks
 from fxprune.channels.interpreter import Port, Scale, State, layer_name
 from fxprune.channels.rules import FUNCTIONS, METHODS, Rule, rule_for
-from fxprune.tracing import Trace, is_hooked, trace_leaf
+from fxprune.tracing import is_hooked, trace_leaf
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,15 @@ class ChannelAnalysis:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def analyze_channels(trace: Trace) -> ChannelAnalysis:
-    """Interpret the graph of `trace` on labels: one pass over the nodes, without recursion over the graph."""
-    state = State(module=trace.module, values=dict(trace.values))
-    _walk(state, trace.module.graph)
+def analyze_channels(module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> ChannelAnalysis:
+    """Interpret a graph on labels: one pass over the nodes, without recursion over the graph.
+
+    Args:
+        module: a traced model, or one that passes have rewritten.
+        values: what each node gives, tensors as meta tensors (`Trace.values`). Where a value is missing, channels keep their order.
+    """
+    state = State(module=module, values=dict(values))
+    _walk(state, module.graph)
     state.pin_parameters_read_twice()
     blocks = state.atoms.solve()
     return ChannelAnalysis(

@@ -155,9 +155,10 @@ class Reordering:
         self.blocks = blocks
         self._image: dict[int, int] = {}
         self._taken: dict[int, int] = {}
+        self._owner: dict[int, str] = {}
 
-    def wish(self, places: Array, atoms: Array) -> str:
-        """Ask that the place of `places[i]` be given to `atoms[i]`; return the reason of a refusal, or an empty string.
+    def wish(self, places: Array, atoms: Array, owner: str) -> str:
+        """Ask for `owner` that the place of `places[i]` be given to `atoms[i]`; return the reason of a refusal, or an empty string.
 
         A class that an earlier wish placed is not placed again; a wish that says otherwise is refused.
         """
@@ -167,7 +168,8 @@ class Reordering:
         owners: dict[int, int] = {}
         for place, atom in zip(self.blocks.classes[places].tolist(), self.blocks.classes[atoms].tolist(), strict=True):
             if self._image.get(place, atom) != atom or self._taken.get(atom, place) != place:
-                return "another layer that shares the channel space has fixed its order"
+                first = self._owner.get(place, self._owner.get(atom, ""))
+                return f"shares a channel space whose order {first} has fixed"
             if new.get(place, atom) != atom or owners.get(atom, place) != place:
                 return "it would ask two orders of one channel space"
             new[place], owners[atom] = atom, place
@@ -175,6 +177,8 @@ class Reordering:
                 return self._why_not(place, atom)
         self._image |= new
         self._taken |= owners
+        for c in new:
+            self._owner.setdefault(c, owner)
         return ""
 
     def _why_not(self, place: int, atom: int) -> str:

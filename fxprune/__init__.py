@@ -1,0 +1,52 @@
+"""fxprune makes convolutional networks smaller: it prunes kernels and rewrites the graph into grouped convolutions, exactly.
+
+>>> import torch, fxprune
+>>> net = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.ReLU(), torch.nn.Conv2d(32, 16, 1))
+>>> pruned = fxprune.compile(net, ratio=0.5, example_inputs=torch.randn(2, 16, 8, 8))
+>>> pruned.get_submodule("0").groups
+2
+"""
+
+from fxprune.channels import ChannelAnalysis
+from fxprune.compiler import analyze, compile, make_plan, mask, report, rewrite
+from fxprune.errors import (
+    FxpruneError,
+    NothingRewrittenWarning,
+    PassError,
+    PlanError,
+    StorageError,
+    TraceError,
+    VerificationError,
+)
+from fxprune.layers import ChannelGather
+from fxprune.plans import GroupedKernels, PrunePlan
+from fxprune.report import Report
+from fxprune.storage import load, save
+from fxprune.verification import Verification, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChannelAnalysis",
+    "ChannelGather",
+    "FxpruneError",
+    "GroupedKernels",
+    "NothingRewrittenWarning",
+    "PassError",
+    "PlanError",
+    "PrunePlan",
+    "Report",
+    "StorageError",
+    "TraceError",
+    "Verification",
+    "VerificationError",
+    "analyze",
+    "compile",
+    "load",
+    "make_plan",
+    "mask",
+    "report",
+    "rewrite",
+    "save",
+    "verify",
+]

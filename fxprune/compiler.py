@@ -1,0 +1,235 @@
+"""The steps of compilation: plan, mask, rewrite, verify. Only `mask` changes the function."""
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from fxprune import planning
+from fxprune.channels import ChannelAnalysis, analyze_channels
+from fxprune.errors import FxpruneError, NothingRewrittenWarning
+from fxprune.pipeline import default_pipeline, run
+from fxprune.planning import Groups
+from fxprune.plans import PrunePlan
+from fxprune.report import Report, layer_costs, make_report, total_macs
+from fxprune.rewriting import calls
+from fxprune.tracing import Inputs, Trace, meta_values, trace
+from fxprune.verification import verify as verify_models
+
+_RECORD = "fxprune"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a compiled module remembers, under `gm.meta["fxprune"]`: survives deepcopy, not pickle.
+
+    Attributes:
+        plan: the plan that was applied.
+        report: the account of the result.
+        inputs: arguments of forward as meta tensors, as the shapes were known at compile time.
+        modes: modes in which the graph follows the model.
+        options: how the passes were configured.
+    """
+
+    plan: PrunePlan
+    report: Report
+    inputs: tuple[Any, ...]
+    modes: tuple[str, ...]
+    options: Mapping[str, Any]
+
+
+def compile(
+    model: nn.Module,
+    ratio: float | Mapping[str, float] = 0.5,
+    *,
+    example_inputs: Inputs | None = None,
+    groups: Groups | Mapping[str, Groups] = "auto",
+    method: str = "cocluster",
+    form: str = "auto",
+    criterion: str = "l2",
+    ignore: str | Iterable[str] = (),
+    seed: int = 0,
+    progress: bool = False,
+    verify: bool | None = None,
+    fold_batch_norm: bool = False,
+) -> fx.GraphModule:
+    """Prune a trained model and rewrite it into a smaller graph that computes exactly what the masked model computes.
+
+    The same as `make_plan`, `mask`, `rewrite` and `verify` in turn. The model is never changed; the result shares no memory with it.
+
+    Args:
+        model: any traceable module, on any device, in any floating-point type.
+        ratio: share of kernel groups to remove from each convolution, in `[0, 1)`, or a mapping from module-name pattern to share.
+        example_inputs: positional arguments of forward. With them shapes and MACs are exact and the result is verified; without, a usual image size is probed.
+        groups: number of groups, `"auto"`, or a mapping from pattern to either.
+        method: how the groups are chosen, see `fxprune.planning.METHODS`.
+        form: `"partition"`, `"overlap"` or `"auto"`.
+        criterion: importance of a kernel, `"l1"` or `"l2"`.
+        ignore: patterns of layers to leave dense.
+        seed: of the planner's random starts.
+        progress: show a progress bar on stderr.
+        verify: check the result against the masked model in float64; by default if there are example inputs.
+        fold_batch_norm: fold BatchNorm into the convolutions; the result is then exact in evaluation mode only.
+
+    Returns:
+        A `GraphModule`: it trains, scripts, exports, moves and copies as any module does. `fxprune.report` explains it.
+
+    Raises:
+        PlanError: an argument is not legal, or nothing can be planned.
+        TraceError: the model cannot be traced, or its shapes cannot be found.
+        VerificationError: the result differs from the masked model.
+
+    Warns:
+        NothingRewrittenWarning: no convolution could be rewritten.
+    """
+    if verify and example_inputs is None:
+        raise FxpruneError("verify=True needs example_inputs to run the models on; pass them, or leave verify out")
+    traced = trace(model, example_inputs)
+    plan = _plan(
+        model, traced, ratio, groups=groups, method=method, form=form, criterion=criterion, ignore=ignore, seed=seed, progress=progress
+    )
+    masked = mask(model, plan)
+    pruned = rewrite(masked, plan, example_inputs, fold_batch_norm=fold_batch_norm)
+    if verify or (verify is None and example_inputs is not None):
+        assert example_inputs is not None
+        verify_models(pruned, masked, example_inputs, modes=_record(pruned).modes)
+    return pruned
+
+
+def make_plan(
+    model: nn.Module,
+    ratio: float | Mapping[str, float] = 0.5,
+    *,
+    example_inputs: Inputs | None = None,
+    groups: Groups | Mapping[str, Groups] = "auto",
+    method: str = "cocluster",
+    form: str = "auto",
+    criterion: str = "l2",
+    ignore: str | Iterable[str] = (),
+    seed: int = 0,
+    progress: bool = False,
+) -> PrunePlan:
+    """Choose which convolutions are pruned and how. Arguments and errors are those of `compile`; the model is only read."""
+    traced = trace(model, example_inputs)
+    return _plan(model, traced, ratio, groups=groups, method=method, form=form, criterion=criterion, ignore=ignore, seed=seed, progress=progress)
+
+
+def mask(model: nn.Module, plan: PrunePlan) -> nn.Module:
+    """Return a copy of `model` in which the kernels that `plan` drops are zero: the oracle of every later step.
+
+    Raises:
+        PlanError: the plan was made for another model.
+    """
+    plan.check(model)
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, kernels in plan.layers.items():
+            weight = masked.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            weight.mul_(kernels.mask().to(weight.device)[:, :, None, None])
+    return masked
+
+
+def rewrite(masked: nn.Module, plan: PrunePlan, example_inputs: Inputs | None = None, *, fold_batch_norm: bool = False) -> fx.GraphModule:
+    """Rewrite a masked model into grouped convolutions. Exact: the result computes what `masked` computes.
+
+    Args:
+        masked: what `mask` returned, perhaps trained further with its zeros kept. It is not changed.
+        plan: the plan it was masked with.
+        example_inputs: positional arguments of forward, for shapes; probed if absent.
+        fold_batch_norm: see `compile`.
+
+    Raises:
+        PlanError: the plan was made for another model.
+        PassError: a kernel that the plan drops is not zero.
+        TraceError: the model cannot be traced, or no usual image size fits it and no example is given.
+
+    Warns:
+        NothingRewrittenWarning: the plan names no convolution.
+    """
+    plan.check(masked)
+    traced = trace(masked, example_inputs)
+    gm = traced.module
+    dense, macs_dense = layer_costs(gm, traced.values), total_macs(gm, traced.values) if traced.values else None
+    params_dense = sum(p.numel() for p in masked.parameters())
+    run(gm, default_pipeline(plan, traced.inputs, fold_batch_norm=fold_batch_norm), traced.inputs)
+    _own_tensors(gm, masked)
+    notes = list(traced.notes)
+    if traced.probed:
+        notes.append("no example_inputs: MACs are for an assumed input size, and the result was not verified" if traced.inputs else _NO_SHAPES)
+    if fold_batch_norm:
+        notes.append("BatchNorm is folded: the result equals the masked model in evaluation mode only")
+    report = make_report(
+        plan,
+        dense,
+        gm,
+        meta_values(gm, traced.inputs)[0] if traced.inputs else {},
+        params_dense=params_dense,
+        macs_dense=macs_dense,
+        input_shapes=tuple(tuple(leaf.shape) for leaf in tree_leaves(traced.inputs) if isinstance(leaf, Tensor)),
+        notes=tuple(notes),
+    )
+    modes = ("eval",) if fold_batch_norm else traced.modes
+    gm.meta[_RECORD] = Record(plan, report, traced.inputs, modes, {"fold_batch_norm": fold_batch_norm})
+    if not plan.layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:3])
+        warnings.warn(f"no convolution was rewritten, the result is as large as the model ({reasons})", NothingRewrittenWarning, stacklevel=2)
+    return gm
+
+
+def analyze(model: nn.Module, example_inputs: Inputs | None = None) -> ChannelAnalysis:
+    """Find the channel spaces of a model: which channels share an order, what ties them, and why some may not move. `print` it.
+
+    Raises:
+        TraceError: the model cannot be traced.
+    """
+    traced = trace(model, example_inputs)
+    return analyze_channels(traced.module, traced.values)
+
+
+def report(pruned: nn.Module) -> Report:
+    """Return the report of a compiled model.
+
+    Raises:
+        FxpruneError: the module was not compiled by fxprune, or lost its record in pickling.
+    """
+    return _record(pruned).report
+
+
+_NO_SHAPES = "no example_inputs, and no usual input size fits the model: all channels keep their order, and more gathers remain than need be"
+
+
+def _plan(model: nn.Module, traced: Trace, ratio: float | Mapping[str, float], **options: Any) -> PrunePlan:
+    reachable = {str(node.target) for node, _ in calls(traced.module, nn.Conv2d)}
+    return planning.make_plan(model, ratio, reachable=reachable, **options)
+
+
+def _record(pruned: nn.Module) -> Record:
+    meta = getattr(pruned, "meta", None)
+    record = meta.get(_RECORD) if isinstance(meta, dict) else None
+    if not isinstance(record, Record):
+        raise FxpruneError(f"{type(pruned).__name__} carries no record of a compilation; pass the module that fxprune.compile, rewrite or load returned")
+    return record
+
+
+def _own_tensors(gm: fx.GraphModule, masked: nn.Module) -> None:
+    """Give `gm` its own copy of every tensor that it still shares with the masked model, one copy for each, so that ties stay."""
+    shared = {id(t) for t in (*masked.parameters(), *masked.buffers())}
+    copies: dict[int, Tensor] = {}
+    for module in gm.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is None or id(tensor) not in shared:
+                    continue
+                if id(tensor) not in copies:
+                    data = tensor.detach().clone()
+                    copies[id(tensor)] = nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+                store[name] = copies[id(tensor)]  # type: ignore[assignment]  # a parameter replaces a parameter
+
+
+__all__ = ["Record", "analyze", "compile", "make_plan", "mask", "report", "rewrite"]

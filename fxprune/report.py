@@ -1,0 +1,219 @@
+"""What became of each convolution, in numbers: form, groups, ratio, parameters, multiply-accumulates, and the gathers that remain."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from fxprune.layers import ChannelGather
+from fxprune.plans import PrunePlan
+from fxprune.rewriting import KEPT_BECAUSE, calls
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One convolution.
+
+    Attributes:
+        name: module path.
+        form: `"partition"`, `"overlap"`, or `"dense"` if it was left alone.
+        groups: number of groups.
+        asked_ratio, reached_ratio: share of kernel groups removed, as asked and as rounding to whole channels allows.
+        params_dense, params: parameters of the layer before and after.
+        macs_dense, macs: multiply-accumulates of one image before and after; None if shapes are unknown.
+        reason: why it was left dense; empty if it was rewritten.
+    """
+
+    name: str
+    form: str
+    groups: int
+    asked_ratio: float
+    reached_ratio: float
+    params_dense: int
+    params: int
+    macs_dense: int | None
+    macs: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class GatherReport:
+    """One gather that remains at run time: module path, number of channels it writes, and why it could not vanish."""
+
+    name: str
+    channels: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The account of a compiled model. `str()` is a table; `to_dict()` is JSON-able.
+
+    Attributes:
+        layers: every `Conv2d`, in model order.
+        gathers: the gathers that remain, in graph order.
+        params_dense, params_pruned: parameters of the whole model.
+        macs_dense, macs_pruned: multiply-accumulates of all convolutions and linear layers for one image; None if shapes are unknown.
+        input_shapes: shapes of the inputs that the MACs are counted for.
+        notes: what else the user should know.
+    """
+
+    layers: tuple[LayerReport, ...]
+    gathers: tuple[GatherReport, ...]
+    params_dense: int
+    params_pruned: int
+    macs_dense: int | None
+    macs_pruned: int | None
+    input_shapes: tuple[tuple[int, ...], ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as dicts, lists, strings and numbers."""
+        return asdict(self)
+
+    @property
+    def rewritten(self) -> int:
+        """Number of convolutions that became grouped."""
+        return sum(layer.form != "dense" for layer in self.layers)
+
+    def __str__(self) -> str:
+        width = max([12, *(len(layer.name) for layer in self.layers)])
+        lines = [f"{'convolution':{width}}  {'form':9} {'groups':>6} {'asked':>6} {'reached':>7} {'params':>19} {'MACs':>19}"]
+        for layer in self.layers:
+            if layer.reason:
+                lines.append(f"{layer.name:{width}}  {'dense':9} {layer.reason}")
+                continue
+            lines.append(
+                f"{layer.name:{width}}  {layer.form:9} {layer.groups:>6} {layer.asked_ratio:>6.3g} {layer.reached_ratio:>7.3g}"
+                f" {_change(layer.params_dense, layer.params):>19} {_change(layer.macs_dense, layer.macs):>19}"
+            )
+        shapes = ", ".join("x".join(map(str, shape)) for shape in self.input_shapes) or "unknown"
+        lines += [
+            "",
+            f"{self.rewritten} of {len(self.layers)} convolutions grouped; the ratio is the share of kernel groups removed from each of these",
+            f"parameters  {_change(self.params_dense, self.params_pruned)}  ({_share(self.params_dense, self.params_pruned)})",
+            f"MACs        {_change(self.macs_dense, self.macs_pruned)}  ({_share(self.macs_dense, self.macs_pruned)}), convolutions and linear layers, one image of {shapes}",
+            f"gathers     {len(self.gathers)} remain",
+        ]
+        gather_width = max([0, *(len(gather.name) for gather in self.gathers)])
+        lines.extend(f"  {gather.name:{gather_width}}  {gather.channels:>5} channels: {gather.reason}" for gather in self.gathers)
+        lines.extend(f"note: {note}" for note in self.notes)
+        return "\n".join(lines)
+
+
+def make_report(
+    plan: PrunePlan,
+    dense: Mapping[str, tuple[int, int | None]],
+    gm: fx.GraphModule,
+    values: Mapping[fx.Node, Any],
+    *,
+    params_dense: int,
+    macs_dense: int | None,
+    input_shapes: tuple[tuple[int, ...], ...],
+    notes: tuple[str, ...],
+) -> Report:
+    """Compare a rewritten graph with what it was.
+
+    Args:
+        plan: the plan that was applied.
+        dense: parameters and MACs of each convolution before, by module path (`layer_costs`).
+        gm: the rewritten graph, and `values` what its nodes give on meta tensors.
+        params_dense, macs_dense: of the whole model before.
+        input_shapes: shapes that the MACs are counted for.
+        notes: passed on.
+    """
+    after = layer_costs(gm, values)
+    layers = []
+    for name in [*plan.layers, *plan.skipped]:
+        kernels = plan.layers.get(name)
+        before_params, before_macs = dense.get(name, (0, None))
+        params, macs = after.get(name, (before_params, before_macs))
+        layers.append(
+            LayerReport(
+                name=name,
+                form=kernels.form if kernels else "dense",
+                groups=kernels.groups if kernels else 1,
+                asked_ratio=kernels.asked_ratio if kernels else 0.0,
+                reached_ratio=kernels.ratio if kernels else 0.0,
+                params_dense=before_params,
+                params=params,
+                macs_dense=before_macs,
+                macs=macs,
+                reason=plan.skipped.get(name, ""),
+            )
+        )
+    order = {name: i for i, name in enumerate(dense)}
+    layers.sort(key=lambda layer: order.get(layer.name, len(order)))
+    return Report(
+        layers=tuple(layers),
+        gathers=_gathers(gm),
+        params_dense=params_dense,
+        params_pruned=sum(p.numel() for p in gm.parameters()),
+        macs_dense=macs_dense,
+        macs_pruned=total_macs(gm, values),
+        input_shapes=input_shapes,
+        notes=notes,
+    )
+
+
+def layer_costs(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> dict[str, tuple[int, int | None]]:
+    """Parameters, and MACs of one image over all calls (None if shapes are unknown), of each convolution and linear layer, by module path."""
+    costs: dict[str, tuple[int, int | None]] = {}
+    batch = _batch(gm, values)
+    for node, layer in calls(gm, nn.Module):
+        if not isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
+            continue
+        params, macs = costs.get(str(node.target), (sum(p.numel() for p in layer.parameters()), 0))
+        value = values.get(node)
+        costs[str(node.target)] = (params, None if macs is None or not isinstance(value, Tensor) else macs + _macs(layer, node, value, values) // batch)
+    return costs
+
+
+def total_macs(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> int | None:
+    """MACs of all convolutions and linear layers for one image; None if a shape is unknown."""
+    macs = [macs for _, macs in layer_costs(gm, values).values()]
+    return None if any(m is None for m in macs) else sum(m for m in macs if m is not None)
+
+
+def _macs(layer: nn.Module, node: fx.Node, value: Tensor, values: Mapping[fx.Node, Any]) -> int:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        source = values.get(node.all_input_nodes[0])
+        return (source.numel() if isinstance(source, Tensor) else 0) * math.prod(weight.shape[1:])
+    return value.numel() * math.prod(weight.shape[1:])
+
+
+def _batch(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> int:
+    placeholders = [values.get(node) for node in gm.graph.nodes if node.op == "placeholder"]
+    tensors = [leaf for leaf in tree_leaves(placeholders) if isinstance(leaf, Tensor) and leaf.dim() > 1]
+    return max(1, tensors[0].shape[0]) if tensors else 1
+
+
+def _gathers(gm: fx.GraphModule) -> tuple[GatherReport, ...]:
+    found: dict[str, GatherReport] = {}
+    for node, gather in calls(gm, ChannelGather):
+        size = gather.index.numel()
+        reason = node.meta.get(KEPT_BECAUSE, "two channel spaces meet that cannot share an order")
+        if not gather.is_permutation:
+            reason = f"overlap form: the groups read {size} channels out of {gather.in_channels}"
+        found.setdefault(str(node.target), GatherReport(str(node.target), size, reason))
+    return tuple(found.values())
+
+
+def _change(before: int | None, after: int | None) -> str:
+    return "unknown" if before is None or after is None else f"{_short(before)} -> {_short(after)}"
+
+
+def _share(before: int | None, after: int | None) -> str:
+    return "unknown" if not before or after is None else f"{100 * after / before:.1f} % remain"
+
+
+def _short(count: int) -> str:
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)

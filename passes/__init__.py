@@ -1,0 +1,12 @@
+"""The rewrite passes, in pipeline order. Each is exact: the graph computes the same function before and after."""
+
+if __name__ != "fxprune.passes":
+    raise ImportError("this folder is the package fxprune.passes; import it by that name")
+
+from fxprune.passes.group_convs import GroupConvs
+from fxprune.passes.sink_gathers import SinkGathers
+from fxprune.passes.merge_gathers import MergeGathers
+from fxprune.passes.absorb_gathers import AbsorbGathers
+from fxprune.passes.fold_batch_norm import FoldBatchNorm
+
+__all__ = ["AbsorbGathers", "FoldBatchNorm", "GroupConvs", "MergeGathers", "SinkGathers"]

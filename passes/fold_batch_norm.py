@@ -1,0 +1,70 @@
+"""bn(conv(x, W, b)) == conv(x, s * W, s * (b - mean) + beta), s = gamma / sqrt(var + eps), with stored statistics (evaluation mode).
+
+W (O, C, kh, kw); b, gamma, beta, mean, var, s (O,). Missing b, gamma, beta count as 0, 1, 0 (Jacob et al. 2018, section 3.2, has the formula).
+
+1. A plain convolution read by one BatchNorm with stored statistics, both called once, becomes one convolution.
+Left alone, with a reason: shared layers, a convolution with other readers, a BatchNorm without stored statistics, transposed convolutions, subclasses.
+The result no longer learns batch statistics: it is exact in evaluation mode only, so the default pipeline leaves this pass out.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from fxprune.rewriting import Outcome, Skip, call_sites, calls
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm:
+    """Fold each BatchNorm2d into the convolution before it. Exact in evaluation mode."""
+
+    def __call__(self, gm: fx.GraphModule) -> Outcome:
+        rewritten = []
+        skipped = []
+        for node, norm in calls(gm, nn.BatchNorm2d):
+            reason = _why_not(gm, node, norm)
+            if reason:
+                skipped.append(Skip(node.name, reason))
+                continue
+            source = node.all_input_nodes[0]
+            conv = gm.get_submodule(str(source.target))
+            assert isinstance(conv, nn.Conv2d)
+            parent, _, child = str(source.target).rpartition(".")
+            setattr(gm.get_submodule(parent), child, folded(conv, norm))
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+            gm.delete_submodule(str(node.target))
+            rewritten.append(source.name)
+        return Outcome(tuple(rewritten), tuple(skipped))
+
+
+def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """Return a convolution that equals `norm(conv(x))` in evaluation mode."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = torch.rsqrt(norm.running_var + norm.eps) * (1 if norm.weight is None else norm.weight.detach())
+    bias = torch.zeros_like(norm.running_mean) if conv.bias is None else conv.bias.detach()
+    shifted = (bias - norm.running_mean) * scale + (0 if norm.bias is None else norm.bias.detach())
+    fused = copy.copy(conv)
+    fused._parameters = dict(conv._parameters)
+    fused.weight = nn.Parameter(conv.weight.detach() * scale[:, None, None, None], requires_grad=conv.weight.requires_grad)
+    fused.bias = nn.Parameter(shifted, requires_grad=conv.weight.requires_grad)
+    return fused
+
+
+def _why_not(gm: fx.GraphModule, node: fx.Node, norm: nn.BatchNorm2d) -> str:
+    source = node.all_input_nodes[0]
+    if type(norm) is not nn.BatchNorm2d:
+        return f"{type(norm).__name__} is more than a BatchNorm2d"
+    if norm.running_mean is None:
+        return "no stored statistics: it normalises by the batch also in evaluation"
+    if source.op != "call_module" or type(conv := gm.get_submodule(str(source.target))) is not nn.Conv2d:
+        return "its input is not a plain convolution"
+    if len(source.users) > 1:
+        return "the convolution has other readers"
+    if len(call_sites(gm, conv)) > 1 or len(call_sites(gm, norm)) > 1:
+        return "a shared module cannot be specialised"
+    if conv.weight.dtype != norm.running_mean.dtype:
+        return f"weights are {conv.weight.dtype}, statistics {norm.running_mean.dtype}"
+    return ""

@@ -1,0 +1,76 @@
+"""conv(x) == gather(grouped_conv(gather(x, kept)), inverse(out_order)), if the kernels that the plan drops are zero.
+
+x (N, C, H, W); W (O, C, kh, kw); n groups of d = O / n filters that keep k channels each. The grouped weight is (O, k, kh, kw): row j of group g is filter
+out_order[g * d + j], its column i is channel kept[g][i]. Stride, padding, padding mode, dilation and bias are those of the dense convolution.
+
+1. A convolution of the plan is replaced at all its call sites, so a shared module stays shared.
+2. A gather whose index is the identity is not inserted.
+Left alone: nothing that the plan names. A kernel that the plan drops but that is not zero is an error, for the result would be wrong.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.errors import PassError
+from fxprune.layers import ChannelGather
+from fxprune.plans import GroupedKernels, PrunePlan
+from fxprune.rewriting import Outcome, call_sites, gather_after, gather_before
+
+
+@dataclass(frozen=True)
+class GroupConvs:
+    """Replace every convolution of `plan` by a gather, a grouped convolution and the inverse gather."""
+
+    plan: PrunePlan
+
+    def __call__(self, gm: fx.GraphModule) -> Outcome:
+        rewritten = []
+        for name, kernels in self.plan.layers.items():
+            conv = gm.get_submodule(name)
+            assert isinstance(conv, nn.Conv2d)
+            sites = call_sites(gm, conv)
+            if not sites:
+                raise PassError(f"{name}: the plan groups it, but the traced graph never calls it; make the plan with the model that is rewritten")
+            grouped = grouped_convolution(name, conv, kernels)
+            parent, _, child = name.rpartition(".")
+            setattr(gm.get_submodule(parent), child, grouped)
+            device = conv.weight.device
+            read = ChannelGather(torch.tensor(kernels.kept, device=device).reshape(-1), conv.in_channels)
+            restore = ChannelGather(torch.tensor(kernels.out_order, device=device).argsort(), conv.out_channels)
+            for node in sites:
+                node.target = name
+                if not read.is_identity:
+                    gather_before(gm, node, copy.deepcopy(read))
+                if not restore.is_identity:
+                    gather_after(gm, node, copy.deepcopy(restore))
+                rewritten.append(node.name)
+        return Outcome(tuple(rewritten))
+
+
+def grouped_convolution(name: str, conv: nn.Conv2d, kernels: GroupedKernels) -> nn.Conv2d:
+    """Return `conv` with groups: weight `(O, k, kh, kw)` and bias `(O,)` in the filter order of `kernels`.
+
+    Raises:
+        PassError: a kernel that the plan drops is not zero.
+    """
+    order = torch.tensor(kernels.out_order, device=conv.weight.device)
+    dense = conv.weight.detach()
+    dropped = dense * ~kernels.mask().to(dense.device)[:, :, None, None]
+    if bool((dropped != 0).any()):
+        raise PassError(f"{name}: {int((dropped != 0).any(dim=(2, 3)).sum())} kernels that the plan drops are not zero; rewrite the model that fxprune.mask returns")
+    columns = torch.tensor(kernels.kept, device=dense.device).repeat_interleave(kernels.group_width, dim=0)
+    grouped = copy.copy(conv)  # keeps the class, stride, padding mode and whatever a subclass adds
+    grouped._parameters = dict(conv._parameters)
+    grouped.in_channels = columns.shape[1] * kernels.groups
+    grouped.groups = kernels.groups
+    grouped.weight = _like(conv.weight, dense[order[:, None], columns])
+    if conv.bias is not None:
+        grouped.bias = _like(conv.bias, conv.bias.detach()[order])
+    return grouped
+
+
+def _like(old: Tensor, new: Tensor) -> nn.Parameter:
+    return nn.Parameter(new, requires_grad=old.requires_grad)

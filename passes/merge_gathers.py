@@ -1,0 +1,80 @@
+"""gather(gather(x, a), b) == gather(x, a[b]).  x (N, C, H, W); a (A,), b (B,) long; both along one dimension.
+
+1. A gather of a gather reads the first input directly; the inner one goes if nobody else reads it.
+2. A gather that reads all channels in order vanishes.
+3. Gathers of one tensor with one index become one, unless an in-place operator may change the tensor between them.
+Left alone: an inner gather with other users (both results are needed); a copy that an in-place operator may write into.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from fxprune.layers import ChannelGather
+from fxprune.rewriting import KEPT_BECAUSE, Outcome, calls, erase_gather, is_mutating, storage_roots
+
+
+@dataclass(frozen=True)
+class MergeGathers:
+    """Compose chains of gathers, drop identities and share equal ones."""
+
+    def __call__(self, gm: fx.GraphModule) -> Outcome:
+        rewritten = [*_compose(gm), *_drop_identities(gm), *_share(gm)]
+        return Outcome(tuple(rewritten))
+
+
+def _compose(gm: fx.GraphModule) -> list[str]:
+    done = []
+    for node, gather in calls(gm, ChannelGather):
+        inner = node.args[0]
+        if not isinstance(inner, fx.Node) or inner.op != "call_module":
+            continue
+        first = gm.get_submodule(str(inner.target))
+        if not isinstance(first, ChannelGather) or first.dim != gather.dim or not _are_readers(gm, inner.users):
+            continue
+        gather.index, gather.in_channels = first.index[gather.index], first.in_channels
+        source = inner.args[0]
+        assert isinstance(source, fx.Node)
+        node.args = (source,)
+        if KEPT_BECAUSE in inner.meta:
+            node.meta.setdefault(KEPT_BECAUSE, inner.meta[KEPT_BECAUSE])
+        if not inner.users:
+            erase_gather(gm, inner, source)
+        done.append(node.name)
+    return done
+
+
+def _drop_identities(gm: fx.GraphModule) -> list[str]:
+    done = []
+    for node, gather in calls(gm, ChannelGather):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        # A gather is a copy. It may go if nobody could tell: nobody else sees the original, or nobody writes into the copy.
+        if gather.is_identity and (len(source.users) == 1 or _are_readers(gm, node.users)):
+            erase_gather(gm, node, source)
+            done.append(node.name)
+    return done
+
+
+def _share(gm: fx.GraphModule) -> list[str]:
+    done = []
+    roots = storage_roots(gm)
+    seen: dict[tuple[object, ...], fx.Node] = {}
+    for node in list(gm.graph.nodes):
+        if is_mutating(gm, node):
+            written = roots[node]
+            seen = {key: gather for key, gather in seen.items() if roots[gather.all_input_nodes[0]].isdisjoint(written)}
+        if node.op != "call_module" or not isinstance(gather := gm.get_submodule(node.target), ChannelGather) or not _are_readers(gm, node.users):
+            continue
+        first = seen.setdefault((node.args[0], gather.dim, tuple(gather.index.tolist())), node)
+        if first is not node:
+            erase_gather(gm, node, first)
+            done.append(node.name)
+    return done
+
+
+def _are_readers(gm: fx.GraphModule, users: Iterable[fx.Node]) -> bool:
+    """Whether all users are layers that neither write into their input nor return it."""
+    layers = (nn.modules.conv._ConvNd, nn.Linear, ChannelGather)
+    return all(user.op == "call_module" and isinstance(gm.get_submodule(str(user.target)), layers) for user in users)
