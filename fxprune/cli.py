@@ -6,25 +6,23 @@ Exit codes: 0 done; 1 the compiled model does not compute what the masked one do
 """
 
 import argparse
-import importlib.util
-import io
 import json
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 import fxprune
 from fxprune import demo
 from fxprune.errors import FxpruneError, VerificationError
+from fxprune.exports import save_onnx, save_torchscript
 from fxprune.models import default_input_size, example_inputs, load_model
 
 EPILOG = """\
@@ -296,35 +294,18 @@ def _steps(count: int, options: argparse.Namespace) -> Iterator[Callable[[str], 
 
 
 def _write(pruned: fx.GraphModule, inputs: tuple[Tensor], options: argparse.Namespace) -> dict[str, str]:
-    writers = {
-        "fxprune": (options.output, lambda path: fxprune.save(pruned, path)),
-        "TorchScript": (options.torchscript, lambda path: _write_torchscript(pruned, path)),
-        "ONNX": (options.onnx, lambda path: _write_onnx(pruned, inputs, path)),
-    }
-    written = {kind: (path, write) for kind, (path, write) in writers.items() if path is not None}
-    for path, write in written.values():
+    """Write the files that were asked for; return the path of each kind."""
+    targets = {"fxprune": options.output, "TorchScript": options.torchscript, "ONNX": options.onnx}
+    written = {kind: path for kind, path in targets.items() if path is not None}
+    for path in written.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path)
-    return {kind: str(path) for kind, (path, _) in written.items()}
-
-
-def _write_torchscript(pruned: fx.GraphModule, path: Path) -> None:
-    with warnings.catch_warnings():
-        # Deprecated since torch 2.10; who asks for the format by name need not be told.
-        warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")
-        torch.jit.save(torch.jit.script(pruned), path)
-
-
-def _write_onnx(pruned: fx.GraphModule, inputs: tuple[Tensor], path: Path) -> None:
-    absent = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if absent:
-        raise FxpruneError(f"--onnx: {' and '.join(absent)} not installed; pip install 'fxprune[onnx]'")
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        batch = torch.export.Dim("batch")
-        torch.onnx.export(
-            pruned, inputs, path, dynamo=True, dynamic_shapes=({0: batch},), external_data=False, verbose=False
-        )
+    if "fxprune" in written:
+        fxprune.save(pruned, written["fxprune"])
+    if "TorchScript" in written:
+        save_torchscript(pruned, written["TorchScript"])
+    if "ONNX" in written:
+        save_onnx(pruned, inputs, written["ONNX"])
+    return {kind: str(path) for kind, path in written.items()}
 
 
 def _verdict(check: fxprune.Verification | None) -> str:

@@ -6,7 +6,6 @@ The images (1,797 of 8x8 pixels) come with scikit-learn: nothing is downloaded. 
 import copy
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 import fxprune
 from fxprune.errors import VerificationError
+from fxprune.exports import save_torchscript
 
 BATCH = 64
 """Images in a training batch, and in the batch whose latency is measured."""
@@ -194,7 +194,7 @@ def run(
 
     torchscript = output / "digits_torchscript.pt"
     saved = output / "digits.pt"
-    scripted = _torchscript_round_trip(compiled, torchscript)
+    scripted = save_torchscript(compiled, torchscript)
     fxprune.save(compiled, saved)
     loaded = fxprune.load(saved, DigitNet()).eval()
 
@@ -274,15 +274,6 @@ def _latencies(models: Mapping[str, nn.Module], batch: Tensor, repeats: int, pro
             model(batch)
             times[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _torchscript_round_trip(model: nn.Module, path: Path) -> Callable[[Tensor], Tensor]:
-    with warnings.catch_warnings():
-        # Deprecated since torch 2.10, and still how many runtimes load a network.
-        warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")
-        torch.jit.save(torch.jit.script(model), path)
-        loaded: Callable[[Tensor], Tensor] = torch.jit.load(path)
-    return loaded
 
 
 def _same(label: str, model: Callable[[Tensor], Tensor], images: Tensor, expected: Tensor) -> float:

@@ -12,6 +12,7 @@ from torch import nn
 
 import fxprune
 from fxprune import cli
+from fxprune.models import load_model
 
 NETS = """
 from torch import nn
@@ -105,21 +106,21 @@ def test_compile_is_deterministic_in_the_seed(capsys: pytest.CaptureFixture[str]
     for name, seed in (("a.pt", "1"), ("b.pt", "1"), ("c.pt", "2")):
         run_json(capsys, "compile", "handmade_nets:small", *SIZE, "--seed", seed, "-o", name)
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    model = cli.load_model("handmade_nets:small")
+    model = load_model("handmade_nets:small")
     a, b, c = (fxprune.load(name, model).eval()(x) for name in ("a.pt", "b.pt", "c.pt"))
     assert torch.equal(a, b)
     assert not torch.allclose(a, c)
 
 
 def test_weights_are_used(capsys: pytest.CaptureFixture[str]) -> None:
-    model = cli.load_model("handmade_nets:small")
-    last = model[5]
+    model = load_model("handmade_nets:small")
+    last = model.get_submodule("5")
     assert isinstance(last, nn.Linear)
     nn.init.zeros_(last.weight)
     nn.init.constant_(last.bias, 3)
     torch.save(model.state_dict(), "weights.pth")
     run_json(capsys, "compile", "handmade_nets:small", *SIZE, "--weights", "weights.pth", "-o", "out.pt")
-    pruned = fxprune.load("out.pt", cli.load_model("handmade_nets:small")).eval()
+    pruned = fxprune.load("out.pt", load_model("handmade_nets:small")).eval()
     assert torch.equal(pruned(torch.randn(2, 3, 8, 8)), torch.full((2, 5), 3.0))
 
 
@@ -128,8 +129,8 @@ def test_torchscript(capsys: pytest.CaptureFixture[str]) -> None:
         capsys, "compile", "handmade_nets:small", *SIZE, "--torchscript", "small.ts.pt", "-o", "small.pt"
     )
     assert document["files"]["TorchScript"] == "small.ts.pt"
-    scripted = torch.jit.load("small.ts.pt")
-    pruned = fxprune.load("small.pt", cli.load_model("handmade_nets:small")).eval()
+    scripted = torch.jit.load("small.ts.pt")  # type: ignore[no-untyped-call]  # torch.jit is untyped
+    pruned = fxprune.load("small.pt", load_model("handmade_nets:small")).eval()
     x = torch.randn(3, 3, 8, 8)
     torch.testing.assert_close(scripted(x), pruned(x), rtol=1e-5, atol=1e-5)
 
@@ -139,7 +140,7 @@ def test_onnx(capsys: pytest.CaptureFixture[str]) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     run_json(capsys, "compile", "handmade_nets:small", *SIZE, "--onnx", "small.onnx", "-o", "small.pt")
-    pruned = fxprune.load("small.pt", cli.load_model("handmade_nets:small")).eval()
+    pruned = fxprune.load("small.pt", load_model("handmade_nets:small")).eval()
     x = torch.randn(5, 3, 8, 8)
     session = onnxruntime.InferenceSession("small.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
@@ -147,7 +148,7 @@ def test_onnx(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_onnx_not_installed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxprune.cli.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("fxprune.exports.importlib.util.find_spec", lambda name: None)
     line = error_of(capsys, "compile", "handmade_nets:small", *SIZE, "--onnx", "small.onnx")
     assert "pip install 'fxprune[onnx]'" in line
 

@@ -1,0 +1,52 @@
+"""Write a compiled model in the formats of other runtimes: TorchScript and ONNX."""
+
+import importlib.util
+import io
+import os
+import warnings
+from contextlib import redirect_stdout
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.errors import FxpruneError
+
+# What torch.jit says of any GraphModule: that the format is deprecated (since torch 2.10), and that it does not like an
+# annotation in GraphModule.__init__. Who asks for the format by name need not be told.
+TORCHSCRIPT_WARNINGS = (
+    r"`torch\.jit\.\w+` is deprecated",
+    "The TorchScript type system doesn't support instance-level annotations",
+)
+
+
+def save_torchscript(model: nn.Module, path: str | os.PathLike[str]) -> torch.jit.ScriptModule:
+    """Script `model`, save it, and return what `torch.jit.load` makes of the file."""
+    with warnings.catch_warnings():
+        for message in TORCHSCRIPT_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        torch.jit.save(torch.jit.script(model), path)
+        loaded: torch.jit.ScriptModule = torch.jit.load(path)  # type: ignore[no-untyped-call]
+    return loaded
+
+
+def save_onnx(model: nn.Module, inputs: tuple[Tensor, ...], path: str | os.PathLike[str]) -> None:
+    """Export `model` to one ONNX file whose batch size, the first dimension of each input, is free.
+
+    Raises:
+        FxpruneError: onnx or onnxscript is not installed.
+    """
+    absent = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if absent:
+        raise FxpruneError(f"ONNX export: {' and '.join(absent)} not installed; pip install 'fxprune[onnx]'")
+    batch = torch.export.Dim("batch")
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # the exporter warns of deprecated parts of its own
+        torch.onnx.export(
+            model,
+            inputs,
+            os.fspath(path),
+            dynamo=True,
+            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            external_data=False,
+            verbose=False,
+        )
