@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import fxprune
 from fxprune import demo
+from fxprune.compiler import Record
 from fxprune.errors import FxpruneError, VerificationError
 from fxprune.exports import save_onnx, save_torchscript
 from fxprune.models import default_input_size, example_inputs, load_model
@@ -196,7 +197,8 @@ def _compile(options: argparse.Namespace) -> int:
         step("rewriting")
         pruned = fxprune.rewrite(masked, plan, inputs)
         step("checking")
-        check = None if options.no_verify else fxprune.verify(pruned, masked, inputs)
+        modes = _record(pruned).modes
+        check = None if options.no_verify else fxprune.verify(pruned, masked, inputs, modes=modes)
     written = _write(pruned, inputs, options)
     report = fxprune.report(pruned)
     document = {
@@ -232,9 +234,10 @@ def _verify(options: argparse.Namespace) -> int:
     with _steps(2, options) as step:
         step("loading")
         pruned = fxprune.load(options.file, model)
-        masked = fxprune.mask(model, pruned.meta["fxprune"].plan)
+        record = _record(pruned)
+        masked = fxprune.mask(model, record.plan)
         step("checking")
-        check = fxprune.verify(pruned, masked, _inputs(model, options))
+        check = fxprune.verify(pruned, masked, _inputs(model, options), modes=record.modes)
     return _show(options, asdict(check), _verdict(check))
 
 
@@ -257,6 +260,12 @@ def _demo(options: argparse.Namespace) -> int:
         progress=_progress(options),
     )
     return _show(options, result.to_dict(), str(result))
+
+
+def _record(pruned: fx.GraphModule) -> Record:
+    record = pruned.meta["fxprune"]
+    assert isinstance(record, Record)
+    return record
 
 
 def _model(name: str, options: argparse.Namespace) -> nn.Module:

@@ -188,7 +188,11 @@ def test_verify_refuses_a_damaged_file(capsys: pytest.CaptureFixture[str], saved
 
 def test_analyze(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["analyze", "handmade_nets:small", *SIZE]) == 0
-    assert "1.conv2" in capsys.readouterr().out
+    assert "add" in capsys.readouterr().out
+    document = run_json(capsys, "analyze", "handmade_nets:small", *SIZE)
+    (tied,) = (space for space in document["spaces"] if space["ties"])
+    assert (tied["channels"], tied["permutable"], len(tied["producers"])) == (16, 16, 3)  # the stem and two blocks
+    assert document["boundaries"] == {}
 
 
 @pytest.mark.parametrize(
@@ -208,6 +212,7 @@ def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str], arguments: lis
     assert message in error_of(capsys, *arguments)
 
 
+@pytest.mark.filterwarnings("default::fxprune.NothingRewrittenWarning")
 def test_a_model_left_whole_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["compile", "handmade_nets:small", *SIZE, "--ignore", "*"]) == 0
     lines = capsys.readouterr().err.splitlines()

@@ -12,7 +12,7 @@ import fxprune
 from fxprune import cli
 
 ROOT = Path(__file__).parent.parent
-MACHINE_PATH = re.compile(r"/(?:home|root|Users|work|mnt|scratch)/\w|/tmp/\w|\b[A-Z]:\\\\?Users\b")
+MACHINE_PATH = re.compile(r"/(?:home|root|Users|work|mnt|scratch)/[\w.]|/tmp/\w|\b[A-Z]:\\\\?Users\b")
 
 
 @pytest.fixture(scope="module")
