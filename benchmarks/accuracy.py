@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ class Comparison:
         images: how many were seen.
         dense, masked, compiled: top-1 accuracy.
         agreeing: images on which masked and compiled predict the same class.
+        classes: how many different classes masked predicts; were it one, agreeing would mean little.
         difference: largest absolute difference of their logits.
         scale: largest absolute logit of the masked network.
     """
@@ -48,6 +49,7 @@ class Comparison:
     masked: float
     compiled: float
     agreeing: int
+    classes: int
     difference: float
     scale: float
 
@@ -57,7 +59,7 @@ class Comparison:
             f"{'dense':<10}{self.dense:>9.2%}\n"
             f"{'masked':<10}{self.masked:>9.2%}\n"
             f"{'compiled':<10}{self.compiled:>9.2%}\n"
-            f"masked and compiled agree on {self.agreeing} of {self.images} images; "
+            f"masked and compiled agree on {self.agreeing} of {self.images} images ({self.classes} classes predicted); "
             f"largest difference of logits {self.difference:.1e} (largest logit {self.scale:.1f})"
         )
 
@@ -80,26 +82,30 @@ def compare(
     progress: bool = False,
 ) -> Comparison:
     """Run the three networks over all `images`, `batch` at a time."""
-    total = Comparison(0, 0, 0, 0, 0, 0, 0)
+    # Predicted classes, one row for each of dense, masked, compiled; and the true ones.
+    predictions: list[Tensor] = []
+    truth: list[Tensor] = []
+    difference = scale = 0.0
     with tqdm(total=images.count, unit="image", disable=not progress) as bar:
         for pixels, labels in images.batches(batch):
             inputs = normalize(pixels)
-            total = _add(total, labels, dense(inputs), masked(inputs), compiled(inputs))
+            logits = [network(inputs) for network in (dense, masked, compiled)]
+            predictions.append(torch.stack([scores.argmax(1) for scores in logits]))
+            truth.append(labels)
+            difference = max(difference, float((logits[1] - logits[2]).abs().max()))
+            scale = max(scale, float(logits[1].abs().max()))
             bar.update(len(labels))
-    seen = total.images
-    return replace(total, dense=total.dense / seen, masked=total.masked / seen, compiled=total.compiled / seen)
-
-
-def _add(total: Comparison, labels: Tensor, dense: Tensor, masked: Tensor, compiled: Tensor) -> Comparison:
-    """Add a batch; the three accuracies count images until the end."""
+    predicted = torch.cat(predictions, dim=1)
+    accuracy = (predicted == torch.cat(truth)).double().mean(1).tolist()
     return Comparison(
-        images=total.images + len(labels),
-        dense=total.dense + int((dense.argmax(1) == labels).sum()),
-        masked=total.masked + int((masked.argmax(1) == labels).sum()),
-        compiled=total.compiled + int((compiled.argmax(1) == labels).sum()),
-        agreeing=total.agreeing + int((masked.argmax(1) == compiled.argmax(1)).sum()),
-        difference=max(total.difference, float((masked - compiled).abs().max())),
-        scale=max(total.scale, float(masked.abs().max())),
+        images=images.count,
+        dense=accuracy[0],
+        masked=accuracy[1],
+        compiled=accuracy[2],
+        agreeing=int((predicted[1] == predicted[2]).sum()),
+        classes=predicted[1].unique().numel(),
+        difference=difference,
+        scale=scale,
     )
 
 

@@ -57,6 +57,7 @@ def test_comparison_counts_every_image_once(batch: int) -> None:
     assert found.agreeing == 5
     assert found.difference == pytest.approx(0.05 * 0.9)
     assert found.scale == pytest.approx(0.63)
+    assert found.classes == 2
 
 
 def test_comparison_sees_a_disagreement() -> None:
@@ -201,13 +202,15 @@ def test_trained_networks(shared: Path, tmp_path: Path, model: str, weights: str
         [
             *("--model", model, "--weights", str(shared / "weights" / "cifar10" / weights)),
             *("--data", f"cifar10:{shared / 'data' / 'cifar10'}", "--limit", "500", "--output", str(record)),
+            *("--ratio", "0.25", "--form", "overlap"),  # gentle enough that predictions still vary without fine-tuning
         ]
     )
     assert code == 0
     document = json.loads(record.read_text())
     assert document["result"]["agreeing"] == document["result"]["images"] == 500
     assert document["result"]["dense"] >= at_least
-    assert document["report"]["params_pruned"] < 0.6 * document["report"]["params_dense"]
+    assert document["result"]["classes"] >= 8
+    assert document["report"]["params_pruned"] < 0.8 * document["report"]["params_dense"]
     assert str(shared) not in record.read_text()
 
 

@@ -94,7 +94,8 @@ def test_a_file_that_computes_something_else_is_refused() -> None:
         demo._same("other", other, images, expected)
 
 
-def test_the_global_generator_is_left_alone(tmp_path: Path) -> None:
-    before = torch.get_rng_state()
+def test_what_is_global_is_left_alone(tmp_path: Path) -> None:
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
     demo.run(tmp_path, epochs=1, finetune_epochs=0, repeats=1)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
