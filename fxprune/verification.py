@@ -65,7 +65,7 @@ def verify(pruned: nn.Module, masked: nn.Module, example_inputs: Inputs, *, mode
         if worst_rel > limit:
             limit = max(limit, NOISE_MARGIN * _response_to_noise(masked, inputs, mode, expected))
         if not worst_rel <= limit:
-            where = _first_difference(pruned, masked, inputs, mode)
+            where = _first_difference(pruned, masked, inputs, mode, as_inputs(example_inputs))
             raise VerificationError(
                 f"the models differ in {mode} mode by {worst_rel:.1e} of the largest output (limit {limit:.0e}); {where}. "
                 "This is a defect of fxprune, or the models do not belong together; please report it with the model"
@@ -201,12 +201,12 @@ def _compare_statistics(found: Mapping[str, Tensor], expected: Mapping[str, Tens
 # ---------------------------------------------------------------------------------------------------- where they differ first
 
 
-def _first_difference(pruned: nn.Module, masked: nn.Module, inputs: tuple[Any, ...], mode: str) -> str:
+def _first_difference(pruned: nn.Module, masked: nn.Module, inputs: tuple[Any, ...], mode: str, examples: tuple[Any, ...]) -> str:
     """Name the first node of `pruned` whose values, in any order, are not those of the node of the same name in the masked model."""
     if not isinstance(pruned, fx.GraphModule):
         return "the first model is no graph, so the place is unknown"
     try:
-        oracle = {name: summary for name, summary, _ in _summaries(trace(masked, inputs).module, inputs, mode)}
+        oracle = {name: summary for name, summary, _ in _summaries(trace(masked, examples).module, inputs, mode)}
         for name, summary, target in _summaries(pruned, inputs, mode):
             if name in oracle and not _alike(summary, oracle[name]):
                 return f"the first node that differs is {name} ({target})"

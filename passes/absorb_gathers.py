@@ -6,7 +6,7 @@ W (O, C, kh, kw), x (N, C, H, W), p (C,) long. A transposed convolution holds W 
 2. Outputs: all call sites are read by nobody but the same permutation. Bias (and the gain of a weight-standardised convolution) moves with W.
 3. A layer with groups absorbs a permutation that moves channels inside their group only.
 A layer is called from several sites if it is shared, or if another layer has the same weight; then all sites must agree, and all weights change together.
-Left alone, with a reason: sites that disagree, and permutations that cross groups.
+Left alone: a gather that others read as well. With a reason: sites that disagree, and permutations that cross groups.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,8 @@ def _layers_by_weight(gm: fx.GraphModule) -> list[tuple[list[Layer], list[fx.Nod
 
 
 def _gathers_before(gm: fx.GraphModule, sites: Sequence[fx.Node]) -> list[fx.Node]:
-    return [source for site in sites if (source := site.all_input_nodes[0]).op == "call_module" and _is_gather(gm, source)]
+    found = [source for site in sites if _is_gather(gm, source := site.all_input_nodes[0])]
+    return found if all(user in sites for gather in found for user in gather.users) else []
 
 
 def _gathers_after(gm: fx.GraphModule, sites: Sequence[fx.Node]) -> list[fx.Node]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.channels import ChannelAnalysis, Port, Reordering, Scale, analyze_channels
+from fxprune.errors import PassError
 from fxprune.layers import ChannelGather
 from fxprune.rewriting import KEPT_BECAUSE, Outcome, Skip, calls, gather_after, gather_before, replace_tensor
 from fxprune.tracing import meta_values
@@ -71,7 +72,10 @@ def _serve_wishes(gm: fx.GraphModule, analysis: ChannelAnalysis, reordering: Reo
 def _new_order(atoms: np.ndarray[Any, np.dtype[np.int64]], moved: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Old position of what stands at each position after the reordering."""
     sorter = np.argsort(atoms)
-    return sorter[np.searchsorted(atoms, moved[atoms], sorter=sorter)]
+    index = sorter[np.searchsorted(atoms, moved[atoms], sorter=sorter).clip(max=atoms.size - 1)]
+    if not np.array_equal(atoms[index], moved[atoms]):
+        raise PassError("the order of a channel space moves channels out of a value; this is a defect of the channel analysis")
+    return index
 
 
 def _reorder(gm: fx.GraphModule, scale: Scale, index: np.ndarray[Any, np.dtype[np.int64]]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.channels.atoms import Array, Blocks
 from fxprune.channels.interpreter import Port, Scale, State, layer_name
-from fxprune.channels.rules import FUNCTIONS, METHODS, Rule, rule_for
+from fxprune.channels.rules import FUNCTIONS, METHODS, Rule, item, rule_for
 from fxprune.tracing import is_hooked, trace_leaf
 
 
@@ -178,7 +178,9 @@ def _interpret(state: State) -> Any:
     rule = _rule(state.module, node)
     if rule is None:
         return state.boundary(f"no rule for {getattr(node.target, '__module__', None) or 'torch'}.{getattr(node.target, '__name__', node.target)}")
-    return rule(state) if state.tensors() else state.unlabelled(state.value)
+    if not any(isinstance(leaf, Tensor) for n in node.all_input_nodes for leaf in torch.utils._pytree.tree_leaves(state.labels[n])):
+        return state.unlabelled(state.value)  # made of sizes only: torch.zeros(x.shape[0], 8)
+    return rule(state) if state.tensors() or rule is item else state.boundary(f"{node.name} takes several tensors as one argument")
 
 
 def _rule(module: fx.GraphModule, node: fx.Node) -> Rule | None:

@@ -71,8 +71,8 @@ def reshape(state: State) -> Any:
     place = torch.zeros((1,) * labels.dim(), dtype=torch.int64)
     for d in fixed:
         place = place * shape[d] + along(torch.arange(shape[d]), d, labels.dim())
-    moved = _execute(state, lambda node: labels.expand(shape) if node is source else state.values[node])
-    places = _execute(state, lambda node: place.expand(shape) if node is source else state.values[node], compressed=False)
+    moved = _execute(state, lambda node: labels.expand(shape).contiguous() if node is source else state.values[node])
+    places = _execute(state, lambda node: place.expand(shape).contiguous() if node is source else state.values[node], compressed=False)
     vary, rest = varying(moved), [d for d in range(moved.dim()) if moved.shape[d] == 1]
     rows = places.permute(*vary, *rest).reshape(moved.numel(), -1)
     if bool((rows == rows[0]).all()):
@@ -387,10 +387,10 @@ def functional_convolution(state: State) -> Any:
     if groups != shape[1] or state.value.shape[1] != shape[1] or varying(labels) != [1]:
         return state.boundary("functional convolution, whose weight is computed or shared")
     kernel, kernel_shape = state.operand(weight)
-    dims = len(kernel_shape) - 2
-    operands = [(labels, (1, shape[1]) + (1,) * dims), (kernel.movedim(0, 1), (1, kernel_shape[0], *(kernel_shape[2:])))]
+    window = tuple(kernel_shape[2:])  # x stands for itself at every place of the kernel, so these only tell the entries of a kernel apart
+    operands = [(labels, (1, shape[1], *window)), (kernel.movedim(0, 1), (1, kernel_shape[0], *window))]
     if isinstance(bias, fx.Node):
-        operands.append((along(state.labels[bias].reshape(-1), 1, len(shape)), (1, shape[1]) + (1,) * dims))
+        operands.append((along(state.labels[bias].reshape(-1), 1, len(shape)), (1, shape[1], *window)))
     return state.join(operands, len(shape))
 
 
