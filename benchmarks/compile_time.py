@@ -97,12 +97,17 @@ def _status_mb(field: str) -> float:
 
 
 def measure_in_fresh_process(name: str, kind: str, threads: int) -> Measurement:
-    """Run one of `MEASUREMENTS` in a new interpreter."""
+    """Run one of `MEASUREMENTS` in a new interpreter.
+
+    Raises:
+        RuntimeError: it ended with an error, whose last line is in the message.
+    """
     command = [sys.executable, "-m", "benchmarks.compile_time", name, "--inside", kind, "--threads", str(threads)]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"{name}, {kind}: exit code {done.returncode}\n{done.stderr}")
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"{name}, {kind}: exit code {done.returncode}: {reason}")
     measurement: Measurement = json.loads(done.stdout.splitlines()[-1])
     return measurement
 
@@ -123,8 +128,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     lines = [f"{'seconds':<18}" + "".join(f"{step:>11}" for step in steps) + memory]
     for name, result in results.items():
         limits = {"analysis": 1.0, "compile": result["target_seconds"]}
-        cells = [_cell(result[step], limits.get(step), ".2f") for step in steps]
-        cells += [_cell(result[f"{kind} peak MB"], result["limit_mb"], ".0f") for kind in ("compile", "verified")]
+        cells = [_cell(result.get(step), limits.get(step), ".2f") for step in steps]
+        cells += [_cell(result.get(f"{kind} peak MB"), result["limit_mb"], ".0f") for kind in ("compile", "verified")]
         lines.append(f"{name:<18}" + "".join(f"{cell:>11}" for cell in cells) + f"{result['limit_mb']:>9.0f}")
     return "\n".join([*lines, "! above its limit"])
 
@@ -136,7 +141,7 @@ def _cell(value: float | None, limit: float | None, style: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the table, write the record."""
+    """Measure, print the table, write the record; return 1 if a measurement failed."""
     description = "Seconds and peak memory of fxprune.compile, each in a fresh process."
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_time", description=description)
     parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL", help=f"default: {' '.join(MODELS)}")
@@ -154,13 +159,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
     results: dict[str, dict[str, Any]] = {}
+    failed = False
     with tqdm(total=len(options.models) * len(MEASUREMENTS) * options.repeat, disable=not sys.stderr.isatty()) as bar:
         for name in options.models:
             runs = []
             for kind in MEASUREMENTS:
                 for _ in range(options.repeat):
                     bar.set_description_str(f"{name} {kind}")
-                    runs.append(measure_in_fresh_process(name, kind, options.threads))
+                    try:
+                        runs.append(measure_in_fresh_process(name, kind, options.threads))
+                    except RuntimeError as error:  # the other measurements are worth having all the same
+                        tqdm.write(f"benchmarks.compile_time: error: {error}", file=sys.stderr)
+                        failed = True
                     bar.update()
             limits = {"limit_mb": memory_limit_mb(load_model(name)), "target_seconds": TARGET_SECONDS.get(name)}
             results[name] = medians(runs) | limits
@@ -169,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {"ratio": 0.5, "repeat": options.repeat}
     record = {"environment": environment(), "settings": settings, "results": results}
     options.output.write_text(json.dumps(record, indent=2) + "\n")
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":
