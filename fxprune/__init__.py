@@ -1,4 +1,5 @@
-"""fxprune makes convolutional networks smaller: it prunes kernels and rewrites the graph into grouped convolutions, exactly.
+"""fxprune makes convolutional networks smaller: it prunes kernels and rewrites the graph into grouped convolutions,
+exactly.
 
 >>> import torch, fxprune
 >>> net = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3), torch.nn.ReLU(), torch.nn.Conv2d(32, 16, 1))

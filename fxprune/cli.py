@@ -141,7 +141,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-
 def _add_pruning_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ratio", type=float, default=0.5, help="share of kernel groups to prune (%(default)s)")
     parser.add_argument("--groups", type=_groups, default="auto", metavar="N|auto", help="groups per convolution")

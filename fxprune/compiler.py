@@ -60,12 +60,15 @@ def compile(
 ) -> fx.GraphModule:
     """Prune a trained model and rewrite it into a smaller graph that computes exactly what the masked model computes.
 
-    The same as `make_plan`, `mask`, `rewrite` and `verify` in turn. The model is never changed; the result shares no memory with it.
+    The same as `make_plan`, `mask`, `rewrite` and `verify` in turn. The model is never changed; the result shares no
+    memory with it.
 
     Args:
         model: any traceable module, on any device, in any floating-point type.
-        ratio: share of kernel groups to remove from each convolution, in `[0, 1)`, or a mapping from module-name pattern to share.
-        example_inputs: positional arguments of forward. With them shapes and MACs are exact and the result is verified; without, a usual image size is probed.
+        ratio: share of kernel groups to remove from each convolution, in `[0, 1)`, or a mapping from module-name
+            pattern to share.
+        example_inputs: positional arguments of forward. With them shapes and MACs are exact and the result is verified;
+            without, a usual image size is probed.
         groups: number of groups, `"auto"`, or a mapping from pattern to either.
         method: how the groups are chosen, see `fxprune.planning.METHODS`.
         form: `"partition"`, `"overlap"` or `"auto"`.
@@ -91,7 +94,16 @@ def compile(
         raise FxpruneError("verify=True needs example_inputs to run the models on; pass them, or leave verify out")
     traced = trace(model, example_inputs)
     plan = _plan(
-        model, traced, ratio, groups=groups, method=method, form=form, criterion=criterion, ignore=ignore, seed=seed, progress=progress
+        model,
+        traced,
+        ratio,
+        groups=groups,
+        method=method,
+        form=form,
+        criterion=criterion,
+        ignore=ignore,
+        seed=seed,
+        progress=progress,
     )
     masked = mask(model, plan)
     pruned = rewrite(masked, plan, example_inputs, fold_batch_norm=fold_batch_norm)
@@ -114,9 +126,22 @@ def make_plan(
     seed: int = 0,
     progress: bool = False,
 ) -> PrunePlan:
-    """Choose which convolutions are pruned and how. Arguments and errors are those of `compile`; the model is only read."""
+    """Choose which convolutions are pruned and how. Arguments and errors are those of `compile`; the model is only
+    read.
+    """
     traced = trace(model, example_inputs)
-    return _plan(model, traced, ratio, groups=groups, method=method, form=form, criterion=criterion, ignore=ignore, seed=seed, progress=progress)
+    return _plan(
+        model,
+        traced,
+        ratio,
+        groups=groups,
+        method=method,
+        form=form,
+        criterion=criterion,
+        ignore=ignore,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def mask(model: nn.Module, plan: PrunePlan) -> nn.Module:
@@ -135,7 +160,9 @@ def mask(model: nn.Module, plan: PrunePlan) -> nn.Module:
     return masked
 
 
-def rewrite(masked: nn.Module, plan: PrunePlan, example_inputs: Inputs | None = None, *, fold_batch_norm: bool = False) -> fx.GraphModule:
+def rewrite(
+    masked: nn.Module, plan: PrunePlan, example_inputs: Inputs | None = None, *, fold_batch_norm: bool = False
+) -> fx.GraphModule:
     """Rewrite a masked model into grouped convolutions. Exact: the result computes what `masked` computes.
 
     Args:
@@ -161,7 +188,11 @@ def rewrite(masked: nn.Module, plan: PrunePlan, example_inputs: Inputs | None = 
     _own_tensors(gm, masked)
     notes = list(traced.notes)
     if traced.probed:
-        notes.append("no example_inputs: MACs are for an assumed input size, and the result was not verified" if traced.inputs else _NO_SHAPES)
+        notes.append(
+            "no example_inputs: MACs are for an assumed input size, and the result was not verified"
+            if traced.inputs
+            else _NO_SHAPES
+        )
     if fold_batch_norm:
         notes.append("BatchNorm is folded: the result equals the masked model in evaluation mode only")
     report = make_report(
@@ -178,12 +209,17 @@ def rewrite(masked: nn.Module, plan: PrunePlan, example_inputs: Inputs | None = 
     gm.meta[_RECORD] = Record(plan, report, traced.inputs, modes, {"fold_batch_norm": fold_batch_norm})
     if not plan.layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:3])
-        warnings.warn(f"no convolution was rewritten, the result is as large as the model ({reasons})", NothingRewrittenWarning, stacklevel=2)
+        warnings.warn(
+            f"no convolution was rewritten, the result is as large as the model ({reasons})",
+            NothingRewrittenWarning,
+            stacklevel=2,
+        )
     return gm
 
 
 def analyze(model: nn.Module, example_inputs: Inputs | None = None) -> ChannelAnalysis:
-    """Find the channel spaces of a model: which channels share an order, what ties them, and why some may not move. `print` it.
+    """Find the channel spaces of a model: which channels share an order, what ties them, and why some may not move.
+    `print` it.
 
     Raises:
         TraceError: the model cannot be traced.
@@ -213,12 +249,16 @@ def _record(pruned: nn.Module) -> Record:
     meta = getattr(pruned, "meta", None)
     record = meta.get(_RECORD) if isinstance(meta, dict) else None
     if not isinstance(record, Record):
-        raise FxpruneError(f"{type(pruned).__name__} carries no record of a compilation; pass the module that fxprune.compile, rewrite or load returned")
+        raise FxpruneError(
+            f"{type(pruned).__name__} carries no record of a compilation; pass the module that fxprune.compile, rewrite or load returned"
+        )
     return record
 
 
 def _own_tensors(gm: fx.GraphModule, masked: nn.Module) -> None:
-    """Give `gm` its own copy of every tensor that it still shares with the masked model, one copy for each, so that ties stay."""
+    """Give `gm` its own copy of every tensor that it still shares with the masked model, one copy for each, so that
+    ties stay.
+    """
     shared = {id(t) for t in (*masked.parameters(), *masked.buffers())}
     copies: dict[int, Tensor] = {}
     for module in gm.modules():
@@ -228,7 +268,11 @@ def _own_tensors(gm: fx.GraphModule, masked: nn.Module) -> None:
                     continue
                 if id(tensor) not in copies:
                     data = tensor.detach().clone()
-                    copies[id(tensor)] = nn.Parameter(data, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+                    copies[id(tensor)] = (
+                        nn.Parameter(data, requires_grad=tensor.requires_grad)
+                        if isinstance(tensor, nn.Parameter)
+                        else data
+                    )
                 store[name] = copies[id(tensor)]  # type: ignore[assignment]  # a parameter replaces a parameter
 
 

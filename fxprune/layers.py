@@ -40,11 +40,15 @@ class ChannelGather(nn.Module):
     @property
     def is_identity(self) -> bool:
         """Whether the output is the input."""
-        return self.index.numel() == self.in_channels and torch.equal(self.index, torch.arange(self.in_channels, device=self.index.device))
+        return self.index.numel() == self.in_channels and torch.equal(
+            self.index, torch.arange(self.in_channels, device=self.index.device)
+        )
 
 
 class TrainingFlag(nn.Module):
-    """Return `self.training`, so that a traced call such as `F.dropout(x, training=...)` follows `.train()` and `.eval()`."""
+    """Return `self.training`, so that a traced call such as `F.dropout(x, training=...)` follows `.train()` and
+    `.eval()`.
+    """
 
     def forward(self) -> bool:
         return self.training

@@ -1,7 +1,8 @@
 """The passes in order, and the runner that watches over them.
 
-After each pass the graph is linted, recompiled and checked against the invariants of the IR. Two environment variables look inside:
-`FXPRUNE_DUMP=dir` writes the graph after each pass as numbered text files, `FXPRUNE_VERIFY=1` checks after each pass that the function is unchanged.
+After each pass the graph is linted, recompiled and checked against the invariants of the IR. Two environment variables
+look inside: `FXPRUNE_DUMP=dir` writes the graph after each pass as numbered text files, `FXPRUNE_VERIFY=1` checks after
+each pass that the function is unchanged.
 """
 
 import logging
@@ -37,7 +38,9 @@ def default_pipeline(plan: PrunePlan, inputs: tuple[Any, ...], *, fold_batch_nor
         SinkGathers(inputs),
         MergeGathers(),  # a sunk gather meets the one at the end of its space
         AbsorbGathers(),  # only what could not merge
-        *((FoldBatchNorm(),) if fold_batch_norm else ()),  # last: only now does BatchNorm follow its convolution directly
+        *(
+            (FoldBatchNorm(),) if fold_batch_norm else ()
+        ),  # last: only now does BatchNorm follow its convolution directly
     )
 
 
@@ -82,7 +85,9 @@ def checks_each_pass() -> bool:
     """
     value = os.environ.get("FXPRUNE_VERIFY", "0")
     if value not in ("", "0", "1"):
-        raise PassError(f"FXPRUNE_VERIFY is {value!r}; use 1 to check the function after each pass, 0 or nothing to leave it")
+        raise PassError(
+            f"FXPRUNE_VERIFY is {value!r}; use 1 to check the function after each pass, 0 or nothing to leave it"
+        )
     return value == "1"
 
 
@@ -98,7 +103,9 @@ def _finish(gm: fx.GraphModule, name: str) -> None:
             raise PassError(f"pass {name} left {node.name} with an index outside its {gather.in_channels} channels")
     for node, conv in calls(gm, nn.Conv2d):
         if tuple(conv.weight.shape[:2]) != (conv.out_channels, conv.in_channels // conv.groups):
-            raise PassError(f"pass {name} left {node.name} with a weight of shape {tuple(conv.weight.shape)} for {conv}")
+            raise PassError(
+                f"pass {name} left {node.name} with a weight of shape {tuple(conv.weight.shape)} for {conv}"
+            )
 
 
 def _dump(directory: Path | None, number: int, name: str, gm: fx.GraphModule) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -107,30 +108,33 @@ def make_plan(
 
     layers: dict[str, GroupedKernels] = {}
     skipped: dict[str, str] = {}
-    for name, conv in tqdm(convs.items(), desc="planning", unit="conv", disable=not progress):
-        reason = ""
-        if name in ignored:
-            reason = "ignored on request"
-        elif name not in ratios:
-            reason = "no pattern of ratio matches"
-        elif ratios[name] == 0:
-            reason = "ratio is 0"
-        elif reachable is not None and name not in reachable:
-            reason = "not called by the traced graph (inside an untraceable module, or unused)"
-        else:
-            reason = skip_reason(conv, shared)
-        if reason:
-            skipped[name] = reason
-            continue
-        try:
-            shape = choose_shape(conv.out_channels, conv.in_channels, ratios[name], wanted.get(name, "auto"), form)
-        except PlanError as error:
-            raise PlanError(f"{name}: {error}") from error
-        if isinstance(shape, str):
-            skipped[name] = shape
-            continue
-        clustering = cocluster(kernel_importance(name, conv, criterion), shape.groups, shape.kept, shape.form, seed)
-        layers[name] = GroupedKernels(clustering.out_order, clustering.kept, conv.in_channels, ratios[name])
+    # One thread: the matrices are small, and on a busy machine threads that wait for each other cost ten times the
+    # work.
+    with threadpool_limits(1):
+        for name, conv in tqdm(convs.items(), desc="planning", unit="conv", disable=not progress):
+            reason = ""
+            if name in ignored:
+                reason = "ignored on request"
+            elif name not in ratios:
+                reason = "no pattern of ratio matches"
+            elif ratios[name] == 0:
+                reason = "ratio is 0"
+            elif reachable is not None and name not in reachable:
+                reason = "not called by the traced graph (inside an untraceable module, or unused)"
+            else:
+                reason = skip_reason(conv, shared)
+            if reason:
+                skipped[name] = reason
+                continue
+            try:
+                shape = choose_shape(conv.out_channels, conv.in_channels, ratios[name], wanted.get(name, "auto"), form)
+            except PlanError as error:
+                raise PlanError(f"{name}: {error}") from error
+            if isinstance(shape, str):
+                skipped[name] = shape
+                continue
+            clustering = cocluster(kernel_importance(name, conv, criterion), shape.groups, shape.kept, shape.form, seed)
+            layers[name] = GroupedKernels(clustering.out_order, clustering.kept, conv.in_channels, ratios[name])
     return PrunePlan(layers, skipped, ratio, method, criterion, seed)
 
 

@@ -1,4 +1,6 @@
-"""What became of each convolution, in numbers: form, groups, ratio, parameters, multiply-accumulates, and the gathers that remain."""
+"""What became of each convolution, in numbers: form, groups, ratio, parameters, multiply-accumulates, and the gathers
+that remain.
+"""
 
 import math
 from collections.abc import Mapping
@@ -56,7 +58,8 @@ class Report:
         layers: every `Conv2d`, in model order.
         gathers: the gathers that remain, in graph order.
         params_dense, params_pruned: parameters of the whole model.
-        macs_dense, macs_pruned: multiply-accumulates of all convolutions and linear layers for one image; None if shapes are unknown.
+        macs_dense, macs_pruned: multiply-accumulates of all convolutions and linear layers for one image; None if
+            shapes are unknown.
         input_shapes: shapes of the inputs that the MACs are counted for.
         notes: what else the user should know.
     """
@@ -81,7 +84,9 @@ class Report:
 
     def __str__(self) -> str:
         width = max([12, *(len(layer.name) for layer in self.layers)])
-        lines = [f"{'convolution':{width}}  {'form':9} {'groups':>6} {'asked':>6} {'reached':>7} {'params':>19} {'MACs':>19}"]
+        lines = [
+            f"{'convolution':{width}}  {'form':9} {'groups':>6} {'asked':>6} {'reached':>7} {'params':>19} {'MACs':>19}"
+        ]
         for layer in self.layers:
             if layer.reason:
                 lines.append(f"{layer.name:{width}}  {'dense':9} {layer.reason}")
@@ -99,7 +104,9 @@ class Report:
             f"gathers     {len(self.gathers)} remain",
         ]
         gather_width = max([0, *(len(gather.name) for gather in self.gathers)])
-        lines.extend(f"  {gather.name:{gather_width}}  {gather.channels:>5} channels: {gather.reason}" for gather in self.gathers)
+        lines.extend(
+            f"  {gather.name:{gather_width}}  {gather.channels:>5} channels: {gather.reason}" for gather in self.gathers
+        )
         lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)
 
@@ -160,7 +167,9 @@ def make_report(
 
 
 def layer_costs(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> dict[str, tuple[int, int | None]]:
-    """Parameters, and MACs of one image over all calls (None if shapes are unknown), of each convolution and linear layer, by module path."""
+    """Parameters, and MACs of one image over all calls (None if shapes are unknown), of each convolution and linear
+    layer, by module path.
+    """
     costs: dict[str, tuple[int, int | None]] = {}
     batch = _batch(gm, values)
     for node, layer in calls(gm, nn.Module):
@@ -168,7 +177,12 @@ def layer_costs(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> dict[str, 
             continue
         params, macs = costs.get(str(node.target), (sum(p.numel() for p in layer.parameters()), 0))
         value = values.get(node)
-        costs[str(node.target)] = (params, None if macs is None or not isinstance(value, Tensor) else macs + _macs(layer, node, value, values) // batch)
+        costs[str(node.target)] = (
+            params,
+            None
+            if macs is None or not isinstance(value, Tensor)
+            else macs + _macs(layer, node, value, values) // batch,
+        )
     return costs
 
 

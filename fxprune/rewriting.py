@@ -1,4 +1,6 @@
-"""What a rewrite pass is: a frozen dataclass whose fields are its options, called with a program, answering with an outcome."""
+"""What a rewrite pass is: a frozen dataclass whose fields are its options, called with a program, answering with an
+outcome.
+"""
 
 import inspect
 import operator
@@ -45,7 +47,9 @@ class Pass(Protocol):
 
 
 def calls(gm: fx.GraphModule, kind: type[M]) -> Iterator[tuple[fx.Node, M]]:
-    """Yield every node that calls a module of type `kind`, with the module, in graph order. The graph may change meanwhile."""
+    """Yield every node that calls a module of type `kind`, with the module, in graph order. The graph may change
+    meanwhile.
+    """
     for node in list(gm.graph.nodes):
         if node.op == "call_module":
             module = gm.get_submodule(node.target)
@@ -53,9 +57,12 @@ def calls(gm: fx.GraphModule, kind: type[M]) -> Iterator[tuple[fx.Node, M]]:
                 yield node, module
 
 
-def call_sites(gm: fx.GraphModule, module: nn.Module) -> list[fx.Node]:
-    """Return the nodes that call `module`: a module is not a node, it may be called several times."""
-    return [node for node, other in calls(gm, type(module)) if other is module]
+def call_sites(gm: fx.GraphModule) -> dict[nn.Module, list[fx.Node]]:
+    """Return the nodes that call each module: a module is not a node, it may be called several times."""
+    sites: dict[nn.Module, list[fx.Node]] = {}
+    for node, module in calls(gm, nn.Module):
+        sites.setdefault(module, []).append(node)
+    return sites
 
 
 def new_gather(gm: fx.GraphModule, source: fx.Node, gather: ChannelGather, name: str) -> fx.Node:
@@ -96,13 +103,28 @@ def erase_gather(gm: fx.GraphModule, node: fx.Node, replacement: fx.Node) -> Non
         gm.delete_submodule(str(target))
 
 
-def replace_tensor(gm: fx.GraphModule, old: torch.Tensor, new: torch.Tensor) -> None:
-    """Put `new` in place of a parameter or buffer everywhere it stands, so that tied parameters stay tied. `old` itself is not changed."""
-    stored = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-    for module in gm.modules():
-        for store in (module._parameters, module._buffers):
-            for name in [name for name, tensor in store.items() if tensor is old]:
-                store[name] = stored  # type: ignore[assignment]  # a parameter is only found among parameters
+class Tensors:
+    """The parameters and buffers of a module tree by identity, so that a tensor is replaced everywhere it stands and
+    tied ones stay tied.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        for module in gm.modules():
+            for store in (module._parameters, module._buffers):
+                for name, tensor in store.items():
+                    self._places.setdefault(id(tensor), []).append((store, name))
+
+    def replace(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Put `new` in place of `old`, as a parameter if `old` is one, and return what was stored. `old` itself is not
+        changed.
+        """
+        stored = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+        places = self._places.pop(id(old))
+        for store, name in places:
+            store[name] = stored
+        self._places[id(stored)] = places
+        return stored
 
 
 def is_mutating(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -121,14 +143,18 @@ def is_mutating(gm: fx.GraphModule, node: fx.Node) -> bool:
         return name in _INPLACE_OPERATORS
     inplace = node.kwargs.get("inplace", False)
     try:
-        bound = inspect.signature(node.target).bind_partial(*node.args, **node.kwargs) if callable(node.target) else None
+        bound = (
+            inspect.signature(node.target).bind_partial(*node.args, **node.kwargs) if callable(node.target) else None
+        )
     except (TypeError, ValueError):  # builtins without a signature have no `inplace` argument
         return bool(inplace)
     return bool(bound.arguments.get("inplace", inplace)) if bound else bool(inplace)
 
 
 def storage_roots(gm: fx.GraphModule) -> dict[fx.Node, frozenset[fx.Node]]:
-    """For each node, the nodes whose memory its value may share, itself included. Only known operators are trusted to give new memory."""
+    """For each node, the nodes whose memory its value may share, itself included. Only known operators are trusted to
+    give new memory.
+    """
     roots: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in gm.graph.nodes:
         if _gives_new_memory(gm, node):
@@ -138,9 +164,21 @@ def storage_roots(gm: fx.GraphModule) -> dict[fx.Node, frozenset[fx.Node]]:
     return roots
 
 
-_INPLACE_OPERATORS = frozenset("iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift iconcat".split())
-_NEW_MEMORY_MODULES = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.modules.pooling._AvgPoolNd, ChannelGather)
-_NEW_MEMORY_FUNCTIONS = frozenset((torch.cat, torch.stack, operator.add, operator.mul, operator.sub, operator.truediv, torch.add, torch.mul))
+_INPLACE_OPERATORS = frozenset(
+    "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift iconcat".split()
+)
+_NEW_MEMORY_MODULES = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.modules.pooling._AvgPoolNd,
+    ChannelGather,
+)
+_NEW_MEMORY_FUNCTIONS = frozenset(
+    (torch.cat, torch.stack, operator.add, operator.mul, operator.sub, operator.truediv, torch.add, torch.mul)
+)
 
 
 def _gives_new_memory(gm: fx.GraphModule, node: fx.Node) -> bool:

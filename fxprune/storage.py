@@ -20,7 +20,8 @@ VERSION = 1
 
 
 def save(pruned: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the weights, index tables and plan of a compiled model. The file holds no code and opens with `torch.load(weights_only=True)`.
+    """Write the weights, index tables and plan of a compiled model. The file holds no code and opens with
+    `torch.load(weights_only=True)`.
 
     The file appears whole or not at all: it is written beside `path` and then renamed.
 
@@ -34,7 +35,9 @@ def save(pruned: nn.Module, path: str | os.PathLike[str]) -> None:
     content = {"format": FORMAT, "version": VERSION, "header": header, "state": state, "digest": _digest(header, state)}
     target = Path(path)
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name, suffix=".partial", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=target.parent, prefix=target.name, suffix=".partial", delete=False
+        ) as file:
             partial = Path(file.name)
         try:
             torch.save(content, partial)
@@ -46,17 +49,21 @@ def save(pruned: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
-    """Rebuild a compiled model from a file and a dense model of the same architecture, whose weights do not matter. `model` is not changed.
+    """Rebuild a compiled model from a file and a dense model of the same architecture, whose weights do not matter.
+    `model` is not changed.
 
     Raises:
-        StorageError: the file is truncated, altered, foreign or of a newer format, or was saved from another architecture.
+        StorageError: the file is truncated, altered, foreign or of a newer format, or was saved from another
+            architecture.
     """
     content = _read(Path(path))
     header = json.loads(content["header"])
     try:
         plan = PrunePlan.from_json(header["plan"])
         blank = _blank(model, plan)
-        inputs = tuple(torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for shape, dtype in header["inputs"])
+        inputs = tuple(
+            torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for shape, dtype in header["inputs"]
+        )
         pruned = rewrite(blank, plan, inputs or None, **header["options"])
     except FxpruneError as error:
         raise StorageError(f"{path} does not fit {type(model).__name__}: {error}") from error
@@ -74,10 +81,18 @@ def _fill(pruned: fx.GraphModule, state: dict[str, Tensor], path: object, model:
     own = pruned.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) or sorted(name for name in own if own[name].shape != state[name].shape)
     if wrong:
-        raise StorageError(f"{path} does not fit {type(model).__name__}: {wrong[0]} differs; build the model with the arguments it was compiled with")
+        raise StorageError(
+            f"{path} does not fit {type(model).__name__}: {wrong[0]} differs; build the model with the arguments it was compiled with"
+        )
     for name, tensor in own.items():
-        if name.rpartition(".")[2] == "index" and not tensor.is_floating_point() and not torch.equal(tensor.cpu(), state[name]):
-            raise StorageError(f"{path} does not fit {type(model).__name__}: replaying its plan gives another {name}; load it with the model it was compiled from")
+        if (
+            name.rpartition(".")[2] == "index"
+            and not tensor.is_floating_point()
+            and not torch.equal(tensor.cpu(), state[name])
+        ):
+            raise StorageError(
+                f"{path} does not fit {type(model).__name__}: replaying its plan gives another {name}; load it with the model it was compiled from"
+            )
     pruned.load_state_dict(state)
     return pruned
 
@@ -92,7 +107,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise StorageError(f"{path} was not written by fxprune.save; for a plain state dict use model.load_state_dict")
     if content.get("version") != VERSION:
-        raise StorageError(f"{path} has format version {content.get('version')}, this fxprune reads version {VERSION}; use the version that wrote it")
+        raise StorageError(
+            f"{path} has format version {content.get('version')}, this fxprune reads version {VERSION}; use the version that wrote it"
+        )
     if not isinstance(content.get("header"), str) or not isinstance(content.get("state"), dict):
         raise StorageError(f"{path} is altered: parts of it are missing")
     if content.get("digest") != _digest(content["header"], content["state"]):
@@ -101,7 +118,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _describe(record: Record) -> list[tuple[list[int], str]]:
-    return [(list(leaf.shape), str(leaf.dtype).removeprefix("torch.")) for leaf in tree_leaves(record.inputs) if isinstance(leaf, Tensor)]
+    return [
+        (list(leaf.shape), str(leaf.dtype).removeprefix("torch."))
+        for leaf in tree_leaves(record.inputs)
+        if isinstance(leaf, Tensor)
+    ]
 
 
 def _digest(header: str, state: dict[str, Tensor]) -> str:

@@ -2,10 +2,12 @@
 
 Three things that `torch.fx.symbolic_trace` does not do:
 
-1. *Leaves.* Every convolution, normalisation and linear layer stays one node, subclasses included. A module whose forward cannot be
-   traced (control flow on shapes, say) becomes a leaf too, innermost first, so that the rest of the model is still captured.
-2. *Modes.* The model is traced in evaluation and in training mode and the graphs are compared. A literal that differs, such as the last argument of
-   `F.dropout(x, p, self.training)`, becomes a `TrainingFlag`; a module without layers of its own whose operators differ (`DropPath`) becomes a leaf.
+1. *Leaves.* Every convolution, normalisation and linear layer stays one node, subclasses included. A module whose
+   forward cannot be traced (control flow on shapes, say) becomes a leaf too, innermost first, so that the rest of the
+   model is still captured.
+2. *Modes.* The model is traced in evaluation and in training mode and the graphs are compared. A literal that differs,
+   such as the last argument of `F.dropout(x, p, self.training)`, becomes a `TrainingFlag`; a module without layers of
+   its own whose operators differ (`DropPath`) becomes a leaf.
 3. *Shapes.* They are computed on meta tensors, so that they cost next to nothing.
 """
 
@@ -35,7 +37,8 @@ LEAVES: tuple[type[nn.Module], ...] = (
     TrainingFlag,
 )
 
-# Spatial sizes tried, in this order, when no example is given: ImageNet, CIFAR, MNIST, then whatever fits the classifier.
+# Spatial sizes tried, in this order, when no example is given: ImageNet, CIFAR, MNIST, then whatever fits the
+# classifier.
 PROBE_SIZES = (224, 32, 28, 64, 96, 128, 256, 299, 384, 512, 16, 8)
 
 
@@ -45,11 +48,13 @@ class Trace:
 
     Attributes:
         module: the graph with its own module tree. Parameters and buffers are *shared* with the traced model.
-        values: what each node gives for `inputs`: meta tensors in place of tensors, otherwise plain values. A node whose value is unknown is absent.
+        values: what each node gives for `inputs`: meta tensors in place of tensors, otherwise plain values. A node
+            whose value is unknown is absent.
         inputs: the arguments of forward as meta tensors, from the example or from a probe; empty if no probe fits.
         probed: True if no example was given and `inputs` was found by trying.
         opaque: modules that could not be traced and stay whole, with the reason.
-        modes: `("eval", "train")`, or `("eval",)` if the forward differs in structure between the modes; the graph then follows evaluation.
+        modes: `("eval", "train")`, or `("eval",)` if the forward differs in structure between the modes; the graph then
+            follows evaluation.
         notes: what the user should know, one sentence each.
     """
 
@@ -72,8 +77,9 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
 
     Args:
         model: any module; it is not changed, and neither are the attributes it keeps beside its parameters.
-        example_inputs: positional arguments of `model.forward`, tensors of any device. Arguments with a default that the example leaves out keep
-            their default for good. Without an example, a single tensor input is probed with usual image sizes.
+        example_inputs: positional arguments of `model.forward`, tensors of any device. Arguments with a default that
+            the example leaves out keep their default for good. Without an example, a single tensor input is probed with
+            usual image sizes.
 
     Returns:
         The trace. Its modules share parameters with `model`.
@@ -87,7 +93,11 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
     while True:
         (evaluation, traced), (training, _) = (_trace_in_mode(model, mode, leaves, fixed) for mode in (False, True))
         flags, divergent = _compare_modes(evaluation, training)
-        fresh = {name: "its operators differ between training and evaluation" for name in divergent if _can_be_leaf(model, name)}
+        fresh = {
+            name: "its operators differ between training and evaluation"
+            for name in divergent
+            if _can_be_leaf(model, name)
+        }
         if not fresh.keys() - leaves.keys():
             break
         leaves |= fresh
@@ -106,10 +116,16 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
     module = fx.GraphModule(root, graph, class_name=type(model).__name__)
     _restore_modes(module, root)
 
-    notes = ["channels of modules that could not be traced keep their order: " + ", ".join(sorted(leaves))] if _has_layers(root, leaves) else []
+    notes = (
+        ["channels of modules that could not be traced keep their order: " + ", ".join(sorted(leaves))]
+        if _has_layers(root, leaves)
+        else []
+    )
     if divergent:
         where = ", ".join(name or "the model itself" for name in sorted(divergent))
-        notes.append(f"the forward of {where} differs between training and evaluation mode; the compiled graph follows evaluation")
+        notes.append(
+            f"the forward of {where} differs between training and evaluation mode; the compiled graph follows evaluation"
+        )
     values, inputs = _propagate(module, examples)
     return Trace(
         module=module,
@@ -123,7 +139,9 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
 
 
 def share_tensors(model: nn.Module, convert: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
-    """Copy the module tree of `model` but not its parameters and buffers, which are shared, or replaced by `convert(tensor)`."""
+    """Copy the module tree of `model` but not its parameters and buffers, which are shared, or replaced by
+    `convert(tensor)`.
+    """
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         memo[id(tensor)] = tensor if convert is None else convert(tensor)
@@ -136,8 +154,12 @@ def share_tensors(model: nn.Module, convert: Callable[[Tensor], Tensor] | None =
         ) from cause
 
 
-def trace_leaf(module: nn.Module, training: bool, inputs: tuple[Any, ...]) -> tuple[fx.GraphModule, dict[fx.Node, Any]] | None:
-    """Trace one module in one mode, with its values on the meta tensors `inputs`; None if it cannot be traced or does not run on them."""
+def trace_leaf(
+    module: nn.Module, training: bool, inputs: tuple[Any, ...]
+) -> tuple[fx.GraphModule, dict[fx.Node, Any]] | None:
+    """Trace one module in one mode, with its values on the meta tensors `inputs`; None if it cannot be traced or does
+    not run on them.
+    """
     root = share_tensors(module).train(training)
     try:
         graph_module = fx.GraphModule(root, _Tracer(()).trace(root))
@@ -152,7 +174,8 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks) or nn.utils.parametrize.is_parametrized(module)
 
 
-# ---------------------------------------------------------------------------------------------------------------- graphs
+# ----------------------------------------------------------------------------------------------------------------
+# graphs
 
 
 class _Tracer(fx.Tracer):
@@ -164,9 +187,15 @@ class _Tracer(fx.Tracer):
         self.failed: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LEAVES) or module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name)
+        return (
+            isinstance(m, LEAVES)
+            or module_qualified_name in self.leaves
+            or super().is_leaf_module(m, module_qualified_name)
+        )
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -175,7 +204,9 @@ class _Tracer(fx.Tracer):
             raise
 
 
-def _trace_in_mode(model: nn.Module, training: bool, leaves: dict[str, str], fixed: Mapping[str, Any]) -> tuple[fx.Graph, nn.Module]:
+def _trace_in_mode(
+    model: nn.Module, training: bool, leaves: dict[str, str], fixed: Mapping[str, Any]
+) -> tuple[fx.Graph, nn.Module]:
     """Trace a fresh copy in one mode, turning modules that raise into leaves (added to `leaves`) until it succeeds."""
     while True:
         tracer = _Tracer(leaves)
@@ -185,11 +216,17 @@ def _trace_in_mode(model: nn.Module, training: bool, leaves: dict[str, str], fix
         except Exception as cause:
             if not tracer.failed or tracer.failed in leaves:
                 raise TraceError(_untraceable(model, cause)) from cause
-            leaves[tracer.failed] = f"its forward cannot be traced ({str(cause).splitlines()[0] if str(cause) else type(cause).__name__})"
+            leaves[tracer.failed] = (
+                f"its forward cannot be traced ({str(cause).splitlines()[0] if str(cause) else type(cause).__name__})"
+            )
 
 
 def _untraceable(model: nn.Module, cause: Exception) -> str:
-    children = [name for name, child in model.named_children() if any(isinstance(m, nn.Conv2d) for m in child.modules()) and _is_traceable(child)]
+    children = [
+        name
+        for name, child in model.named_children()
+        if any(isinstance(m, nn.Conv2d) for m in child.modules()) and _is_traceable(child)
+    ]
     first_line = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
     way_out = (
         "compile a submodule and put it back, for example `model.{0} = fxprune.compile(model.{0})`; traceable here: {1}".format(
@@ -211,18 +248,28 @@ def _is_traceable(module: nn.Module) -> bool:
 
 def _fixed_arguments(model: nn.Module, examples: tuple[Any, ...] | None) -> dict[str, Any]:
     """Arguments of forward that keep their default value: all that have one, except those the example fills."""
-    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    parameters = [
+        p
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     given = 0 if examples is None else len(examples)
     missing = [p.name for p in parameters[given:] if p.default is p.empty] if examples is not None else []
     if missing:
-        raise TraceError(f"{type(model).__name__}.forward needs {', '.join(missing)}, but example_inputs has {given} values; give one for each")
+        raise TraceError(
+            f"{type(model).__name__}.forward needs {', '.join(missing)}, but example_inputs has {given} values; give one for each"
+        )
     return {p.name: p.default for p in parameters[given:] if p.default is not p.empty}
 
 
 def _drop_fixed_arguments(graph: fx.Graph, fixed: Mapping[str, Any]) -> None:
     """Remove the placeholders that tracing leaves behind for fixed arguments, with the assertions on them."""
     for node in list(graph.nodes):
-        if node.op != "placeholder" or not any(node.target.rpartition("_")[0] == name for name in fixed) or node.target in fixed:
+        if (
+            node.op != "placeholder"
+            or not any(node.target.rpartition("_")[0] == name for name in fixed)
+            or node.target in fixed
+        ):
             continue
         checks = [node]
         for check in checks:
@@ -236,7 +283,8 @@ def _drop_fixed_arguments(graph: fx.Graph, fixed: Mapping[str, Any]) -> None:
 _CHECKS = (operator.eq, torch._assert, fx._symbolic_trace._assert_is_none)
 
 
-# ----------------------------------------------------------------------------------------------------------------- modes
+# -----------------------------------------------------------------------------------------------------------------
+# modes
 
 
 def _owner(node: fx.Node) -> str:
@@ -246,7 +294,9 @@ def _owner(node: fx.Node) -> str:
 
 
 def _compare_modes(evaluation: fx.Graph, training: fx.Graph) -> tuple[list[fx.Node], set[str]]:
-    """Nodes of `evaluation` with a literal False where `training` has True, and the modules that differ in any other way."""
+    """Nodes of `evaluation` with a literal False where `training` has True, and the modules that differ in any other
+    way.
+    """
 
     def by_owner(graph: fx.Graph) -> dict[str, list[tuple[fx.Node, tuple[Any, ...], list[Any]]]]:
         position = {node: i for i, node in enumerate(graph.nodes)}
@@ -290,7 +340,9 @@ def _has_layers(root: nn.Module, names: Iterable[str]) -> bool:
 
 
 def _insert_training_flags(root: nn.Module, graph: fx.Graph, flags: list[fx.Node]) -> None:
-    """Replace the mode literals that tracing baked in: every `False` argument that was `True` in training mode follows the owner's mode."""
+    """Replace the mode literals that tracing baked in: every `False` argument that was `True` in training mode follows
+    the owner's mode.
+    """
     for node in flags:
         owner = _owner(node)
         module = root.get_submodule(owner)
@@ -319,7 +371,8 @@ def _restore_modes(module: fx.GraphModule, root: nn.Module) -> None:
         m.training = modes.get(name, root.training)
 
 
-# ---------------------------------------------------------------------------------------------------------------- shapes
+# ----------------------------------------------------------------------------------------------------------------
+# shapes
 
 
 class _MetaInterpreter(fx.Interpreter):
@@ -361,8 +414,12 @@ def _propagate(module: fx.GraphModule, examples: tuple[Any, ...] | None) -> tupl
     inputs = torch.utils._pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, examples)
     values, error = meta_values(module, inputs)
     if error is not None and not isinstance(error, NotImplementedError):
-        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
-        raise TraceError(f"the model does not run on example inputs of shape {shapes}: {str(error).splitlines()[0]}") from error
+        shapes = ", ".join(
+            str(tuple(leaf.shape)) for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)
+        )
+        raise TraceError(
+            f"the model does not run on example inputs of shape {shapes}: {str(error).splitlines()[0]}"
+        ) from error
     return values, inputs
 
 

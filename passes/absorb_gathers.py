@@ -1,11 +1,14 @@
-"""conv(gather(x, p), W) == conv(x, W[:, inverse(p)]) and gather(conv(x, W), p) == conv(x, W[p]), for permutations p; the same for linear layers.
+"""conv(gather(x, p), W) == conv(x, W[:, inverse(p)]) and gather(conv(x, W), p) == conv(x, W[p]), for permutations p;
+the same for linear layers.
 
 W (O, C, kh, kw), x (N, C, H, W), p (C,) long. A transposed convolution holds W as (C, O, kh, kw).
 
 1. Inputs: all call sites of the layer read the same permutation.
-2. Outputs: all call sites are read by nobody but the same permutation. Bias (and the gain of a weight-standardised convolution) moves with W.
+2. Outputs: all call sites are read by nobody but the same permutation. Bias (and the gain of a weight-standardised
+   convolution) moves with W.
 3. A layer with groups absorbs a permutation that moves channels inside their group only.
-A layer is called from several sites if it is shared, or if another layer has the same weight; then all sites must agree, and all weights change together.
+A layer is called from several sites if it is shared, or if another layer has the same weight; then all sites must
+agree, and all weights change together.
 Left alone: a gather that others read as well. With a reason: sites that disagree, and permutations that cross groups.
 """
 
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.layers import ChannelGather
-from fxprune.rewriting import Outcome, Skip, calls, erase_gather, replace_tensor
+from fxprune.rewriting import Outcome, Skip, Tensors, calls, erase_gather
 
 Layer = nn.modules.conv._ConvNd | nn.Linear
 
@@ -28,17 +31,27 @@ class AbsorbGathers:
     def __call__(self, gm: fx.GraphModule) -> Outcome:
         rewritten: list[str] = []
         skipped: list[Skip] = []
+        tensors = Tensors(gm)
         for layers, sites in _layers_by_weight(gm):
-            for absorb, found in ((_absorb_inputs, _gathers_before(gm, sites)), (_absorb_outputs, _gathers_after(gm, sites))):
+            for absorb, found in (
+                (_absorb_inputs, _gathers_before(gm, sites)),
+                (_absorb_outputs, _gathers_after(gm, sites)),
+            ):
                 if not found:
                     continue
                 gathers = [gm.get_submodule(str(node.target)) for node in found]
                 index = gathers[0].index
                 assert isinstance(index, Tensor)
-                if len(found) < len(sites) or not all(isinstance(g, ChannelGather) and g.is_permutation and torch.equal(g.index, index) for g in gathers):
-                    skipped.extend(Skip(node.name, "the call sites of the layer read different orders") for node in found)
-                elif not absorb(gm, layers, index):
-                    skipped.extend(Skip(node.name, "it moves channels between the groups of the layer") for node in found)
+                if len(found) < len(sites) or not all(
+                    isinstance(g, ChannelGather) and g.is_permutation and torch.equal(g.index, index) for g in gathers
+                ):
+                    skipped.extend(
+                        Skip(node.name, "the call sites of the layer read different orders") for node in found
+                    )
+                elif not absorb(tensors, layers, index):
+                    skipped.extend(
+                        Skip(node.name, "it moves channels between the groups of the layer") for node in found
+                    )
                 else:
                     rewritten.extend(site.name for site in sites)
                     for node in dict.fromkeys(found):
@@ -70,7 +83,7 @@ def _is_gather(gm: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), ChannelGather)
 
 
-def _absorb_inputs(gm: fx.GraphModule, layers: Sequence[Layer], index: Tensor) -> bool:
+def _absorb_inputs(tensors: Tensors, layers: Sequence[Layer], index: Tensor) -> bool:
     layer = layers[0]
     groups, order = _groups(layer), index.argsort()
     if not _stays_in_groups(order, groups):
@@ -81,11 +94,11 @@ def _absorb_inputs(gm: fx.GraphModule, layers: Sequence[Layer], index: Tensor) -
     else:
         inside = order.reshape(groups, -1) % weight.shape[1]
         new = torch.cat([part.index_select(1, inside[g]) for g, part in enumerate(weight.chunk(groups))])
-    replace_tensor(gm, layer.weight, new)
+    tensors.replace(layer.weight, new)
     return True
 
 
-def _absorb_outputs(gm: fx.GraphModule, layers: Sequence[Layer], order: Tensor) -> bool:
+def _absorb_outputs(tensors: Tensors, layers: Sequence[Layer], order: Tensor) -> bool:
     layer = layers[0]
     groups = _groups(layer)
     if not _stays_in_groups(order, groups):
@@ -96,15 +109,13 @@ def _absorb_outputs(gm: fx.GraphModule, layers: Sequence[Layer], order: Tensor) 
     else:
         inside = order.reshape(groups, -1) % weight.shape[1]
         new = torch.cat([part.index_select(1, inside[g]) for g, part in enumerate(weight.chunk(groups))])
-    replace_tensor(gm, layer.weight, new)
+    tensors.replace(layer.weight, new)
     moved: list[Tensor] = []
     for other in layers:
         for attribute in ("bias", "gain"):
             tensor = getattr(other, attribute, None)
             if isinstance(tensor, Tensor) and not any(tensor is done for done in moved):
-                moved.append(tensor)
-                replace_tensor(gm, tensor, tensor.detach().index_select(0, order))
-                moved.append(getattr(other, attribute))
+                moved.append(tensors.replace(tensor, tensor.detach().index_select(0, order)))
     return True
 
 

@@ -1,13 +1,18 @@
-"""bn(conv(x, W, b)) == conv(x, s * W, s * (b - mean) + beta), s = gamma / sqrt(var + eps), with stored statistics (evaluation mode).
+"""bn(conv(x, W, b)) == conv(x, s * W, s * (b - mean) + beta), s = gamma / sqrt(var + eps), with stored statistics
+(evaluation mode).
 
-W (O, C, kh, kw); b, gamma, beta, mean, var, s (O,). Missing b, gamma, beta count as 0, 1, 0 (Jacob et al. 2018, section 3.2, has the formula).
+W (O, C, kh, kw); b, gamma, beta, mean, var, s (O,). Missing b, gamma, beta count as 0, 1, 0 (Jacob et al. 2018, section
+3.2, has the formula).
 
 1. A plain convolution read by one BatchNorm with stored statistics, both called once, becomes one convolution.
-Left alone, with a reason: shared layers, a convolution with other readers, a BatchNorm without stored statistics, transposed convolutions, subclasses.
-The result no longer learns batch statistics: it is exact in evaluation mode only, so the default pipeline leaves this pass out.
+Left alone, with a reason: shared layers, a convolution with other readers, a BatchNorm without stored statistics,
+    transposed convolutions, subclasses.
+The result no longer learns batch statistics: it is exact in evaluation mode only, so the default pipeline leaves this
+    pass out.
 """
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +28,9 @@ class FoldBatchNorm:
     def __call__(self, gm: fx.GraphModule) -> Outcome:
         rewritten = []
         skipped = []
+        sites = call_sites(gm)
         for node, norm in calls(gm, nn.BatchNorm2d):
-            reason = _why_not(gm, node, norm)
+            reason = _why_not(gm, node, norm, sites)
             if reason:
                 skipped.append(Skip(node.name, reason))
                 continue
@@ -48,12 +54,16 @@ def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     shifted = (bias - norm.running_mean) * scale + (0 if norm.bias is None else norm.bias.detach())
     fused = copy.copy(conv)
     fused._parameters = dict(conv._parameters)
-    fused.weight = nn.Parameter(conv.weight.detach() * scale[:, None, None, None], requires_grad=conv.weight.requires_grad)
+    fused.weight = nn.Parameter(
+        conv.weight.detach() * scale[:, None, None, None], requires_grad=conv.weight.requires_grad
+    )
     fused.bias = nn.Parameter(shifted, requires_grad=conv.weight.requires_grad)
     return fused
 
 
-def _why_not(gm: fx.GraphModule, node: fx.Node, norm: nn.BatchNorm2d) -> str:
+def _why_not(
+    gm: fx.GraphModule, node: fx.Node, norm: nn.BatchNorm2d, sites: Mapping[nn.Module, Sequence[fx.Node]]
+) -> str:
     source = node.all_input_nodes[0]
     if type(norm) is not nn.BatchNorm2d:
         return f"{type(norm).__name__} is more than a BatchNorm2d"
@@ -63,7 +73,7 @@ def _why_not(gm: fx.GraphModule, node: fx.Node, norm: nn.BatchNorm2d) -> str:
         return "its input is not a plain convolution"
     if len(source.users) > 1:
         return "the convolution has other readers"
-    if len(call_sites(gm, conv)) > 1 or len(call_sites(gm, norm)) > 1:
+    if len(sites[conv]) > 1 or len(sites[norm]) > 1:
         return "a shared module cannot be specialised"
     if conv.weight.dtype != norm.running_mean.dtype:
         return f"weights are {conv.weight.dtype}, statistics {norm.running_mean.dtype}"

@@ -1,11 +1,13 @@
 """conv(x) == gather(grouped_conv(gather(x, kept)), inverse(out_order)), if the kernels that the plan drops are zero.
 
-x (N, C, H, W); W (O, C, kh, kw); n groups of d = O / n filters that keep k channels each. The grouped weight is (O, k, kh, kw): row j of group g is filter
-out_order[g * d + j], its column i is channel kept[g][i]. Stride, padding, padding mode, dilation and bias are those of the dense convolution.
+x (N, C, H, W); W (O, C, kh, kw); n groups of d = O / n filters that keep k channels each. The grouped weight is (O, k,
+kh, kw): row j of group g is filter out_order[g * d + j], its column i is channel kept[g][i]. Stride, padding, padding
+mode, dilation and bias are those of the dense convolution.
 
 1. A convolution of the plan is replaced at all its call sites, so a shared module stays shared.
 2. A gather whose index is the identity is not inserted.
-Left alone: nothing that the plan names. A kernel that the plan drops but that is not zero is an error, for the result would be wrong.
+Left alone: nothing that the plan names. A kernel that the plan drops but that is not zero is an error, for the result
+    would be wrong.
 """
 
 import copy
@@ -28,19 +30,21 @@ class GroupConvs:
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
         rewritten = []
+        sites = call_sites(gm)
+        modules = dict(gm.named_modules())
         for name, kernels in self.plan.layers.items():
-            conv = gm.get_submodule(name)
-            assert isinstance(conv, nn.Conv2d)
-            sites = call_sites(gm, conv)
-            if not sites:
-                raise PassError(f"{name}: the plan groups it, but the traced graph never calls it; make the plan with the model that is rewritten")
+            conv = modules.get(name)
+            if not isinstance(conv, nn.Conv2d) or conv not in sites:
+                raise PassError(
+                    f"{name}: the plan groups it, but the traced graph never calls it; make the plan with the model that is rewritten"
+                )
             grouped = grouped_convolution(name, conv, kernels)
             parent, _, child = name.rpartition(".")
             setattr(gm.get_submodule(parent), child, grouped)
             device = conv.weight.device
             read = ChannelGather(torch.tensor(kernels.kept, device=device).reshape(-1), conv.in_channels)
             restore = ChannelGather(torch.tensor(kernels.out_order, device=device).argsort(), conv.out_channels)
-            for node in sites:
+            for node in sites[conv]:
                 node.target = name
                 if not read.is_identity:
                     gather_before(gm, node, copy.deepcopy(read))
@@ -58,9 +62,12 @@ def grouped_convolution(name: str, conv: nn.Conv2d, kernels: GroupedKernels) -> 
     """
     order = torch.tensor(kernels.out_order, device=conv.weight.device)
     dense = conv.weight.detach()
-    dropped = dense * ~kernels.mask().to(dense.device)[:, :, None, None]
-    if bool((dropped != 0).any()):
-        raise PassError(f"{name}: {int((dropped != 0).any(dim=(2, 3)).sum())} kernels that the plan drops are not zero; rewrite the model that fxprune.mask returns")
+    dropped = dense[~kernels.mask().to(dense.device)]
+    if bool(dropped.any()):
+        count = int(dropped.flatten(1).any(dim=1).sum())
+        raise PassError(
+            f"{name}: {count} kernels that the plan drops are not zero; rewrite the model that fxprune.mask returns"
+        )
     columns = torch.tensor(kernels.kept, device=dense.device).repeat_interleave(kernels.group_width, dim=0)
     grouped = copy.copy(conv)  # keeps the class, stride, padding mode and whatever a subclass adds
     grouped._parameters = dict(conv._parameters)

@@ -50,7 +50,8 @@ def _drop_identities(gm: fx.GraphModule) -> list[str]:
     for node, gather in calls(gm, ChannelGather):
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        # A gather is a copy. It may go if nobody could tell: nobody else sees the original, or nobody writes into the copy.
+        # A gather is a copy. It may go if nobody could tell: nobody else sees the original, or nobody writes into the
+        # copy.
         if gather.is_identity and (len(source.users) == 1 or _are_readers(gm, node.users)):
             erase_gather(gm, node, source)
             done.append(node.name)
@@ -65,7 +66,11 @@ def _share(gm: fx.GraphModule) -> list[str]:
         if is_mutating(gm, node):
             written = roots[node]
             seen = {key: gather for key, gather in seen.items() if roots[gather.all_input_nodes[0]].isdisjoint(written)}
-        if node.op != "call_module" or not isinstance(gather := gm.get_submodule(node.target), ChannelGather) or not _are_readers(gm, node.users):
+        if (
+            node.op != "call_module"
+            or not isinstance(gather := gm.get_submodule(node.target), ChannelGather)
+            or not _are_readers(gm, node.users)
+        ):
             continue
         first = seen.setdefault((node.args[0], gather.dim, tuple(gather.index.tolist())), node)
         if first is not node:

@@ -1,10 +1,15 @@
-"""f(gather(x, p)) == gather(f(x), p) for every channelwise f, so a permutation sinks through its whole channel space to the layers at its ends.
+"""f(gather(x, p)) == gather(f(x), p) for every channelwise f, so a permutation sinks through its whole channel space to
+the layers at its ends.
 
-One step for all spaces: the analysis of channels says which permutations leave the network unchanged. Each gather that is a permutation wishes for the order in which it
-would be the identity, of the channels it gives or else of those it reads; the one that moves most bytes is served first.
+One step for all spaces: the analysis of channels says which permutations leave the network unchanged. Each gather that
+    is a permutation wishes for the order in which it
+would be the identity, of the channels it gives or else of those it reads; the one that moves most bytes is served
+first.
 
-1. Where a layer writes channels whose order changes, a gather follows it; where a layer reads them, the inverse gather precedes it.
-2. Parameters with one entry a channel (BatchNorm, depthwise convolution, PReLU, layer scale) are stored in the new order.
+1. Where a layer writes channels whose order changes, a gather follows it; where a layer reads them, the inverse gather
+   precedes it.
+2. Parameters with one entry a channel (BatchNorm, depthwise convolution, PReLU, layer scale) are stored in the new
+   order.
 Left alone: gathers that read a channel twice or not at all, and those whose wish is refused, with the reason.
 """
 
@@ -19,13 +24,14 @@ from torch import Tensor, fx
 from fxprune.channels import ChannelAnalysis, Port, Reordering, Scale, analyze_channels
 from fxprune.errors import PassError
 from fxprune.layers import ChannelGather
-from fxprune.rewriting import KEPT_BECAUSE, Outcome, Skip, calls, gather_after, gather_before, replace_tensor
+from fxprune.rewriting import KEPT_BECAUSE, Outcome, Skip, Tensors, calls, gather_after, gather_before
 from fxprune.tracing import meta_values
 
 
 @dataclass(frozen=True)
 class SinkGathers:
-    """Choose an order for every channel space so that as many gathers as possible become identities, and move the permutations to its ends.
+    """Choose an order for every channel space so that as many gathers as possible become identities, and move the
+    permutations to its ends.
 
     Attributes:
         inputs: arguments of forward as meta tensors, to know shapes.
@@ -49,40 +55,58 @@ class SinkGathers:
             if port.kind == "writes":
                 gather_after(gm, port.node, ChannelGather(torch.from_numpy(index).to(device), index.size, port.dim))
             else:
-                gather_before(gm, port.node, ChannelGather(torch.from_numpy(np.argsort(index)).to(device), index.size, port.dim))
+                gather_before(
+                    gm, port.node, ChannelGather(torch.from_numpy(np.argsort(index)).to(device), index.size, port.dim)
+                )
+        tensors = Tensors(gm)
         for scale in analysis.scales:
-            _reorder(gm, scale, _new_order(scale.atoms, moved))
+            _reorder(gm, tensors, scale, _new_order(scale.atoms, moved))
         return Outcome(tuple(rewritten), skipped)
 
 
-def _serve_wishes(gm: fx.GraphModule, analysis: ChannelAnalysis, reordering: Reordering, values: dict[fx.Node, Any]) -> Iterator[Skip]:
+def _serve_wishes(
+    gm: fx.GraphModule, analysis: ChannelAnalysis, reordering: Reordering, values: dict[fx.Node, Any]
+) -> Iterator[Skip]:
     """Serve the wish of each permuting gather, largest first, and yield those refused."""
     ports: dict[tuple[fx.Node, str], Port] = {(port.node, port.kind): port for port in analysis.ports}
-    permutations = [(node, gather) for node, gather in calls(gm, ChannelGather) if gather.is_permutation and (node, "reads") in ports]
+    permutations = [
+        (node, gather)
+        for node, gather in calls(gm, ChannelGather)
+        if gather.is_permutation and (node, "reads") in ports
+    ]
     permutations.sort(key=lambda pair: -values[pair[0]].numel())
     for node, gather in permutations:
         index = gather.index.cpu().numpy()
         given, read = ports[node, "writes"].atoms, ports[node, "reads"].atoms
-        refusal = reordering.wish(given, given[np.argsort(index)], node.name) and reordering.wish(read, read[index], node.name)
+        refusal = reordering.wish(given, given[np.argsort(index)], node.name) and reordering.wish(
+            read, read[index], node.name
+        )
         if refusal:
             node.meta[KEPT_BECAUSE] = refusal
             yield Skip(node.name, refusal)
 
 
-def _new_order(atoms: np.ndarray[Any, np.dtype[np.int64]], moved: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _new_order(
+    atoms: np.ndarray[Any, np.dtype[np.int64]], moved: np.ndarray[Any, np.dtype[np.int64]]
+) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Old position of what stands at each position after the reordering."""
     sorter = np.argsort(atoms)
     index = sorter[np.searchsorted(atoms, moved[atoms], sorter=sorter).clip(max=atoms.size - 1)]
     if not np.array_equal(atoms[index], moved[atoms]):
-        raise PassError("the order of a channel space moves channels out of a value; this is a defect of the channel analysis")
+        raise PassError(
+            "the order of a channel space moves channels out of a value; this is a defect of the channel analysis"
+        )
     return index
 
 
-def _reorder(gm: fx.GraphModule, scale: Scale, index: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+def _reorder(gm: fx.GraphModule, tensors: Tensors, scale: Scale, index: np.ndarray[Any, np.dtype[np.int64]]) -> None:
     if np.array_equal(index, np.arange(index.size)):
         return
     tensor = getattr(gm.get_submodule(scale.owner), scale.attribute)
     assert isinstance(tensor, Tensor)
     order = torch.from_numpy(index).to(tensor.device)
     data = tensor.detach()
-    replace_tensor(gm, tensor, data.reshape(-1)[order].reshape(data.shape) if scale.dim is None else data.index_select(scale.dim, order))
+    tensors.replace(
+        tensor,
+        data.reshape(-1)[order].reshape(data.shape) if scale.dim is None else data.index_select(scale.dim, order),
+    )

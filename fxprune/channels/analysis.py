@@ -1,4 +1,6 @@
-"""Walk a traced graph once, with labels in place of tensors, and say which channels share an order and which may be permuted."""
+"""Walk a traced graph once, with labels in place of tensors, and say which channels share an order and which may be
+permuted.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,7 +93,9 @@ class ChannelAnalysis:
                     ties=tuple(sorted(set().union(*(causes.get(run, set()) for run in members)))),
                     readers=tuple(dict.fromkeys(name for run in members for name in readers.get(run, []))),
                     permutable=self._permutable(classes),
-                    reason=next((reason for c in classes.tolist() if (reason := self.blocks.why_fixed(int(first[c])))), ""),
+                    reason=next(
+                        (reason for c in classes.tolist() if (reason := self.blocks.why_fixed(int(first[c])))), ""
+                    ),
                 )
             )
         return tuple(spaces)
@@ -119,7 +123,8 @@ def analyze_channels(module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> C
 
     Args:
         module: a traced model, or one that passes have rewritten.
-        values: what each node gives, tensors as meta tensors (`Trace.values`). Where a value is missing, channels keep their order.
+        values: what each node gives, tensors as meta tensors (`Trace.values`). Where a value is missing, channels keep
+            their order.
     """
     state = State(module=module, values=dict(values))
     _walk(state, module.graph)
@@ -163,7 +168,9 @@ def _interpret(state: State) -> Any:
         return state.unlabelled(state.value)
     if node.op == "get_attr":
         owner, _, attribute = layer_name(node).rpartition(".")
-        if not isinstance(state.value, Tensor) or all(user.op == "output" or _rule(state.module, user) is None for user in node.users):
+        if not isinstance(state.value, Tensor) or all(
+            user.op == "output" or _rule(state.module, user) is None for user in node.users
+        ):
             return state.unlabelled(state.value)
         return state.parameter(owner, attribute)
     if not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(state.value)):
@@ -174,13 +181,27 @@ def _interpret(state: State) -> Any:
             return state.boundary(f"{node.target} has hooks or a parametrized weight")
         if _rule(state.module, node) is None:
             labels = _through(state, module)
-            return state.boundary(f"no rule for {type(module).__module__}.{type(module).__qualname__}") if labels is None else labels
+            return (
+                state.boundary(f"no rule for {type(module).__module__}.{type(module).__qualname__}")
+                if labels is None
+                else labels
+            )
     rule = _rule(state.module, node)
     if rule is None:
-        return state.boundary(f"no rule for {getattr(node.target, '__module__', None) or 'torch'}.{getattr(node.target, '__name__', node.target)}")
-    if not any(isinstance(leaf, Tensor) for n in node.all_input_nodes for leaf in torch.utils._pytree.tree_leaves(state.labels[n])):
+        return state.boundary(
+            f"no rule for {getattr(node.target, '__module__', None) or 'torch'}.{getattr(node.target, '__name__', node.target)}"
+        )
+    if not any(
+        isinstance(leaf, Tensor)
+        for n in node.all_input_nodes
+        for leaf in torch.utils._pytree.tree_leaves(state.labels[n])
+    ):
         return state.unlabelled(state.value)  # made of sizes only: torch.zeros(x.shape[0], 8)
-    return rule(state) if state.tensors() or rule is item else state.boundary(f"{node.name} takes several tensors as one argument")
+    return (
+        rule(state)
+        if state.tensors() or rule is item
+        else state.boundary(f"{node.name} takes several tensors as one argument")
+    )
 
 
 def _rule(module: fx.GraphModule, node: fx.Node) -> Rule | None:
@@ -190,7 +211,9 @@ def _rule(module: fx.GraphModule, node: fx.Node) -> Rule | None:
 
 
 def _through(state: State, module: nn.Module) -> Tensor | None:
-    """Labels of a leaf module without a rule or tensors of its own (a user's DropPath): interpret its forward in both modes, and tie the two."""
+    """Labels of a leaf module without a rule or tensors of its own (a user's DropPath): interpret its forward in both
+    modes, and tie the two.
+    """
     if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
         return None
     arguments = tuple(state.concrete(state.node.args))
@@ -208,7 +231,11 @@ def _through(state: State, module: nn.Module) -> Tensor | None:
         output_value = output.args[0]
         graph_module.graph.erase_node(output)
         _walk(nested, graph_module.graph)
-        if nested.boundaries or not isinstance(output_value, fx.Node) or not isinstance(nested.labels[output_value], Tensor):
+        if (
+            nested.boundaries
+            or not isinstance(output_value, fx.Node)
+            or not isinstance(nested.labels[output_value], Tensor)
+        ):
             return None
         results.append(nested.labels[output_value])
     if results[0].shape != results[1].shape:

@@ -1,14 +1,17 @@
 """Atoms: the identities behind channel labels, and which of them may change places.
 
-An *atom* is one channel of one producer. Every value of the graph carries an int64 *label tensor* of its own rank that says which atom stands at each position;
-a dimension along which the labels do not vary has size one. Three kinds of facts are collected while the graph is interpreted, all as arrays:
+An *atom* is one channel of one producer. Every value of the graph carries an int64 *label tensor* of its own rank that
+says which atom stands at each position; a dimension along which the labels do not vary has size one. Three kinds of
+facts are collected while the graph is interpreted, all as arrays:
 
 - a *tie*: two atoms stand at the same position of tensors that are combined, so they move together;
 - a *pin*: an atom stands where the order is observed (a model output, an operator without a rule), so it may not move;
-- a *site*: a set of atoms stands in one value, each in a *role*, so atoms inside and outside, or in different roles, are told apart.
+- a *site*: a set of atoms stands in one value, each in a *role*, so atoms inside and outside, or in different roles,
+    are told apart.
 
-Ties partition the atoms into classes. Two classes may change places if nothing tells them apart: same number of atoms, same sites, same roles. Sets of such classes
-are *blocks*. Any permutation of the classes inside blocks, applied to every label tensor and every parameter, leaves the function of the network unchanged.
+Ties partition the atoms into classes. Two classes may change places if nothing tells them apart: same number of atoms,
+same sites, same roles. Sets of such classes are *blocks*. Any permutation of the classes inside blocks, applied to
+every label tensor and every parameter, leaves the function of the network unchanged.
 """
 
 from collections.abc import Sequence
@@ -95,7 +98,9 @@ class AtomTable:
             block_of[c] = keys.setdefault(palette.tobytes(), len(keys))
         rank = np.empty(self.count, dtype=np.int64)
         rank[order] = np.arange(self.count) - np.repeat(bounds[:-1], np.diff(bounds))
-        return Blocks(classes, members, rank, block_of, pinned, tuple(self.producers), np.asarray(self.starts, dtype=np.int64))
+        return Blocks(
+            classes, members, rank, block_of, pinned, tuple(self.producers), np.asarray(self.starts, dtype=np.int64)
+        )
 
     def _classes(self) -> Array:
         left = np.concatenate([tie.left for tie in self.ties]) if self.ties else np.zeros(0, dtype=np.int64)
@@ -158,7 +163,8 @@ class Reordering:
         self._owner: dict[int, str] = {}
 
     def wish(self, places: Array, atoms: Array, owner: str) -> str:
-        """Ask for `owner` that the place of `places[i]` be given to `atoms[i]`; return the reason of a refusal, or an empty string.
+        """Ask for `owner` that the place of `places[i]` be given to `atoms[i]`; return the reason of a refusal, or an
+        empty string.
 
         A class that an earlier wish placed is not placed again; a wish that says otherwise is refused.
         """
@@ -173,7 +179,9 @@ class Reordering:
             if new.get(place, atom) != atom or owners.get(atom, place) != place:
                 return "it would ask two orders of one channel space"
             new[place], owners[atom] = atom, place
-            if place != atom and (self.blocks.block_of[place] < 0 or self.blocks.block_of[place] != self.blocks.block_of[atom]):
+            if place != atom and (
+                self.blocks.block_of[place] < 0 or self.blocks.block_of[place] != self.blocks.block_of[atom]
+            ):
                 return self._why_not(place, atom)
         self._image |= new
         self._taken |= owners
@@ -189,7 +197,9 @@ class Reordering:
         return "other layers tell the channels apart"
 
     def permutation(self) -> Array:
-        """Return, for each atom, the atom that takes its place. Classes no wish has placed stay, or fill what is left of their block."""
+        """Return, for each atom, the atom that takes its place. Classes no wish has placed stay, or fill what is left
+        of their block.
+        """
         image = dict(self._image)
         homeless: dict[int, list[int]] = {}
         for c in sorted(self._image.keys() - self._taken.keys()):

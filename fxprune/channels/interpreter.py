@@ -1,6 +1,8 @@
-"""The state that operator rules work on: label tensors, the facts they collect, and the places where channels are read, written and scaled.
+"""The state that operator rules work on: label tensors, the facts they collect, and the places where channels are read,
+written and scaled.
 
-A label tensor has the rank of the value it describes. Along a dimension of size one the labels do not vary: exchanging atoms treats all positions there alike.
+A label tensor has the rank of the value it describes. Along a dimension of size one the labels do not vary: exchanging
+atoms treats all positions there alike.
 """
 
 import math
@@ -14,7 +16,8 @@ from torch import Tensor, fx, nn
 
 from fxprune.channels.atoms import UNLABELLED, Array, AtomTable
 
-# A parameter read with get_attr gets an atom for each element (a position embedding has 151 thousand); larger ones keep their order.
+# A parameter read with get_attr gets an atom for each element (a position embedding has 151 thousand); larger ones keep
+# their order.
 LARGEST_LABELLED_PARAMETER = 1_000_000
 # A reshape that spreads channels over pixels (pixel shuffle) gets an atom for each position, up to this many.
 LARGEST_SPREAD = 4_000_000
@@ -22,7 +25,9 @@ LARGEST_SPREAD = 4_000_000
 
 @dataclass(frozen=True)
 class Port:
-    """A place where a module meets the channels of a value: it *reads* them, or *writes* them. `atoms[i]` stands at position i of dimension `dim`."""
+    """A place where a module meets the channels of a value: it *reads* them, or *writes* them. `atoms[i]` stands at
+    position i of dimension `dim`.
+    """
 
     node: fx.Node
     kind: Literal["reads", "writes"]
@@ -32,7 +37,9 @@ class Port:
 
 @dataclass(frozen=True)
 class Scale:
-    """A tensor that holds one entry for each channel along `dim` (or, with `dim` None, for each atom of its flattened elements)."""
+    """A tensor that holds one entry for each channel along `dim` (or, with `dim` None, for each atom of its flattened
+    elements).
+    """
 
     owner: str
     attribute: str
@@ -80,7 +87,9 @@ class State:
     def unlabelled(self, value: Any) -> Any:
         """Labels of a value about whose channels nothing is known: their order counts."""
         return torch.utils._pytree.tree_map(
-            lambda leaf: torch.full((1,) * leaf.dim(), UNLABELLED) if isinstance(leaf, Tensor) else None, value, is_leaf=lambda x: isinstance(x, Tensor)
+            lambda leaf: torch.full((1,) * leaf.dim(), UNLABELLED) if isinstance(leaf, Tensor) else None,
+            value,
+            is_leaf=lambda x: isinstance(x, Tensor),
         )
 
     def mint_along(self, dim: int, count: int, rank: int) -> Tensor:
@@ -116,8 +125,9 @@ class State:
     def channels(self, labels: Tensor, value: Tensor, dim: int) -> Array:
         """One atom for each position along `dim`, as a consumer that treats all else alike sees it.
 
-        Where nothing is known the atoms are new and pinned. Where the labels vary along other dimensions too (after a pixel shuffle),
-        each position gets a new atom to which all atoms found there are tied, each in the role of its place.
+        Where nothing is known the atoms are new and pinned. Where the labels vary along other dimensions too (after a
+        pixel shuffle), each position gets a new atom to which all atoms found there are tied, each in the role of its
+        place.
         """
         dim, size = dim % value.dim(), value.shape[dim]
         if labels.shape[dim] == size and labels.numel() == size and not (size == 1 and int(labels) == UNLABELLED):
@@ -153,7 +163,9 @@ class State:
         self.ports.append(Port(self.node, "writes", dim, atoms))
 
     def bind(self, owner: str, attribute: str, dim: int, atoms: Array, *, scales: bool) -> None:
-        """Entry i of a parameter along `dim` belongs to `atoms[i]`. A second use of the same tensor ties the atoms of both."""
+        """Entry i of a parameter along `dim` belongs to `atoms[i]`. A second use of the same tensor ties the atoms of
+        both.
+        """
         tensor = getattr(self.module.get_submodule(owner), attribute, None)
         if isinstance(tensor, Tensor) and tensor.dim() > 0 and self._bind(tensor, dim, atoms) and scales:
             self.scales.append(Scale(owner, attribute, dim, atoms))
@@ -188,7 +200,10 @@ class State:
         """Record the atoms of a use of `tensor`; return whether it is the first."""
         first = self._bound.setdefault((id(tensor), use), atoms)
         if first.size != atoms.size:
-            self.atoms.pin(np.concatenate([first, atoms]), f"{self.node.name} shares a parameter that another layer uses in another way")
+            self.atoms.pin(
+                np.concatenate([first, atoms]),
+                f"{self.node.name} shares a parameter that another layer uses in another way",
+            )
         elif first is not atoms:
             self.atoms.tie(first, atoms, self.node.name)
         return first is atoms
@@ -196,21 +211,27 @@ class State:
     # ---- elementwise combination
 
     def join(self, operands: Sequence[tuple[Tensor, Sequence[int]]], rank: int) -> Tensor:
-        """Labels of an elementwise result; operands are (labels, shape of the value), broadcast against each other from the right.
+        """Labels of an elementwise result; operands are (labels, shape of the value), broadcast against each other from
+        the right.
 
-        A dimension of the result varies if some operand varies there and every other either varies too or has size one. Operands are tied along such dimensions. What
-        varies along another dimension is told apart by its place there.
+        A dimension of the result varies if some operand varies there and every other either varies too or has size one.
+        Operands are tied along such dimensions. What varies along another dimension is told apart by its place there.
         """
         aligned = [(_align(labels, rank), (1,) * (rank - len(shape)) + tuple(shape)) for labels, shape in operands]
         joint = [
-            d for d in range(rank) if any(labels.shape[d] > 1 for labels, _ in aligned) and all(labels.shape[d] > 1 or shape[d] == 1 for labels, shape in aligned)
+            d
+            for d in range(rank)
+            if any(labels.shape[d] > 1 for labels, _ in aligned)
+            and all(labels.shape[d] > 1 or shape[d] == 1 for labels, shape in aligned)
         ]
         covering = [labels for labels, _ in aligned if all(labels.shape[d] > 1 for d in joint)]
         if not joint or not covering:
             for labels, _ in aligned:
                 self.pin(labels, f"{self.node.name} combines it with a value whose order is fixed")
             return torch.full((1,) * rank, UNLABELLED)
-        extra = {id(labels): [d for d in range(rank) if labels.shape[d] > 1 and d not in joint] for labels, _ in aligned}
+        extra = {
+            id(labels): [d for d in range(rank) if labels.shape[d] > 1 and d not in joint] for labels, _ in aligned
+        }
         exact = next((labels for labels in covering if not extra[id(labels)]), None)
         if exact is None:
             shape = [covering[0].shape[d] if d in joint else 1 for d in range(rank)]
@@ -236,7 +257,8 @@ class State:
         return self.labels[node], tuple(self.values[node].shape)
 
 
-# ---------------------------------------------------------------------------------------------------------- label tensors
+# ---------------------------------------------------------------------------------------------------------- label
+# tensors
 
 
 def along(atoms: Tensor, dim: int, rank: int) -> Tensor:
@@ -279,4 +301,8 @@ def layer_name(node: fx.Node) -> str:
 
 def is_floating_parameter(tensor: Any) -> bool:
     """Whether a tensor read with get_attr is data that may be stored in another order, as integer index tables are not."""
-    return isinstance(tensor, nn.Parameter | Tensor) and tensor.is_floating_point() and 0 < tensor.numel() <= LARGEST_LABELLED_PARAMETER
+    return (
+        isinstance(tensor, nn.Parameter | Tensor)
+        and tensor.is_floating_point()
+        and 0 < tensor.numel() <= LARGEST_LABELLED_PARAMETER
+    )

@@ -1,8 +1,9 @@
 """How channels pass through each operator: one function a family, and tables that say which operators belong to it.
 
-A rule is called with the interpreter state, whose `node` is the current node, and returns the labels of what the node gives. A rule that meets a case it does not
-cover returns `state.boundary(reason)`: the channels keep their order and the report says why. What is in no table is a boundary as well.
-To add an operator, put it into a table; to add a family, write a function with the identity it rests on as its docstring.
+A rule is called with the interpreter state, whose `node` is the current node, and returns the labels of what the node
+gives. A rule that meets a case it does not cover returns `state.boundary(reason)`: the channels keep their order and
+the report says why. What is in no table is a boundary as well. To add an operator, put it into a table; to add a
+family, write a function with the identity it rests on as its docstring.
 """
 
 import operator
@@ -24,7 +25,9 @@ Rule: TypeAlias = Callable[[State], Any]
 
 
 def elementwise(state: State) -> Any:
-    """f(x, y, ...) position by position: a permutation of all operands permutes the result. Operands that broadcast over channels do not count."""
+    """f(x, y, ...) position by position: a permutation of all operands permutes the result. Operands that broadcast
+    over channels do not count.
+    """
     operands = [state.operand(node) for node in state.tensors()]
     if isinstance(state.value, Tensor) and len(operands) == 1 and operands[0][1] == tuple(state.value.shape):
         return operands[0][0]
@@ -42,7 +45,9 @@ def constant(state: State) -> Any:
 
 
 def dimensionwise(state: State) -> Any:
-    """Movement that treats all positions of a dimension alike (permute, chunk, slice, unsqueeze ...): execute it on the labels."""
+    """Movement that treats all positions of a dimension alike (permute, chunk, slice, unsqueeze ...): execute it on the
+    labels.
+    """
     return _execute(state, lambda node: state.labels[node].expand(state.values[node].shape))
 
 
@@ -58,10 +63,12 @@ def item(state: State) -> Any:
 
 
 def reshape(state: State) -> Any:
-    """view, reshape, flatten, pixel shuffle ...: execute the movement on labels and, beside them, on the place inside the dimensions that do not vary.
+    """view, reshape, flatten, pixel shuffle ...: execute the movement on labels and, beside them, on the place inside
+    the dimensions that do not vary.
 
-    If that place is the same for all channels, the labels of the result are enough. Otherwise (flatten, pixel shuffle) one channel stands at several positions: each gets
-    an atom of its own, tied to the channel, in the role of its place.
+    If that place is the same for all channels, the labels of the result are enough. Otherwise (flatten, pixel shuffle)
+    one channel stands at several positions: each gets an atom of its own, tied to the channel, in the role of its
+    place.
     """
     source = state.tensors()[0]
     labels, shape = state.labels[source], state.values[source].shape
@@ -72,7 +79,9 @@ def reshape(state: State) -> Any:
     for d in fixed:
         place = place * shape[d] + along(torch.arange(shape[d]), d, labels.dim())
     moved = _execute(state, lambda node: labels.expand(shape).contiguous() if node is source else state.values[node])
-    places = _execute(state, lambda node: place.expand(shape).contiguous() if node is source else state.values[node], compressed=False)
+    places = _execute(
+        state, lambda node: place.expand(shape).contiguous() if node is source else state.values[node], compressed=False
+    )
     vary, rest = varying(moved), [d for d in range(moved.dim()) if moved.shape[d] == 1]
     rows = places.permute(*vary, *rest).reshape(moved.numel(), -1)
     if bool((rows == rows[0]).all()):
@@ -87,12 +96,17 @@ def reshape(state: State) -> Any:
 
 
 def concatenate(state: State) -> Any:
-    """cat: labels are concatenated; a tensor that comes twice gets a second copy of its atoms. Along a dimension where none varies, the operands are tied."""
+    """cat: labels are concatenated; a tensor that comes twice gets a second copy of its atoms. Along a dimension where
+    none varies, the operands are tied.
+    """
     tensors = state.argument(0, "tensors")
     dim = state.argument(1, "dim", state.node.kwargs.get("axis", 0)) % state.value.dim()
     if any(state.labels[node].shape[dim] > 1 for node in tensors):
         return _concatenate_channels(state, tensors, dim)
-    ones = [(state.labels[node], tuple(1 if d == dim else n for d, n in enumerate(state.values[node].shape))) for node in tensors]
+    ones = [
+        (state.labels[node], tuple(1 if d == dim else n for d, n in enumerate(state.values[node].shape)))
+        for node in tensors
+    ]
     return state.join(ones, state.value.dim())
 
 
@@ -100,7 +114,10 @@ def stack(state: State) -> Any:
     """stack makes a new dimension, along which no operand varies: the operands are tied."""
     tensors = state.argument(0, "tensors")
     dim = state.argument(1, "dim", 0) % state.value.dim()
-    return state.join([(state.labels[node].unsqueeze(dim), tuple(state.values[node].unsqueeze(dim).shape)) for node in tensors], state.value.dim())
+    return state.join(
+        [(state.labels[node].unsqueeze(dim), tuple(state.values[node].unsqueeze(dim).shape)) for node in tensors],
+        state.value.dim(),
+    )
 
 
 def expand(state: State) -> Any:
@@ -145,7 +162,9 @@ def _execute(state: State, substitute: Callable[[fx.Node], Tensor], *, compresse
     if state.node.op == "call_method":
         result = getattr(args[0], str(state.node.target))(*args[1:], **kwargs)
     else:
-        function = state.module.get_submodule(layer_name(state.node)) if state.node.op == "call_module" else state.node.target
+        function = (
+            state.module.get_submodule(layer_name(state.node)) if state.node.op == "call_module" else state.node.target
+        )
         result = function(*args, **kwargs)  # type: ignore[operator]  # a module, or the function of a call_function node
     if not compressed:
         return result
@@ -156,7 +175,9 @@ def _execute(state: State, substitute: Callable[[fx.Node], Tensor], *, compresse
 
 
 def windows(dims: int | None) -> Rule:
-    """Pooling, interpolation: a window slides over the last `dims` dimensions (None: all but two), the same for all channels."""
+    """Pooling, interpolation: a window slides over the last `dims` dimensions (None: all but two), the same for all
+    channels.
+    """
 
     def rule(state: State) -> Any:
         source = state.tensors()[0]
@@ -172,7 +193,9 @@ def windows(dims: int | None) -> Rule:
 
 
 def pad(state: State) -> Any:
-    """F.pad: along dimensions that do not vary labels pass. Constant padding of channels adds new ones, all alike (the CIFAR option-A shortcut)."""
+    """F.pad: along dimensions that do not vary labels pass. Constant padding of channels adds new ones, all alike (the
+    CIFAR option-A shortcut).
+    """
     source = state.tensors()[0]
     labels, shape = state.operand(source)
     widths = list(state.concrete(state.argument(1, "pad")))
@@ -190,7 +213,9 @@ def pad(state: State) -> Any:
 
 
 def reduce(state: State) -> Any:
-    """Sum, mean, max ... over dimensions: symmetric in what it reduces, so channels reduced whole may move; those that meet in one sum are tied."""
+    """Sum, mean, max ... over dimensions: symmetric in what it reduces, so channels reduced whole may move; those that
+    meet in one sum are tied.
+    """
     source = state.tensors()[0]
     labels, shape = state.operand(source)
     second = 2 if getattr(state.node.target, "__name__", state.node.target) == "norm" else 1  # norm(x, p, dim)
@@ -210,7 +235,10 @@ def reduce(state: State) -> Any:
     for d in meeting:
         first = labels.narrow(d, 0, 1)
         state.tie(first.expand(labels.shape), labels)
-        state.atoms.site(labels.numpy(), along(torch.arange(labels.shape[d]), d, labels.dim()).expand(labels.shape).contiguous().numpy())
+        state.atoms.site(
+            labels.numpy(),
+            along(torch.arange(labels.shape[d]), d, labels.dim()).expand(labels.shape).contiguous().numpy(),
+        )
         labels = first
     if state.value.dim() == len(shape):
         return labels
@@ -218,7 +246,9 @@ def reduce(state: State) -> Any:
 
 
 def channel_argument(state: State) -> Any:
-    """softmax, F.normalize: each entry is divided by a symmetric function of its row, so a permutation of the row permutes the result."""
+    """softmax, F.normalize: each entry is divided by a symmetric function of its row, so a permutation of the row
+    permutes the result.
+    """
     return state.labels[state.tensors()[0]]
 
 
@@ -232,8 +262,8 @@ def _dims(given: int | Iterable[int], rank: int) -> list[int]:
 def convolution(state: State) -> Any:
     """y[o] = sum_c W[o, c] * x[c]: inputs and outputs are free of each other.
 
-    Depthwise (groups = C): output channels c*m ... c*m + m - 1 follow input channel c. Otherwise grouped: channels stay in their group.
-    Transposed convolutions hold W as (C, O / groups, ...).
+    Depthwise (groups = C): output channels c*m ... c*m + m - 1 follow input channel c. Otherwise grouped: channels stay
+    in their group. Transposed convolutions hold W as (C, O / groups, ...).
     """
     name = layer_name(state.node)
     conv = state.module.get_submodule(name)
@@ -290,7 +320,9 @@ def linear(state: State) -> Any:
 
 
 def gather(state: State) -> Any:
-    """A ChannelGather reads and writes any order, for its index can say so: old and new channels are free of each other."""
+    """A ChannelGather reads and writes any order, for its index can say so: old and new channels are free of each
+    other.
+    """
     index_dim = state.module.get_submodule(layer_name(state.node)).dim
     assert isinstance(index_dim, int)
     inputs = state.channels(*state.source(), index_dim)
@@ -301,7 +333,9 @@ def gather(state: State) -> Any:
 
 
 def channel_scale(dim: int, attributes: tuple[str, ...]) -> Rule:
-    """Normalisations, PReLU, layer scale: statistics over all else, or over a symmetric set of channels, and one entry of each parameter a channel."""
+    """Normalisations, PReLU, layer scale: statistics over all else, or over a symmetric set of channels, and one entry
+    of each parameter a channel.
+    """
 
     def rule(state: State) -> Any:
         name = layer_name(state.node)
@@ -354,7 +388,9 @@ def layer_norm(state: State) -> Any:
 
 
 def functional_affine(position: dict[str, int], channel_dim: int) -> Rule:
-    """batch_norm, layer_norm, group_norm, prelu as functions: their parameters are values of the graph, joined with x along the channels."""
+    """batch_norm, layer_norm, group_norm, prelu as functions: their parameters are values of the graph, joined with x
+    along the channels.
+    """
 
     def rule(state: State) -> Any:
         source = state.argument(0, "input")
@@ -379,7 +415,9 @@ def functional_affine(position: dict[str, int], channel_dim: int) -> Rule:
 
 
 def functional_convolution(state: State) -> Any:
-    """F.conv2d with a weight that is a value of the graph: a depthwise one scales channels; any other is a boundary, for nothing can be stored in its weight."""
+    """F.conv2d with a weight that is a value of the graph: a depthwise one scales channels; any other is a boundary,
+    for nothing can be stored in its weight.
+    """
     source, weight = state.argument(0, "input"), state.argument(1, "weight")
     labels, shape = state.operand(source)
     groups = state.concrete(state.argument(6, "groups", 1))
@@ -387,7 +425,9 @@ def functional_convolution(state: State) -> Any:
     if groups != shape[1] or state.value.shape[1] != shape[1] or varying(labels) != [1]:
         return state.boundary("functional convolution, whose weight is computed or shared")
     kernel, kernel_shape = state.operand(weight)
-    window = tuple(kernel_shape[2:])  # x stands for itself at every place of the kernel, so these only tell the entries of a kernel apart
+    window = tuple(
+        kernel_shape[2:]
+    )  # x stands for itself at every place of the kernel, so these only tell the entries of a kernel apart
     operands = [(labels, (1, shape[1], *window)), (kernel.movedim(0, 1), (1, kernel_shape[0], *window))]
     if isinstance(bias, fx.Node):
         operands.append((along(state.labels[bias].reshape(-1), 1, len(shape)), (1, shape[1], *window)))
@@ -398,7 +438,9 @@ def functional_convolution(state: State) -> Any:
 
 
 def _named(names: str, *places: Any) -> list[Any]:
-    """The functions called so in torch, torch.nn.functional, operator and beside them, in all spellings (relu, relu_, iadd)."""
+    """The functions called so in torch, torch.nn.functional, operator and beside them, in all spellings (relu, relu_,
+    iadd).
+    """
     found = []
     for name in names.split():
         for place in (torch, F, operator, torch._C._nn, torch.special, *places):
@@ -415,7 +457,10 @@ _POINTWISE = (
     "tanhshrink dropout alpha_dropout clamp clip maximum minimum where lerp addcmul addcdiv round floor ceil sign nan_to_num "
     "eq ne lt le gt ge logical_and logical_or logical_not isnan pos"
 )
-_POINTWISE_METHODS = _POINTWISE + " contiguous clone detach float half double bfloat16 to type type_as cpu cuda masked_fill requires_grad"
+_POINTWISE_METHODS = (
+    _POINTWISE
+    + " contiguous clone detach float half double bfloat16 to type type_as cpu cuda masked_fill requires_grad"
+)
 _MOVEMENT = "permute transpose swapaxes swapdims movedim moveaxis unsqueeze squeeze chunk split tensor_split unbind select narrow flip t"
 _RESHAPES = "view reshape flatten unflatten pixel_shuffle pixel_unshuffle channel_shuffle view_as reshape_as roll"
 _REDUCTIONS = "mean sum amax amin std var norm logsumexp prod max min"
@@ -448,7 +493,11 @@ FUNCTIONS: dict[Any, Rule] = {
 }
 
 METHODS: dict[str, Rule] = {
-    **{spelling: elementwise for name in _POINTWISE_METHODS.split() for spelling in (name, f"{name}_", f"__{name}__", f"__i{name}__")},
+    **{
+        spelling: elementwise
+        for name in _POINTWISE_METHODS.split()
+        for spelling in (name, f"{name}_", f"__{name}__", f"__i{name}__")
+    },
     **dict.fromkeys(_MOVEMENT.split(), dimensionwise),
     **dict.fromkeys(_RESHAPES.split(), reshape),
     **dict.fromkeys(_REDUCTIONS.split(), reduce),
@@ -464,7 +513,8 @@ _POINTWISE_MODULES = (
     "Tanhshrink Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout"
 )
 
-# Keyed by qualified class name, so that libraries need not be imported. A subclass that keeps the forward of its base has the rule of its base.
+# Keyed by qualified class name, so that libraries need not be imported. A subclass that keeps the forward of its base
+# has the rule of its base.
 MODULES: dict[str, Rule] = {
     **{_name: elementwise for _m in _POINTWISE_MODULES.split() for _name in (f"{getattr(nn, _m).__module__}.{_m}",)},
     **{f"torch.nn.modules.conv.{_m}{_n}d": convolution for _m in ("Conv", "ConvTranspose") for _n in (1, 2, 3)},
@@ -472,10 +522,26 @@ MODULES: dict[str, Rule] = {
         f"torch.nn.modules.batchnorm.{_m}": channel_scale(1, ("weight", "bias", "running_mean", "running_var"))
         for _m in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
     },
-    **{f"torch.nn.modules.instancenorm.InstanceNorm{_n}d": channel_scale(1, ("weight", "bias", "running_mean", "running_var")) for _n in (1, 2, 3)},
-    **{f"torch.nn.modules.pooling.{_m}Pool{_n}d": windows(_n) for _m in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax", "LP") for _n in (1, 2, 3)},
-    **{f"torch.nn.modules.padding.{_m}Pad{_n}d": windows(_n) for _m in ("Zero", "Reflection", "Replication", "Constant", "Circular") for _n in (1, 2, 3)},
-    **{f"torch.nn.modules.upsampling.{_m}": windows(None) for _m in ("Upsample", "UpsamplingBilinear2d", "UpsamplingNearest2d")},
+    **{
+        f"torch.nn.modules.instancenorm.InstanceNorm{_n}d": channel_scale(
+            1, ("weight", "bias", "running_mean", "running_var")
+        )
+        for _n in (1, 2, 3)
+    },
+    **{
+        f"torch.nn.modules.pooling.{_m}Pool{_n}d": windows(_n)
+        for _m in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax", "LP")
+        for _n in (1, 2, 3)
+    },
+    **{
+        f"torch.nn.modules.padding.{_m}Pad{_n}d": windows(_n)
+        for _m in ("Zero", "Reflection", "Replication", "Constant", "Circular")
+        for _n in (1, 2, 3)
+    },
+    **{
+        f"torch.nn.modules.upsampling.{_m}": windows(None)
+        for _m in ("Upsample", "UpsamplingBilinear2d", "UpsamplingNearest2d")
+    },
     **{f"torch.nn.modules.activation.{_m}": channel_argument for _m in ("Softmax", "Softmax2d", "LogSoftmax")},
     "torch.nn.modules.linear.Linear": linear,
     "torch.nn.modules.normalization.GroupNorm": group_norm,
@@ -493,18 +559,33 @@ MODULES: dict[str, Rule] = {
     "torchvision.models.video.resnet.Conv3DNoTemporal": convolution,
     "torchvision.ops.stochastic_depth.StochasticDepth": elementwise,
     "timm.layers.drop.DropPath": elementwise,
-    **{f"timm.layers.std_conv.{_m}": convolution for _m in ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")},
+    **{
+        f"timm.layers.std_conv.{_m}": convolution
+        for _m in ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+    },
     "timm.layers.conv2d_same.Conv2dSame": convolution,
     "timm.layers.linear.Linear": linear,
-    **{f"timm.layers.norm_act.{_m}": channel_scale(1, ("weight", "bias", "running_mean", "running_var")) for _m in ("BatchNormAct2d", "SyncBatchNormAct")},
+    **{
+        f"timm.layers.norm_act.{_m}": channel_scale(1, ("weight", "bias", "running_mean", "running_var"))
+        for _m in ("BatchNormAct2d", "SyncBatchNormAct")
+    },
     "timm.layers.norm_act.GroupNormAct": group_norm,
     "timm.layers.norm_act.GroupNorm1Act": group_norm,
     "timm.layers.norm_act.LayerNormAct": layer_norm,
-    **{f"timm.layers.norm_act.{_m}": channel_scale(1, ("weight", "bias")) for _m in ("LayerNormAct2d", "LayerNormAct2dFp32", "LayerNormActFp32")},
+    **{
+        f"timm.layers.norm_act.{_m}": channel_scale(1, ("weight", "bias"))
+        for _m in ("LayerNormAct2d", "LayerNormAct2dFp32", "LayerNormActFp32")
+    },
     "timm.layers.norm.GroupNorm": group_norm,
     "timm.layers.norm.GroupNorm1": group_norm,
-    **{f"timm.layers.norm.{_m}": layer_norm for _m in ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32", "SimpleNorm")},
-    **{f"timm.layers.norm.{_m}": channel_scale(1, ("weight", "bias")) for _m in ("LayerNorm2d", "LayerNorm2dFp32", "RmsNorm2d", "SimpleNorm2d")},
+    **{
+        f"timm.layers.norm.{_m}": layer_norm
+        for _m in ("LayerNorm", "LayerNormFp32", "RmsNorm", "RmsNormFp32", "SimpleNorm")
+    },
+    **{
+        f"timm.layers.norm.{_m}": channel_scale(1, ("weight", "bias"))
+        for _m in ("LayerNorm2d", "LayerNorm2dFp32", "RmsNorm2d", "SimpleNorm2d")
+    },
     "timm.models.metaformer.LayerNorm2dNoBias": channel_scale(1, ("weight", "bias")),
     "timm.models.metaformer.LayerNormNoBias": layer_norm,
     "timm.models.metaformer.GroupNorm1NoBias": group_norm,
@@ -512,11 +593,15 @@ MODULES: dict[str, Rule] = {
 
 
 def rule_for(module: nn.Module) -> Rule | None:
-    """The rule of a module: of the nearest class in its line that is in the table, provided the module computes the same forward."""
+    """The rule of a module: of the nearest class in its line that is in the table, provided the module computes the
+    same forward.
+    """
     for cls in type(module).__mro__:
         rule = MODULES.get(f"{cls.__module__}.{cls.__qualname__}")
         if rule is not None:
-            same = all(getattr(type(module), name, None) is getattr(cls, name, None) for name in ("forward", "_conv_forward"))
+            same = all(
+                getattr(type(module), name, None) is getattr(cls, name, None) for name in ("forward", "_conv_forward")
+            )
             return rule if same else None
     return None
 
