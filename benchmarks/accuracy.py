@@ -103,7 +103,7 @@ def compare(
         masked=accuracy[1],
         compiled=accuracy[2],
         agreeing=int((predicted[1] == predicted[2]).sum()),
-        classes=predicted[1].unique().numel(),
+        classes=len(set(predicted[1].tolist())),
         difference=difference,
         scale=scale,
     )
