@@ -237,7 +237,10 @@ def report(pruned: nn.Module) -> Report:
     return _record(pruned).report
 
 
-_NO_SHAPES = "no example_inputs, and no usual input size fits the model: all channels keep their order, and more gathers remain than need be"
+_NO_SHAPES = (
+    "no example_inputs, and no usual input size fits the model: "
+    "all channels keep their order, and more gathers remain than need be"
+)
 
 
 def _plan(model: nn.Module, traced: Trace, ratio: float | Mapping[str, float], **options: Any) -> PrunePlan:
@@ -250,7 +253,8 @@ def _record(pruned: nn.Module) -> Record:
     record = meta.get(_RECORD) if isinstance(meta, dict) else None
     if not isinstance(record, Record):
         raise FxpruneError(
-            f"{type(pruned).__name__} carries no record of a compilation; pass the module that fxprune.compile, rewrite or load returned"
+            f"{type(pruned).__name__} carries no record of a compilation; "
+            "pass the module that fxprune.compile, rewrite or load returned"
         )
     return record
 

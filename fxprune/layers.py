@@ -35,7 +35,9 @@ class ChannelGather(nn.Module):
     @property
     def is_permutation(self) -> bool:
         """Whether every channel is read exactly once."""
-        return self.index.numel() == self.in_channels and self.index.unique().numel() == self.in_channels
+        return self.index.numel() == self.in_channels and bool(
+            (self.index.bincount(minlength=self.in_channels) == 1).all()
+        )
 
     @property
     def is_identity(self) -> bool:

@@ -92,15 +92,19 @@ class Report:
                 lines.append(f"{layer.name:{width}}  {'dense':9} {layer.reason}")
                 continue
             lines.append(
-                f"{layer.name:{width}}  {layer.form:9} {layer.groups:>6} {layer.asked_ratio:>6.3g} {layer.reached_ratio:>7.3g}"
+                f"{layer.name:{width}}  {layer.form:9} {layer.groups:>6}"
+                f" {layer.asked_ratio:>6.3g} {layer.reached_ratio:>7.3g}"
                 f" {_change(layer.params_dense, layer.params):>19} {_change(layer.macs_dense, layer.macs):>19}"
             )
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.input_shapes) or "unknown"
         lines += [
             "",
-            f"{self.rewritten} of {len(self.layers)} convolutions grouped; the ratio is the share of kernel groups removed from each of these",
-            f"parameters  {_change(self.params_dense, self.params_pruned)}  ({_share(self.params_dense, self.params_pruned)})",
-            f"MACs        {_change(self.macs_dense, self.macs_pruned)}  ({_share(self.macs_dense, self.macs_pruned)}), convolutions and linear layers, one image of {shapes}",
+            f"{self.rewritten} of {len(self.layers)} convolutions grouped; "
+            "the ratio is the share of kernel groups removed from each of these",
+            f"parameters  {_change(self.params_dense, self.params_pruned)}"
+            f"  ({_share(self.params_dense, self.params_pruned)})",
+            f"MACs        {_change(self.macs_dense, self.macs_pruned)}  ({_share(self.macs_dense, self.macs_pruned)}), "
+            f"convolutions and linear layers, one image of {shapes}",
             f"gathers     {len(self.gathers)} remain",
         ]
         gather_width = max([0, *(len(gather.name) for gather in self.gathers)])

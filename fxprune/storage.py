@@ -82,7 +82,8 @@ def _fill(pruned: fx.GraphModule, state: dict[str, Tensor], path: object, model:
     wrong = sorted(own.keys() ^ state.keys()) or sorted(name for name in own if own[name].shape != state[name].shape)
     if wrong:
         raise StorageError(
-            f"{path} does not fit {type(model).__name__}: {wrong[0]} differs; build the model with the arguments it was compiled with"
+            f"{path} does not fit {type(model).__name__}: {wrong[0]} differs; "
+            "build the model with the arguments it was compiled with"
         )
     for name, tensor in own.items():
         if (
@@ -91,7 +92,8 @@ def _fill(pruned: fx.GraphModule, state: dict[str, Tensor], path: object, model:
             and not torch.equal(tensor.cpu(), state[name])
         ):
             raise StorageError(
-                f"{path} does not fit {type(model).__name__}: replaying its plan gives another {name}; load it with the model it was compiled from"
+                f"{path} does not fit {type(model).__name__}: replaying its plan gives another {name}; "
+                "load it with the model it was compiled from"
             )
     pruned.load_state_dict(state)
     return pruned
@@ -108,7 +110,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise StorageError(f"{path} was not written by fxprune.save; for a plain state dict use model.load_state_dict")
     if content.get("version") != VERSION:
         raise StorageError(
-            f"{path} has format version {content.get('version')}, this fxprune reads version {VERSION}; use the version that wrote it"
+            f"{path} has format version {content.get('version')}, this fxprune reads version {VERSION}; "
+            "use the version that wrote it"
         )
     if not isinstance(content.get("header"), str) or not isinstance(content.get("state"), dict):
         raise StorageError(f"{path} is altered: parts of it are missing")

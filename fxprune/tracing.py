@@ -124,7 +124,8 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
     if divergent:
         where = ", ".join(name or "the model itself" for name in sorted(divergent))
         notes.append(
-            f"the forward of {where} differs between training and evaluation mode; the compiled graph follows evaluation"
+            f"the forward of {where} differs between training and evaluation mode; "
+            "the compiled graph follows evaluation"
         )
     values, inputs = _propagate(module, examples)
     return Trace(
@@ -149,7 +150,8 @@ def share_tensors(model: nn.Module, convert: Callable[[Tensor], Tensor] | None =
         return copy.deepcopy(model, memo)
     except Exception as cause:
         raise TraceError(
-            f"{type(model).__name__} cannot be copied with copy.deepcopy ({cause}); remove what blocks the copy (a legacy weight_norm hook, "
+            f"{type(model).__name__} cannot be copied with copy.deepcopy ({cause}); "
+            "remove what blocks the copy (a legacy weight_norm hook, "
             "an open file, a lock) and try again"
         ) from cause
 
@@ -170,7 +172,7 @@ def trace_leaf(
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Return whether calling `module` runs more than its forward: forward hooks, or a parametrized (computed) weight."""
+    """Return whether calling `module` runs more than its forward: hooks, or a parametrized (computed) weight."""
     return bool(module._forward_hooks or module._forward_pre_hooks) or nn.utils.parametrize.is_parametrized(module)
 
 
@@ -229,9 +231,8 @@ def _untraceable(model: nn.Module, cause: Exception) -> str:
     ]
     first_line = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
     way_out = (
-        "compile a submodule and put it back, for example `model.{0} = fxprune.compile(model.{0})`; traceable here: {1}".format(
-            children[0], ", ".join(children)
-        )
+        "compile a submodule and put it back, for example `model.{0} = fxprune.compile(model.{0})`; "
+        "traceable here: {1}".format(children[0], ", ".join(children))
         if children
         else "none of its submodules with convolutions can be traced on its own either"
     )
@@ -257,7 +258,8 @@ def _fixed_arguments(model: nn.Module, examples: tuple[Any, ...] | None) -> dict
     missing = [p.name for p in parameters[given:] if p.default is p.empty] if examples is not None else []
     if missing:
         raise TraceError(
-            f"{type(model).__name__}.forward needs {', '.join(missing)}, but example_inputs has {given} values; give one for each"
+            f"{type(model).__name__}.forward needs {', '.join(missing)}, "
+            f"but example_inputs has {given} values; give one for each"
         )
     return {p.name: p.default for p in parameters[given:] if p.default is not p.empty}
 

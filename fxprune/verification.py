@@ -40,7 +40,10 @@ class Verification:
     modes: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"equal in {' and '.join(self.modes)} mode: largest difference {self.max_abs:.1e} ({self.max_rel:.1e} of the largest output)"
+        return (
+            f"equal in {' and '.join(self.modes)} mode: "
+            f"largest difference {self.max_abs:.1e} ({self.max_rel:.1e} of the largest output)"
+        )
 
 
 def verify(
@@ -74,7 +77,8 @@ def verify(
         if not worst_rel <= limit:
             where = _first_difference(pruned, masked, inputs, mode, as_inputs(example_inputs))
             raise VerificationError(
-                f"the models differ in {mode} mode by {worst_rel:.1e} of the largest output (limit {limit:.0e}); {where}. "
+                f"the models differ in {mode} mode by {worst_rel:.1e} of the largest output "
+                f"(limit {limit:.0e}); {where}. "
                 "This is a defect of fxprune, or the models do not belong together; please report it with the model"
             )
         _compare_statistics(found_statistics, statistics, limit)

@@ -62,8 +62,8 @@ class AbsorbGathers:
 def _layers_by_weight(gm: fx.GraphModule) -> list[tuple[list[Layer], list[fx.Node]]]:
     """Layers that share one weight, with all their call sites."""
     by_weight: dict[int, tuple[list[Layer], list[fx.Node]]] = {}
-    for kind in (nn.modules.conv._ConvNd, nn.Linear):
-        for node, layer in calls(gm, kind):
+    for node, layer in calls(gm, nn.Module):
+        if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
             layers, sites = by_weight.setdefault(id(layer.weight), ([], []))
             layers.extend([layer] if all(layer is not other for other in layers) else [])
             sites.append(node)

@@ -48,7 +48,8 @@ class FoldBatchNorm:
 
 def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     """Return a convolution that equals `norm(conv(x))` in evaluation mode."""
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     scale = torch.rsqrt(norm.running_var + norm.eps) * (1 if norm.weight is None else norm.weight.detach())
     bias = torch.zeros_like(norm.running_mean) if conv.bias is None else conv.bias.detach()
     shifted = (bias - norm.running_mean) * scale + (0 if norm.bias is None else norm.bias.detach())

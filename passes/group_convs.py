@@ -36,7 +36,8 @@ class GroupConvs:
             conv = modules.get(name)
             if not isinstance(conv, nn.Conv2d) or conv not in sites:
                 raise PassError(
-                    f"{name}: the plan groups it, but the traced graph never calls it; make the plan with the model that is rewritten"
+                    f"{name}: the plan groups it, but the traced graph never calls it; "
+                    "make the plan with the model that is rewritten"
                 )
             grouped = grouped_convolution(name, conv, kernels)
             parent, _, child = name.rpartition(".")

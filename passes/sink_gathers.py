@@ -91,7 +91,9 @@ def _new_order(
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Old position of what stands at each position after the reordering."""
     sorter = np.argsort(atoms)
-    index = sorter[np.searchsorted(atoms, moved[atoms], sorter=sorter).clip(max=atoms.size - 1)]
+    index: np.ndarray[Any, np.dtype[np.int64]] = sorter[
+        np.searchsorted(atoms, moved[atoms], sorter=sorter).clip(max=atoms.size - 1)
+    ]
     if not np.array_equal(atoms[index], moved[atoms]):
         raise PassError(
             "the order of a channel space moves channels out of a value; this is a defect of the channel analysis"

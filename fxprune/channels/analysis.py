@@ -188,9 +188,8 @@ def _interpret(state: State) -> Any:
             )
     rule = _rule(state.module, node)
     if rule is None:
-        return state.boundary(
-            f"no rule for {getattr(node.target, '__module__', None) or 'torch'}.{getattr(node.target, '__name__', node.target)}"
-        )
+        where, name = getattr(node.target, "__module__", None) or "torch", getattr(node.target, "__name__", node.target)
+        return state.boundary(f"no rule for {where}.{name}")
     if not any(
         isinstance(leaf, Tensor)
         for n in node.all_input_nodes
@@ -241,7 +240,8 @@ def _through(state: State, module: nn.Module) -> Tensor | None:
     if results[0].shape != results[1].shape:
         return None
     state.tie(results[0], results[1])
-    return results[0]
+    labels: Tensor = results[0]
+    return labels
 
 
 def _run(starts: Array, atoms: Array) -> Array:

@@ -16,6 +16,7 @@ every label tensor and every parameter, leaves the function of the network uncha
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -84,7 +85,7 @@ class AtomTable:
         colours = self._colours()
         order = np.lexsort((colours, classes))
         bounds = np.flatnonzero(np.diff(classes[order], prepend=-1, append=-1))
-        members = tuple(order[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        members = tuple(order[a:b] for a, b in pairwise(bounds))
         pinned: dict[int, str] = {}
         for pin in self.pins:
             for c in np.unique(classes[pin.atoms]):

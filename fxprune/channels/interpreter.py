@@ -116,7 +116,7 @@ class State:
         self.atoms.tie(pairs[0], pairs[1], self.node.name)
 
     def duplicate(self, labels: Tensor) -> Tensor:
-        """New atoms in place of the old ones, each tied to the one it stands for: a second copy of the same channels."""
+        """New atoms in place of the old ones, each tied to the one it stands for: a second copy of the channels."""
         distinct, inverse = np.unique(labels.numpy(), return_inverse=True)
         fresh = self.atoms.mint(distinct.size, self.node.name)
         self.atoms.tie(fresh, distinct, self.node.name)
@@ -171,7 +171,7 @@ class State:
             self.scales.append(Scale(owner, attribute, dim, atoms))
 
     def bind_group(self, owner: str, atoms: Array) -> None:
-        """The dimension of a grouped weight that counts channels inside a group belongs to all `atoms`, group by group."""
+        """The dimension of a grouped weight that counts inside a group belongs to all `atoms`, group by group."""
         weight = self.module.get_submodule(owner).weight
         assert isinstance(weight, Tensor)
         self._bind(weight, "inside groups", atoms)
@@ -300,7 +300,7 @@ def layer_name(node: fx.Node) -> str:
 
 
 def is_floating_parameter(tensor: Any) -> bool:
-    """Whether a tensor read with get_attr is data that may be stored in another order, as integer index tables are not."""
+    """Whether a tensor read with get_attr is data that may be stored in another order. Index tables are not."""
     return (
         isinstance(tensor, nn.Parameter | Tensor)
         and tensor.is_floating_point()

@@ -54,6 +54,7 @@ def dimensionwise(state: State) -> Any:
 def item(state: State) -> Any:
     """x[...]: pick from a tuple, or slice a tensor. Index tensors are a boundary."""
     source, key = state.node.args
+    assert isinstance(source, fx.Node)
     if not isinstance(state.values[source], Tensor):
         return state.labels[source][state.concrete(key)]
     keys = state.concrete(key)
@@ -122,7 +123,7 @@ def stack(state: State) -> Any:
 
 def expand(state: State) -> Any:
     """Broadcasting: dimensions of size one grow, new ones come in front; labels do not vary along either."""
-    labels, shape = state.operand(state.tensors()[0])
+    labels, _ = state.operand(state.tensors()[0])
     return labels.reshape((1,) * (state.value.dim() - labels.dim()) + tuple(labels.shape))
 
 
@@ -226,7 +227,7 @@ def reduce(state: State) -> Any:
     if not isinstance(state.value, Tensor):
         if given is not None and any(d in varying(labels) for d in _dims(given, len(shape))):
             return state.boundary(f"{state.node.name} gives the index of a channel")
-        kept = labels if state.value[0].dim() == len(shape) else labels.squeeze(_dims(given, len(shape))[0])
+        kept = labels if state.value[0].dim() == len(shape) else labels.squeeze(_dims(given or 0, len(shape))[0])
         return type(state.value)((kept, kept)) if hasattr(state.value, "_fields") else (kept, kept)
     dims = list(range(len(shape))) if given is None else _dims(state.concrete(given), len(shape))
     meeting = [d for d in varying(labels) if d in dims]
@@ -452,16 +453,21 @@ def _named(names: str, *places: Any) -> list[Any]:
 
 
 _POINTWISE = (
-    "abs add sub rsub mul div divide multiply subtract true_divide truediv floordiv floor_divide pow neg exp expm1 log log1p log2 sqrt rsqrt square reciprocal sin cos "
-    "tanh sigmoid erf relu relu6 leaky_relu elu celu selu silu gelu mish hardswish hardsigmoid hardtanh softplus softsign logsigmoid threshold hardshrink softshrink "
-    "tanhshrink dropout alpha_dropout clamp clip maximum minimum where lerp addcmul addcdiv round floor ceil sign nan_to_num "
+    "abs add sub rsub mul div divide multiply subtract true_divide truediv floordiv floor_divide pow neg "
+    "exp expm1 log log1p log2 sqrt rsqrt square reciprocal sin cos tanh sigmoid erf "
+    "relu relu6 leaky_relu elu celu selu silu gelu mish hardswish hardsigmoid hardtanh softplus softsign logsigmoid "
+    "threshold hardshrink softshrink tanhshrink dropout alpha_dropout clamp clip maximum minimum where lerp "
+    "addcmul addcdiv round floor ceil sign nan_to_num "
     "eq ne lt le gt ge logical_and logical_or logical_not isnan pos"
 )
 _POINTWISE_METHODS = (
     _POINTWISE
     + " contiguous clone detach float half double bfloat16 to type type_as cpu cuda masked_fill requires_grad"
 )
-_MOVEMENT = "permute transpose swapaxes swapdims movedim moveaxis unsqueeze squeeze chunk split tensor_split unbind select narrow flip t"
+_MOVEMENT = (
+    "permute transpose swapaxes swapdims movedim moveaxis unsqueeze squeeze "
+    "chunk split tensor_split unbind select narrow flip t"
+)
 _RESHAPES = "view reshape flatten unflatten pixel_shuffle pixel_unshuffle channel_shuffle view_as reshape_as roll"
 _REDUCTIONS = "mean sum amax amin std var norm logsumexp prod max min"
 _CONSTANTS = "zeros_like ones_like empty_like full_like rand_like randn_like"
@@ -509,7 +515,8 @@ METHODS: dict[str, Rule] = {
 }
 
 _POINTWISE_MODULES = (
-    "ReLU ReLU6 LeakyReLU RReLU ELU CELU SELU SiLU GELU Mish Hardswish Hardsigmoid Hardtanh Sigmoid Tanh Softplus Softsign LogSigmoid Threshold Hardshrink Softshrink "
+    "ReLU ReLU6 LeakyReLU RReLU ELU CELU SELU SiLU GELU Mish Hardswish Hardsigmoid Hardtanh Sigmoid Tanh "
+    "Softplus Softsign LogSigmoid Threshold Hardshrink Softshrink "
     "Tanhshrink Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout"
 )
 
