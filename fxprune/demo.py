@@ -171,7 +171,7 @@ def run(
     data = digits()
     with _one_thread(), torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        dense = DigitNet()
+        dense, untrained = DigitNet(), DigitNet()
         _train(dense, data, epochs, 1e-2, "training", progress)
         example = data.test_images[:2]
         plan = fxprune.make_plan(dense, ratio, example_inputs=example, seed=seed)
@@ -199,7 +199,7 @@ def run(
     saved = output / "digits.pt"
     scripted = save_torchscript(compiled, torchscript)
     fxprune.save(compiled, saved)
-    loaded = fxprune.load(saved, DigitNet()).eval()
+    loaded = fxprune.load(saved, untrained).eval()
 
     return DemoResult(
         rows=tuple(
