@@ -34,7 +34,7 @@ def memory_returned() -> Iterator[None]:
     gc.collect()
 
 
-@pytest.mark.parametrize("entry, ratio, form", runs())
+@pytest.mark.parametrize("entry, ratio, form", list(runs()))
 def test_same_function_and_all_eligible_convolutions_grouped(entry: Entry, ratio: float, form: str) -> None:
     if entry.source == "timm":
         pytest.importorskip("timm", reason="timm is not installed")
