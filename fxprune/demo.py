@@ -131,7 +131,7 @@ class DemoResult:
             f"same class on {self.agreeing} of {self.test_images} test images",
             "  Pruning costs accuracy (dense to masked); compiling does not (masked to compiled).",
             "  fine-tuned is the compiled network after a few epochs of ordinary training.",
-            "  On 8x8 images fixed costs dominate the time; fewer MACs show on larger ones.",
+            "  The images are tiny: these times say little about those of larger networks.",
             "saved, loaded again and compared with the compiled network:",
             f"  TorchScript   {self.torchscript} (largest difference {self.torchscript_difference:.1e})",
             f"  fxprune.save  {self.saved} (largest difference {self.saved_difference:.1e})",
