@@ -130,7 +130,7 @@ class Between(Net):
 # --- convolutions of every kind -------------------------------------------------------------------------------------
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class Plain(Between):
     """Conv, BatchNorm, ReLU, conv: the base line."""
 
@@ -142,7 +142,7 @@ class Plain(Between):
         return self.norm(x).relu()
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class NoNorm(Between):
     """Bias and ReLU only: the bias must follow its filter."""
 
@@ -150,7 +150,7 @@ class NoNorm(Between):
         return x.relu()
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class NoBias(Between):
     """A convolution whose bias is None."""
 
@@ -162,7 +162,7 @@ class NoBias(Between):
         return x.relu()
 
 
-@feature(grouped=3, integer=True)
+@feature(grouped=3, gathers=2, integer=True)
 class Pointwise(Net):
     """1x1 convolutions, wide inside."""
 
@@ -176,7 +176,7 @@ class Pointwise(Net):
         return self.layers(x)
 
 
-@feature(grouped=3, integer=True)
+@feature(grouped=3, gathers=2, integer=True)
 class StridedAndDilated(Net):
     """Stride, dilation and a rectangular kernel must survive the change of the layer."""
 
@@ -190,7 +190,7 @@ class StridedAndDilated(Net):
         return self.rectangular(self.dilated(self.strided(x).relu()).relu())
 
 
-@feature(grouped=3, integer=True)
+@feature(grouped=3, gathers=2, integer=True)
 class PaddingModes(Net):
     """padding_mode reflect, circular and padding='same': torch pads in the forward of the module."""
 
@@ -204,7 +204,7 @@ class PaddingModes(Net):
         return self.same(self.circular(self.reflect(x).relu()).relu())
 
 
-@feature(grouped=2, also_skipped={"spare": "not called"}, integer=True)
+@feature(grouped=2, gathers=1, also_skipped={"spare": "not called"}, integer=True)
 class UnusedConv(Between):
     """A convolution that the module owns but never calls."""
 
@@ -216,7 +216,7 @@ class UnusedConv(Between):
         return x.relu()
 
 
-@feature(grouped=1, also_skipped={"first": "17 filters"}, integer=True)
+@feature(grouped=1, gathers=0, also_skipped={"first": "17 filters"}, integer=True)
 class PrimeWidth(Net):
     """17 filters form no equal groups in either form; 17 channels form none in partition form."""
 
@@ -230,7 +230,7 @@ class PrimeWidth(Net):
         return self.second(self.narrow(self.first(x).relu().flatten(2)).unflatten(2, (8, 8)))
 
 
-@feature(grouped=2, also_skipped={"middle": GROUPED}, integer=True)
+@feature(grouped=2, gathers=2, also_skipped={"middle": GROUPED}, integer=True)
 class GroupedConv(Between):
     """The user's own grouped convolution, 1 < groups < channels: an order is free only inside a group."""
 
@@ -242,7 +242,7 @@ class GroupedConv(Between):
         return self.middle(x.relu()).relu()
 
 
-@feature(grouped=2, also_skipped={"depthwise": DEPTHWISE}, integer=True)
+@feature(grouped=2, gathers=1, also_skipped={"depthwise": DEPTHWISE}, integer=True)
 class Depthwise(Between):
     """A depthwise convolution passes the order of channels through."""
 
@@ -254,7 +254,7 @@ class Depthwise(Between):
         return self.depthwise(x).relu()
 
 
-@feature(grouped=2, also_skipped={"depthwise": DEPTHWISE}, integer=True)
+@feature(grouped=2, gathers=1, also_skipped={"depthwise": DEPTHWISE}, integer=True)
 class DepthwiseMultiplier(Between):
     """Depthwise with two filters per channel: each channel becomes a pair that moves together."""
 
@@ -266,7 +266,7 @@ class DepthwiseMultiplier(Between):
         return self.depthwise(x.relu())
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=0, integer=True)
 class TransposedConv(Between):
     """ConvTranspose2d keeps its input channels in dimension 0 of the weight."""
 
@@ -278,7 +278,7 @@ class TransposedConv(Between):
         return self.up(x.relu())
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class TransposedGroupedConv(Between):
     """ConvTranspose2d with groups=2."""
 
@@ -290,7 +290,7 @@ class TransposedGroupedConv(Between):
         return self.up(x.relu()).relu()
 
 
-@feature(grouped=2, also_skipped={"normed": "parametri"})
+@feature(grouped=2, gathers=2, also_skipped={"normed": "parametri"})
 class WeightNorm(Between):
     """A parametrised weight is computed from others at every call: nothing can be stored in it."""
 
@@ -310,7 +310,7 @@ class StandardizedConv2d(nn.Conv2d):
         return F.conv2d(input, weight, self.bias, self.stride, self.padding)
 
 
-@feature(grouped=2, also_skipped={"standardized": "StandardizedConv2d"})
+@feature(grouped=2, gathers=2, also_skipped={"standardized": "StandardizedConv2d"})
 class ConvSubclass(Between):
     """A subclass of Conv2d with its own forward: pruned kernels would not be zero kernels."""
 
@@ -322,7 +322,7 @@ class ConvSubclass(Between):
         return self.standardized(x.relu()).relu()
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class FunctionalConv(Between):
     """F.conv2d on a parameter: a convolution without a module."""
 
@@ -334,7 +334,7 @@ class FunctionalConv(Between):
         return F.conv2d(x.relu(), self.weight, padding=1).relu()
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=0, integer=True)
 class Conv1dOverPixels(Between):
     """Conv1d on the flattened image reads the same channels."""
 
@@ -349,7 +349,7 @@ class Conv1dOverPixels(Between):
 # --- modules and parameters used more than once ---------------------------------------------------------------------
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class SharedConvTwoInputs(Net):
     """One convolution at two sites with different inputs, whose results are added."""
 
@@ -362,7 +362,7 @@ class SharedConvTwoInputs(Net):
         return self.shared(x) + self.shared(self.other(x).relu())
 
 
-@feature(grouped=1, integer=True)
+@feature(grouped=1, gathers=1, integer=True)
 class SharedConvInARow(Net):
     """The same convolution twice in a row: its outputs are its own inputs."""
 
@@ -374,7 +374,7 @@ class SharedConvInARow(Net):
         return self.shared(self.shared(x).relu()).relu()
 
 
-@feature(grouped=3, integer=True)
+@feature(grouped=3, gathers=3, integer=True)
 class SharedConvTwoReaders(Net):
     """One convolution at two sites whose results different convolutions read."""
 
@@ -388,7 +388,7 @@ class SharedConvTwoReaders(Net):
         return self.left(self.shared(x).relu()) + self.right(self.shared(-x).relu())
 
 
-@feature(grouped=1, also_skipped={"first": "shares its weight", "second": "shares its weight"}, integer=True)
+@feature(grouped=1, gathers=0, also_skipped={"first": "shares its weight", "second": "shares its weight"}, integer=True)
 class TiedWeights(Net):
     """Two convolution modules that own one weight: pruning one must not change the other."""
 
@@ -403,7 +403,7 @@ class TiedWeights(Net):
         return self.third(self.second(self.first(x).relu()).relu())
 
 
-@feature(grouped=3, integer=True)
+@feature(grouped=3, gathers=3, integer=True)
 class SharedNorm(Net):
     """One BatchNorm after two convolutions: both must leave in one order."""
 
@@ -418,7 +418,7 @@ class SharedNorm(Net):
         return self.last(self.norm(self.left(x)).relu() - self.norm(self.right(x)).relu())
 
 
-@feature(grouped=3, integer=True)
+@feature(grouped=3, gathers=3, integer=True)
 class SharedPReLU(Net):
     """One per-channel PReLU on values of two unrelated convolutions."""
 
@@ -433,7 +433,7 @@ class SharedPReLU(Net):
         return self.last(torch.cat([self.prelu(self.left(x)), self.prelu(self.right(x))], 1))
 
 
-@feature(grouped=4, integer=True)
+@feature(grouped=4, gathers=3, integer=True)
 class ModuleLoop(Net):
     """A loop over a ModuleList with two lists walked together."""
 
@@ -451,7 +451,7 @@ class ModuleLoop(Net):
 # --- joins ----------------------------------------------------------------------------------------------------------
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class ResidualAdd(Net):
     """The basic block: the second convolution must leave in the order of the stream."""
 
@@ -466,7 +466,7 @@ class ResidualAdd(Net):
         return (x + self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))).relu()
 
 
-@feature(grouped=1, integer=True)
+@feature(grouped=1, gathers=1, integer=True)
 class ResidualSharedConv(Net):
     """A residual add around one convolution that is called twice."""
 
@@ -479,7 +479,7 @@ class ResidualSharedConv(Net):
         return y + self.conv(y)
 
 
-@feature(grouped=17)  # its sums outgrow exact integers
+@feature(grouped=17, gathers=24)  # its sums outgrow exact integers
 class ResidualChain(Net):
     """Eight blocks on one stream: sixteen convolutions and one order."""
 
@@ -497,7 +497,7 @@ class ResidualChain(Net):
         return x
 
 
-@feature(grouped=4, integer=True)
+@feature(grouped=4, gathers=4, integer=True)
 class Downsample(Net):
     """The strided block with a projection on its shortcut, and a reader behind it."""
 
@@ -512,7 +512,7 @@ class Downsample(Net):
         return self.last((self.conv2(self.conv1(x).relu()) + self.project(x)).relu())
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class InPlaceAdd(Net):
     """`x += y` on tensors."""
 
@@ -527,7 +527,7 @@ class InPlaceAdd(Net):
         return y
 
 
-@feature(grouped=3, integer=True)
+@feature(grouped=3, gathers=3, integer=True)
 class Arithmetic(Net):
     """Differences, products and scalars on either side of a join."""
 
@@ -542,7 +542,7 @@ class Arithmetic(Net):
         return self.last(torch.sub(2 * left, right, alpha=3) * (1 - right.abs()))
 
 
-@feature(grouped=3, integer=True)
+@feature(grouped=3, gathers=3, integer=True)
 class MaximumAndWhere(Net):
     """torch.maximum and torch.where join their operands."""
 
@@ -557,7 +557,7 @@ class MaximumAndWhere(Net):
         return self.last(torch.maximum(left, right) + torch.where(left > 0, right, 2 * left))
 
 
-@feature(grouped=3, integer=True)
+@feature(grouped=3, gathers=2, integer=True)
 class Concat(Net):
     """Concatenation of two convolutions."""
 
@@ -571,7 +571,7 @@ class Concat(Net):
         return self.last(torch.cat([self.left(x).relu(), self.right(x)], dim=1))
 
 
-@feature(grouped=5, integer=True)
+@feature(grouped=5, gathers=6, integer=True)
 class AddOfConcats(Net):
     """The sum of two different concatenations: their seams do not meet."""
 
@@ -589,7 +589,7 @@ class AddOfConcats(Net):
         return self.last((left + right).relu())
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class ConcatWithRelu(Between):
     """cat([x, relu(x)]): a channel and its rectified copy are two channels of one source."""
 
@@ -600,7 +600,7 @@ class ConcatWithRelu(Between):
         return torch.cat([x, x.relu()], 1)
 
 
-@feature(grouped=3, integer=True)
+@feature(grouped=3, gathers=2, integer=True)
 class DenseBlock(Net):
     """Each layer reads the concatenation of all before it through a BatchNorm of its own."""
 
@@ -617,7 +617,7 @@ class DenseBlock(Net):
         return torch.cat(features, 1)
 
 
-@feature(grouped=5, integer=True)
+@feature(grouped=5, gathers=4, integer=True)
 class UNet(Net):
     """Encoder, ConvTranspose decoder, skip connection by concatenation."""
 
@@ -636,7 +636,7 @@ class UNet(Net):
         return self.decode2(self.decode1(torch.cat([self.up(deep), skip], 1)).relu())
 
 
-@feature(grouped=5, integer=True)
+@feature(grouped=5, gathers=6, integer=True)
 class HighAndLowResolution(Net):
     """HRNet: two resolutions exchange by strided convolutions and upsampled 1x1 ones."""
 
@@ -655,7 +655,7 @@ class HighAndLowResolution(Net):
         return torch.cat([fused_high, F.interpolate(self.mix(fused_low), size=x.shape[2:])], 1)
 
 
-@feature(grouped=3, integer=True)
+@feature(grouped=3, gathers=3, integer=True)
 class StackAndSum(Net):
     """Branches stacked on a new dimension and summed over it."""
 
@@ -669,7 +669,7 @@ class StackAndSum(Net):
         return self.last(torch.stack([self.left(x), self.right(x)], dim=1).sum(dim=1).relu())
 
 
-@feature(grouped=3)
+@feature(grouped=3, gathers=3)
 class SelectiveKernel(Net):
     """Branches stacked, weighted by a softmax over the branches, summed (SKNet)."""
 
@@ -689,7 +689,7 @@ class SelectiveKernel(Net):
 # --- slices and movement of channels --------------------------------------------------------------------------------
 
 
-@feature(grouped=4, integer=True)
+@feature(grouped=4, gathers=3, integer=True)
 class Chunk(Net):
     """Two halves of one convolution with different readers."""
 
@@ -705,7 +705,7 @@ class Chunk(Net):
         return self.last((self.left(left) - self.right(right)).relu())
 
 
-@feature(grouped=4, integer=True)
+@feature(grouped=4, gathers=3, integer=True)
 class C2f(Net):
     """YOLOv8: chunk, a chain on the second half, everything concatenated."""
 
@@ -723,7 +723,7 @@ class C2f(Net):
         return self.leave(torch.cat(parts, dim=1))
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class Slice(Between):
     """x[:, :8] is treated otherwise than x[:, 8:]."""
 
@@ -731,7 +731,7 @@ class Slice(Between):
         return torch.cat([x[:, :8].relu(), x[:, 8:]], 1)
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class SteppedSlice(Between):
     """x[:, ::2] and a negative start: slices that do not cut at one place."""
 
@@ -742,7 +742,7 @@ class SteppedSlice(Between):
         return torch.cat([x[:, ::2].relu(), x[:, -12:]], 1)
 
 
-@feature(grouped=3, integer=True)
+@feature(grouped=3, gathers=2, integer=True)
 class UnevenSplit(Net):
     """split with sizes 8 and 24: only the larger part meets an eligible convolution."""
 
@@ -757,7 +757,7 @@ class UnevenSplit(Net):
         return self.last(torch.cat([self.inner(large).relu(), small], 1))
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class Unbind(Between):
     """unbind over a dimension that a view has cut out of the channels."""
 
@@ -769,7 +769,7 @@ class Unbind(Between):
         return left.relu() - right
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=2)
 class GatedHalves(Between):
     """cat([a.relu(), b.sigmoid()]) after chunk: the halves may be shuffled, never exchanged."""
 
@@ -789,7 +789,7 @@ class GatedLinearUnit(Between):
         return F.glu(x, dim=1)
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class HalvesRolledApart(Between):
     """One half rolls left, the other right: equal operators, different functions."""
 
@@ -798,7 +798,7 @@ class HalvesRolledApart(Between):
         return torch.cat([torch.roll(x[:, :half], 1, 3), torch.roll(x[:, half:], -1, 3)], 1)
 
 
-@feature(grouped=4, also_skipped={"narrow": FEW_IN}, integer=True)
+@feature(grouped=4, gathers=3, also_skipped={"narrow": FEW_IN}, integer=True)
 class Res2NetChain(Net):
     """Chunks of one convolution enter a chain one after another: each has its own role."""
 
@@ -817,7 +817,7 @@ class Res2NetChain(Net):
         return self.leave(torch.cat([*states, self.narrow(parts[4])], 1))
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class ChannelShuffle(Between):
     """View, transpose, reshape with the sizes read from the value."""
 
@@ -826,7 +826,7 @@ class ChannelShuffle(Between):
         return x.relu().reshape(b, 4, c // 4, h, w).transpose(1, 2).reshape(b, c, h, w)
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class ChannelShuffleModule(Between):
     """torch's own nn.ChannelShuffle."""
 
@@ -838,7 +838,7 @@ class ChannelShuffleModule(Between):
         return self.shuffle(x.relu())
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class ShuffledTwins(Between):
     """cat([x, x]) shuffled so that the twins land at an odd distance."""
 
@@ -850,7 +850,7 @@ class ShuffledTwins(Between):
         return torch.cat([twins[:, 5:], twins[:, :5].relu()], 1).unflatten(1, (4, 16)).transpose(1, 2).flatten(1, 2)
 
 
-@feature(grouped=3, also_skipped={"depthwise": DEPTHWISE}, integer=True)
+@feature(grouped=3, gathers=2, also_skipped={"depthwise": DEPTHWISE}, integer=True)
 class ShuffleNetUnit(Net):
     """ShuffleNet v2: one half passes, the other is transformed, both are shuffled; then again by the reader."""
 
@@ -871,7 +871,7 @@ class ShuffleNetUnit(Net):
         return out.view(b, 2, c // 2, h, w).transpose(1, 2).contiguous().view(b, -1, h, w)
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class PixelShuffle(Between):
     """Four channels become one of twice the size."""
 
@@ -883,7 +883,7 @@ class PixelShuffle(Between):
         return self.shuffle(x.relu())
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class PixelUnshuffle(Between):
     """One channel becomes four of half the size."""
 
@@ -894,7 +894,7 @@ class PixelUnshuffle(Between):
         return F.pixel_unshuffle(x.relu(), 2)
 
 
-@feature(grouped=1, also_skipped={"focus": FEW_IN}, integer=True)
+@feature(grouped=1, gathers=0, also_skipped={"focus": FEW_IN}, integer=True)
 class Focus(Net):
     """YOLOv5: four phases of the image concatenated; then a slice in space."""
 
@@ -909,7 +909,7 @@ class Focus(Net):
         return self.head(self.last(self.focus(torch.cat(phases, 1)).relu() + y))
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class ChannelPad(Net):
     """The CIFAR option-A shortcut: strided slice, zero channels added before and after."""
 
@@ -923,7 +923,7 @@ class ChannelPad(Net):
         return (shortcut + self.conv2(self.conv1(x).relu())).relu()
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class ChannelPadBetween(Between):
     """Zero channels added to a permutable value."""
 
@@ -934,7 +934,7 @@ class ChannelPadBetween(Between):
         return F.pad(x.relu(), (0, 0, 0, 0, 3, 5))
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class ChannelRoll(Between):
     """torch.roll and torch.flip over the channels."""
 
@@ -942,7 +942,7 @@ class ChannelRoll(Between):
         return torch.flip(torch.roll(x, 3, dims=1), [1]).relu() + x
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class ChannelRepeat(Between):
     """repeat and repeat_interleave copy channels in different patterns."""
 
@@ -953,7 +953,7 @@ class ChannelRepeat(Between):
         return torch.cat([x.repeat(1, 2, 1, 1), x.relu().repeat_interleave(2, dim=1)], 1)
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class OwnIndex(Between):
     """The user's own index_select, with a repeated channel, and an index in square brackets."""
 
@@ -970,7 +970,7 @@ class OwnIndex(Between):
 # --- space ----------------------------------------------------------------------------------------------------------
 
 
-@feature(grouped=4, integer=True)
+@feature(grouped=4, gathers=3, integer=True)
 class Pools(Net):
     """Max, average and adaptive pooling."""
 
@@ -988,7 +988,7 @@ class Pools(Net):
         return self.adaptive(F.pad(x, (1, 1, 1, 0)))
 
 
-@feature(grouped=3)
+@feature(grouped=3, gathers=2)
 class Interpolate(Net):
     """Nearest, bilinear and nn.Upsample."""
 
@@ -1003,7 +1003,7 @@ class Interpolate(Net):
         return self.convs[2](self.up(x))
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class SpatialPad(Between):
     """Padding of space by a constant that is not zero, and by a module."""
 
@@ -1031,7 +1031,7 @@ class FlatNet(nn.Module):
         return self.head(self.flat(self.last(self.stem(x).relu()).relu()))
 
 
-@feature(grouped=1, skipped=STEM, integer=True)
+@feature(grouped=1, gathers=0, skipped=STEM, integer=True)
 class FlattenLinear(FlatNet):
     """Flatten 4x4 to linear: sixteen features a channel."""
 
@@ -1039,7 +1039,7 @@ class FlattenLinear(FlatNet):
         return torch.flatten(x, 1)
 
 
-@feature(grouped=1, skipped=STEM, integer=True)
+@feature(grouped=1, gathers=0, skipped=STEM, integer=True)
 class ViewLinear(FlatNet):
     """x.view(x.size(0), -1), the flatten of older code."""
 
@@ -1047,7 +1047,7 @@ class ViewLinear(FlatNet):
         return x.view(x.size(0), -1)
 
 
-@feature(grouped=1, skipped=STEM, integer=True)
+@feature(grouped=1, gathers=0, skipped=STEM, integer=True)
 class PermuteFlattenLinear(FlatNet):
     """Channels last, then flatten: the features of a channel lie 32 apart."""
 
@@ -1055,7 +1055,7 @@ class PermuteFlattenLinear(FlatNet):
         return x.permute(0, 2, 3, 1).flatten(1)
 
 
-@feature(grouped=1, skipped=STEM, integer=True)
+@feature(grouped=1, gathers=0, skipped=STEM, integer=True)
 class PooledLinear(FlatNet):
     """The classification head: global average pooling, flatten, linear."""
 
@@ -1067,7 +1067,7 @@ class PooledLinear(FlatNet):
         return torch.flatten(self.pool(x), 1)
 
 
-@feature(grouped=1, skipped=STEM, integer=True)
+@feature(grouped=1, gathers=0, skipped=STEM, integer=True)
 class HiddenLinear(FlatNet):
     """Two linear layers behind pooling over the two image dimensions; linear over the last dimension of four."""
 
@@ -1083,7 +1083,7 @@ class HiddenLinear(FlatNet):
 # --- norms and channel-wise parameters ------------------------------------------------------------------------------
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class PlainBatchNorms(Between):
     """BatchNorm without affine parameters."""
 
@@ -1095,7 +1095,7 @@ class PlainBatchNorms(Between):
         return self.norm(x).relu()
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=1)
 class BatchNormWithoutStatistics(Between):
     """BatchNorm without running statistics uses those of the batch in both modes."""
 
@@ -1107,7 +1107,7 @@ class BatchNormWithoutStatistics(Between):
         return self.norm(x).relu()
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class PreActivation(Between):
     """BatchNorm and ReLU before the convolution, on a value that is also the shortcut."""
 
@@ -1119,7 +1119,7 @@ class PreActivation(Between):
         return self.norm(x).relu() + x
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=2)
 class GroupNorm(Between):
     """GroupNorm(4): an order is free inside each group, and groups may move as a whole."""
 
@@ -1131,7 +1131,7 @@ class GroupNorm(Between):
         return self.norm(x).relu()
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=1)
 class InstanceNorm(Between):
     """InstanceNorm with affine parameters."""
 
@@ -1143,7 +1143,7 @@ class InstanceNorm(Between):
         return self.norm(x).relu()
 
 
-@feature(grouped=2, also_skipped={"depthwise": DEPTHWISE})
+@feature(grouped=2, gathers=1, also_skipped={"depthwise": DEPTHWISE})
 class ConvNeXtBlock(Between):
     """Depthwise, permute, LayerNorm over channels, two linears, layer scale, permute back, residual."""
 
@@ -1160,7 +1160,7 @@ class ConvNeXtBlock(Between):
         return x + (self.gamma * self.project(F.gelu(self.expand(y)))).permute(0, 3, 1, 2)
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=1)
 class ChannelLayerNorm(Between):
     """LayerNorm2d: a subclass of LayerNorm that permutes inside."""
 
@@ -1172,7 +1172,7 @@ class ChannelLayerNorm(Between):
         return self.norm(x).relu()
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=1)
 class ImageLayerNorm(Between):
     """LayerNorm over channels and space: its affine parameters have three dimensions."""
 
@@ -1184,7 +1184,7 @@ class ImageLayerNorm(Between):
         return self.norm(x).relu()
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=2)
 class LocalResponseNorm(Between):
     """LRN reads neighbouring channels: their order counts."""
 
@@ -1196,7 +1196,7 @@ class LocalResponseNorm(Between):
         return self.norm(x)
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=1)
 class Normalize(Between):
     """F.normalize over channels, scaled by a per-channel parameter (SSD)."""
 
@@ -1208,7 +1208,7 @@ class Normalize(Between):
         return self.scale.view(1, -1, 1, 1) * F.normalize(x)
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class PReLU(Between):
     """One slope per channel."""
 
@@ -1220,7 +1220,7 @@ class PReLU(Between):
         return self.prelu(x)
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class PReLUOneSlope(Between):
     """One slope for all channels: nothing to permute."""
 
@@ -1232,7 +1232,7 @@ class PReLUOneSlope(Between):
         return self.prelu(x)
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class LayerScale(Net):
     """A residual branch times a parameter (C, 1, 1)."""
 
@@ -1246,7 +1246,7 @@ class LayerScale(Net):
         return x + self.second(self.first(x).relu()) * self.gamma
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class PositionEmbedding(Between):
     """A parameter (1, C, H, W) is added, and one (1, 1, H, W) that all channels share."""
 
@@ -1259,7 +1259,7 @@ class PositionEmbedding(Between):
         return (x + self.own).relu() * self.common
 
 
-@feature(grouped=3, integer=True)
+@feature(grouped=3, gathers=3, integer=True)
 class SharedScale(Net):
     """One per-channel parameter scales two unrelated values, once through a view."""
 
@@ -1276,7 +1276,7 @@ class SharedScale(Net):
         return self.last(torch.cat([left, right], 1).relu())
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class ChannelBuffer(Between):
     """A per-channel constant in a buffer (ReZero masks, pixel means)."""
 
@@ -1293,7 +1293,7 @@ class ChannelBuffer(Between):
 # --- activations, dropout, in-place operators -----------------------------------------------------------------------
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=1)
 class Sigmoid(Between):
     """f(0) is not 0: pruned is not absent."""
 
@@ -1301,7 +1301,7 @@ class Sigmoid(Between):
         return x.sigmoid()
 
 
-@feature(grouped=4)
+@feature(grouped=4, gathers=3)
 class Activations(Net):
     """Modules, functions and methods of the common activations."""
 
@@ -1318,7 +1318,7 @@ class Activations(Net):
         return F.gelu(self.convs[3](x))
 
 
-@feature(grouped=3)
+@feature(grouped=3, gathers=2)
 class DropoutModules(Net):
     """Dropout and Dropout2d modules: random in training only."""
 
@@ -1332,7 +1332,7 @@ class DropoutModules(Net):
         return self.convs[2](self.dropout2d(self.convs[1](self.dropout(self.convs[0](x)).relu())))
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=1)
 class FunctionalDropout(Between):
     """F.dropout(x, p, self.training): tracing must not bake the mode in."""
 
@@ -1348,7 +1348,7 @@ class FunctionalDropoutKeyword(Between):
         return F.dropout2d(x.relu(), p=0.3, training=self.training)
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=2)
 class StochasticDepthBlock(Net):
     """torchvision's StochasticDepth calls a wrapped function with self.training."""
 
@@ -1371,7 +1371,7 @@ class DropPath(nn.Module):
         return x * x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(0.7) / 0.7
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=2)
 class DropPathBlock(Net):
     """A user's DropPath: control flow on self.training."""
 
@@ -1385,7 +1385,7 @@ class DropPathBlock(Net):
         return x + self.drop(self.second(self.first(x).relu()))
 
 
-@feature(grouped=3, integer=True)
+@feature(grouped=3, gathers=3, integer=True)
 class InPlaceReluReadLater(Net):
     """ReLU(inplace=True) on a value that is read again: both readers see the rectified one."""
 
@@ -1401,7 +1401,7 @@ class InPlaceReluReadLater(Net):
         return self.left(self.relu(y)) + self.right(y)
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class InPlaceFunctionalRelu(Between):
     """F.relu(x, True), the flag given by position, and its argument read again."""
 
@@ -1409,7 +1409,7 @@ class InPlaceFunctionalRelu(Between):
         return F.relu(x, True) * 2 - x
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class InPlaceUnusedResult(Between):
     """y.mul_(g) whose result nobody uses: dead code only at first sight."""
 
@@ -1427,7 +1427,7 @@ class InPlaceUnusedResult(Between):
 # --- gates ----------------------------------------------------------------------------------------------------------
 
 
-@feature(grouped=2, also_skipped={"squeeze": FEW_OUT, "excite": FEW_IN})
+@feature(grouped=2, gathers=1, also_skipped={"squeeze": FEW_OUT, "excite": FEW_IN})
 class SqueezeExcite(Between):
     """SE with 1x1 convolutions."""
 
@@ -1441,7 +1441,7 @@ class SqueezeExcite(Between):
         return x * self.excite(self.squeeze(gate).relu()).sigmoid()
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=1)
 class SqueezeExciteLinear(Between):
     """SE with linear layers, a view and expand_as."""
 
@@ -1455,7 +1455,7 @@ class SqueezeExciteLinear(Between):
         return x * gate.expand_as(x)
 
 
-@feature(grouped=4)
+@feature(grouped=4, gathers=4)
 class SqueezeExciteWide(Between):
     """SE whose own convolutions are eligible."""
 
@@ -1468,7 +1468,7 @@ class SqueezeExciteWide(Between):
         return x.mul(self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid())
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=2)
 class EfficientChannelAttention(Between):
     """ECA convolves over neighbouring channels: their order counts."""
 
@@ -1494,7 +1494,7 @@ class SpatialAttention(Between):
         return x * self.gate(pooled).sigmoid()
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class MaxOverChannels(Between):
     """amax over channels, broadcast back."""
 
@@ -1502,7 +1502,7 @@ class MaxOverChannels(Between):
         return x - x.amax(1, keepdim=True)
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=1)
 class SoftmaxOverChannels(Between):
     """softmax over channels permutes with them."""
 
@@ -1510,7 +1510,7 @@ class SoftmaxOverChannels(Between):
         return x.softmax(dim=1)
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=1)
 class GlobalResponseNorm(Between):
     """ConvNeXt v2: norms over space, divided by their mean over channels; torch.addcmul with parameters."""
 
@@ -1525,7 +1525,7 @@ class GlobalResponseNorm(Between):
         return x + torch.addcmul(self.bias.view(1, -1, 1, 1), self.weight.view(1, -1, 1, 1), scaled)
 
 
-@feature(grouped=3, also_skipped={"depthwise": DEPTHWISE}, integer=True)
+@feature(grouped=3, gathers=3, also_skipped={"depthwise": DEPTHWISE}, integer=True)
 class InvertedResidual(Net):
     """MobileNet: expand, depthwise, project, add; the reader of the stream comes after."""
 
@@ -1547,7 +1547,7 @@ class InvertedResidual(Net):
 # --- operators that mix channels without a rule, attention ----------------------------------------------------------
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class CumulativeSum(Between):
     """torch.cumsum over channels: an operator that looks element-wise and is not."""
 
@@ -1555,7 +1555,7 @@ class CumulativeSum(Between):
         return torch.cumsum(x, dim=1)
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class SortOverChannels(Between):
     """torch.sort over channels returns values and indices; the channels keep their weights beside it."""
 
@@ -1564,7 +1564,7 @@ class SortOverChannels(Between):
         return values + x * (order % 2)
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=2)
 class MatmulAttention(Between):
     """Attention over positions by matmul, from eligible 1x1 convolutions."""
 
@@ -1580,7 +1580,7 @@ class MatmulAttention(Between):
         return mixed.transpose(1, 2).reshape(x.shape)
 
 
-@feature(grouped=5)
+@feature(grouped=5, gathers=8)
 class NonLocalBlock(Between):
     """Queries, keys and values by 1x1 convolutions; the channels of query and key are contracted."""
 
@@ -1597,7 +1597,7 @@ class NonLocalBlock(Between):
         return x + mixed.view(b, c, h, w)
 
 
-@feature(grouped=3)
+@feature(grouped=3, gathers=3)
 class MultiHeadAttention(Net):
     """Query, key and value cut from one 1x1 convolution into four heads; scaled_dot_product_attention."""
 
@@ -1614,7 +1614,7 @@ class MultiHeadAttention(Net):
         return self.last(mixed.transpose(-2, -1).reshape(b, 32, h, w))
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class Einsum(Between):
     """einsum with a parameter over channels is a linear layer in disguise."""
 
@@ -1626,7 +1626,7 @@ class Einsum(Between):
         return torch.einsum("bchw,dc->bdhw", x.relu(), self.mixing)
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=2)
 class OpaqueAttention(Between):
     """nn.MultiheadAttention is a leaf without a rule, with a tuple as its result."""
 
@@ -1639,23 +1639,23 @@ class OpaqueAttention(Between):
         return self.attention(tokens, tokens, tokens, need_weights=False)[0].transpose(1, 2).reshape(x.shape) + x
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=2)
 class OpaqueRecurrence(Between):
-    """nn.LSTM over the pixels."""
+    """nn.LSTM along the width of the image, as text recognition has it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lstm = nn.LSTM(32, 32, batch_first=True)
 
     def feature(self, x: Tensor) -> Tensor:
-        states, _ = self.lstm(x.flatten(2).permute(0, 2, 1))
-        return states.permute(0, 2, 1).unflatten(2, (8, 8))
+        states, _ = self.lstm(x.mean(2).permute(0, 2, 1))
+        return x + states.permute(0, 2, 1).unsqueeze(2)
 
 
 # --- inputs and outputs of the model --------------------------------------------------------------------------------
 
 
-@feature(grouped=2, skipped={}, integer=True, inputs=feature_map)
+@feature(grouped=2, gathers=3, skipped={}, integer=True, inputs=feature_map)
 class ConvFromInputToOutput(nn.Module):
     """The orders of the model's input and output are the user's."""
 
@@ -1668,7 +1668,7 @@ class ConvFromInputToOutput(nn.Module):
         return self.last(self.first(x).relu())
 
 
-@feature(grouped=1, skipped={}, integer=True, inputs=feature_map)
+@feature(grouped=1, gathers=2, skipped={}, integer=True, inputs=feature_map)
 class SingleConv(nn.Module):
     """One convolution is the whole model."""
 
@@ -1680,7 +1680,7 @@ class SingleConv(nn.Module):
         return self.conv(x)
 
 
-@feature(grouped=2, skipped=STEM, integer=True, inputs=image_and_feature_map)
+@feature(grouped=2, gathers=3, skipped=STEM, integer=True, inputs=image_and_feature_map)
 class TwoInputs(nn.Module):
     """A second input joins the stream in the user's order."""
 
@@ -1694,7 +1694,7 @@ class TwoInputs(nn.Module):
         return self.last((self.first(self.stem(image).relu()) + features).relu())
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=3, integer=True)
 class TupleOutput(Net):
     """Logits and the features behind them, as a tuple."""
 
@@ -1709,7 +1709,7 @@ class TupleOutput(Net):
         return self.head(deep), [shallow, deep]
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=2, integer=True)
 class DictOutput(Net):
     """Features by name, as detection backbones return them."""
 
@@ -1723,7 +1723,7 @@ class DictOutput(Net):
         return {"logits": self.head(features), "features": features}
 
 
-@feature(grouped=2, integer=True)
+@feature(grouped=2, gathers=1, integer=True)
 class DefaultArgument(Between):
     """A forward with a default that is no tensor."""
 
