@@ -196,8 +196,7 @@ def _compile(options: argparse.Namespace) -> int:
         step("rewriting")
         pruned = fxprune.rewrite(masked, plan, inputs)
         step("checking")
-        modes = _record(pruned).modes
-        check = None if options.no_verify else fxprune.verify(pruned, masked, inputs, modes=modes)
+        check = None if options.no_verify else fxprune.verify(pruned, masked, inputs)
     written = _write(pruned, inputs, options)
     report = fxprune.report(pruned)
     document = {
@@ -233,10 +232,10 @@ def _verify(options: argparse.Namespace) -> int:
     with _steps(2, options) as step:
         step("loading")
         pruned = fxprune.load(options.file, model)
-        record = _record(pruned)
+        record = record_of(pruned)
         masked = fxprune.mask(model, record.plan)
         step("checking")
-        check = fxprune.verify(pruned, masked, _inputs(model, options), modes=record.modes)
+        check = fxprune.verify(pruned, masked, _inputs(model, options))
     return _show(options, asdict(check), _verdict(check))
 
 
@@ -261,7 +260,7 @@ def _demo(options: argparse.Namespace) -> int:
     return _show(options, result.to_dict(), str(result))
 
 
-def _record(pruned: fx.GraphModule) -> Record:
+def record_of(pruned: fx.GraphModule) -> Record:
     record = pruned.meta["fxprune"]
     assert isinstance(record, Record)
     return record

@@ -19,9 +19,8 @@ from fxprune.plans import PrunePlan
 from fxprune.report import Report, layer_costs, make_report, total_macs
 from fxprune.rewriting import calls
 from fxprune.tracing import Inputs, Trace, meta_values, trace
+from fxprune.verification import RECORD
 from fxprune.verification import verify as verify_models
-
-_RECORD = "fxprune"
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def compile(
     pruned = rewrite(masked, plan, example_inputs, fold_batch_norm=fold_batch_norm)
     if verify or (verify is None and example_inputs is not None):
         assert example_inputs is not None
-        verify_models(pruned, masked, example_inputs, modes=_record(pruned).modes)
+        verify_models(pruned, masked, example_inputs)
     return pruned
 
 
@@ -206,7 +205,7 @@ def rewrite(
         notes=tuple(notes),
     )
     modes = ("eval",) if fold_batch_norm else traced.modes
-    gm.meta[_RECORD] = Record(plan, report, traced.inputs, modes, {"fold_batch_norm": fold_batch_norm})
+    gm.meta[RECORD] = Record(plan, report, traced.inputs, modes, {"fold_batch_norm": fold_batch_norm})
     if not plan.layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:3])
         warnings.warn(
@@ -234,7 +233,7 @@ def report(pruned: nn.Module) -> Report:
     Raises:
         FxpruneError: the module was not compiled by fxprune, or lost its record in pickling.
     """
-    return _record(pruned).report
+    return record_of(pruned).report
 
 
 _NO_SHAPES = (
@@ -248,9 +247,14 @@ def _plan(model: nn.Module, traced: Trace, ratio: float | Mapping[str, float], *
     return planning.make_plan(model, ratio, reachable=reachable, **options)
 
 
-def _record(pruned: nn.Module) -> Record:
+def record_of(pruned: nn.Module) -> Record:
+    """Return what a compiled module remembers of its compilation.
+
+    Raises:
+        FxpruneError: the module was not compiled by fxprune, or lost its record in pickling.
+    """
     meta = getattr(pruned, "meta", None)
-    record = meta.get(_RECORD) if isinstance(meta, dict) else None
+    record = meta.get(RECORD) if isinstance(meta, dict) else None
     if not isinstance(record, Record):
         raise FxpruneError(
             f"{type(pruned).__name__} carries no record of a compilation; "

@@ -19,6 +19,7 @@ class ChannelGather(nn.Module):
     """
 
     index: Tensor
+    __jit_unused_properties__ = ("is_identity", "is_permutation")  # for passes, not for TorchScript
 
     def __init__(self, index: Tensor, in_channels: int, dim: int = 1) -> None:
         super().__init__()

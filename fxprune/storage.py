@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from fxprune.compiler import Record, _record, rewrite
+from fxprune.compiler import Record, mask, record_of, rewrite
 from fxprune.errors import FxpruneError, StorageError
 from fxprune.plans import PrunePlan
 
@@ -29,7 +29,7 @@ def save(pruned: nn.Module, path: str | os.PathLike[str]) -> None:
         FxpruneError: the module was not compiled by fxprune.
         StorageError: the file cannot be written.
     """
-    record = _record(pruned)
+    record = record_of(pruned)
     state = {name: tensor.detach().cpu() for name, tensor in pruned.state_dict().items()}
     header = json.dumps({"plan": record.plan.to_json(), "inputs": _describe(record), "options": dict(record.options)})
     content = {"format": FORMAT, "version": VERSION, "header": header, "state": state, "digest": _digest(header, state)}
@@ -60,7 +60,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
     header = json.loads(content["header"])
     try:
         plan = PrunePlan.from_json(header["plan"])
-        blank = _blank(model, plan)
+        blank = mask(model, plan)  # any weights will do, but the dropped kernels must be zero
         inputs = tuple(
             torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for shape, dtype in header["inputs"]
         )
@@ -68,12 +68,6 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
     except FxpruneError as error:
         raise StorageError(f"{path} does not fit {type(model).__name__}: {error}") from error
     return _fill(pruned, content["state"], path, model)
-
-
-def _blank(model: nn.Module, plan: PrunePlan) -> nn.Module:
-    from fxprune.compiler import mask
-
-    return mask(model, plan)
 
 
 def _fill(pruned: fx.GraphModule, state: dict[str, Tensor], path: object, model: nn.Module) -> fx.GraphModule:

@@ -24,6 +24,9 @@ TOLERANCE = 1e-10
 NOISE = 1e-15
 NOISE_MARGIN = 1e3
 
+RECORD = "fxprune"
+"""Key of `GraphModule.meta` under which a compiled module keeps the record of its compilation."""
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -47,7 +50,7 @@ class Verification:
 
 
 def verify(
-    pruned: nn.Module, masked: nn.Module, example_inputs: Inputs, *, modes: Sequence[str] = ("eval", "train")
+    pruned: nn.Module, masked: nn.Module, example_inputs: Inputs, *, modes: Sequence[str] | None = None
 ) -> Verification:
     """Check that `pruned` computes what `masked` computes.
 
@@ -59,12 +62,14 @@ def verify(
         masked: the oracle.
         example_inputs: positional arguments of both, tensors on their device. A floating-point input without variation
             is replaced by noise, for it could hide errors.
-        modes: which modes to compare. A model whose forward differs between modes in structure is compiled for
-            evaluation only.
+        modes: which modes to compare; by default those that the compilation of `pruned` keeps, else both. A model whose
+            forward differs between modes in structure is compiled for evaluation only.
 
     Raises:
         VerificationError: they differ; the message names the first node of `pruned` where.
     """
+    if modes is None:
+        modes = getattr(getattr(pruned, "meta", {}).get(RECORD), "modes", ("eval", "train"))
     inputs = _informative(as_inputs(example_inputs))
     largest_abs = largest_rel = 0.0
     for mode in modes:

@@ -106,9 +106,12 @@ class ChannelAnalysis:
         return int(counts[counts > 1].sum())
 
     def __str__(self) -> str:
+        paths = {node.name: str(node.target) for node in self.labels if node.op == "call_module"}
         lines = [f"{'channel space':40} {'channels':>8} {'movable':>8}  tied by / fixed because"]
         for space in self.spaces:
-            who = space.producers[0] + (f" + {len(space.producers) - 1} more" if len(space.producers) > 1 else "")
+            who = paths.get(space.producers[0], space.producers[0]) + (
+                f" + {len(space.producers) - 1} more" if len(space.producers) > 1 else ""
+            )
             ties = ", ".join(space.ties[:4]) + (", ..." if len(space.ties) > 4 else "")
             why = f"fixed: {space.reason}" if space.permutable < space.channels and space.reason else ""
             lines.append(f"{who:40} {space.channels:>8} {space.permutable:>8}  {'; '.join(filter(None, (ties, why)))}")

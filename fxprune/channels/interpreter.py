@@ -132,7 +132,7 @@ class State:
         dim, size = dim % value.dim(), value.shape[dim]
         if labels.shape[dim] == size and labels.numel() == size and not (size == 1 and int(labels) == UNLABELLED):
             return labels.reshape(-1).numpy()
-        fresh = self.atoms.mint(size, self.node.name)
+        fresh = self.atoms.mint(size, self._source_of(labels) or self.node.name)
         if labels.shape[dim] != size or labels.numel() == 1:
             self.atoms.pin(fresh, self._origin(labels))
             self.pin(labels, "positions that are not channels are read in order")
@@ -145,6 +145,10 @@ class State:
         self.atoms.tie(np.repeat(fresh, rows.shape[1]), rows, self.node.name)
         self.atoms.site(rows, np.broadcast_to(np.arange(rows.shape[1]), rows.shape))
         return fresh
+
+    def _source_of(self, labels: Tensor) -> str:
+        """Name of the node that gives these labels to the current one."""
+        return next((node.name for node in self.node.all_input_nodes if self.labels.get(node) is labels), "")
 
     def _origin(self, labels: Tensor) -> str:
         sources = [node for node in self.node.all_input_nodes if self.labels.get(node) is labels]
