@@ -1,13 +1,11 @@
-"""What every test runs under: a share of the cores for each worker, and one random state."""
-
-import os
+"""What every test runs under: one thread, and a random state of its own."""
 
 import pytest
 import torch
 
-# Workers of pytest-xdist that each start a thread per core slow one another down many times over.
-_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // _workers))
+# Most nets here are so small that waiting for a second thread costs up to four times what it saves, and workers of
+# pytest-xdist that each start a thread per core slow one another down. To use more cores, use more workers.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
