@@ -82,12 +82,12 @@ def randomized(model: nn.Module) -> nn.Module:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown table of the results."""
     lines = [
-        "| network | Torch-Pruning 1.6.1 | convolutions grouped | MACs left | gathers left | largest difference (float64) |",
+        "| network | Torch-Pruning 1.6.1 | convolutions grouped | MACs left | gathers left | difference (float64) |",
         "|---|---|---|---|---|---|",
     ]
     lines.extend(
-        f"| {row['network']} | {row['torch_pruning']} | {row['grouped']} of {row['convolutions']} | {row['macs_share']:.0%} "
-        f"| {row['gathers']} | {row['largest_relative_difference']:.0e} |"
+        f"| {row['network']} | {row['torch_pruning']} | {row['grouped']} of {row['convolutions']} "
+        f"| {row['macs_share']:.0%} | {row['gathers']} | {row['largest_relative_difference']:.0e} |"
         for row in rows
     )
     return "\n".join(lines)

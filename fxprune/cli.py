@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 the compiled model does not compute what the masked one do
 
 import argparse
 import json
+import os
 import sys
 import time
 import warnings
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 import fxprune
 from fxprune import demo
-from fxprune.compiler import Record
+from fxprune.compiler import record_of
 from fxprune.errors import FxpruneError, VerificationError
 from fxprune.exports import save_onnx, save_torchscript
 from fxprune.models import default_input_size, example_inputs, load_model
@@ -56,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code: int = options.run(options)
     except VerificationError as error:
         return _complain(error, 1)
+    except BrokenPipeError:  # `fxprune analyze ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (FxpruneError, OSError) as error:
         return _complain(error, 2)
     except KeyboardInterrupt:
@@ -258,12 +262,6 @@ def _demo(options: argparse.Namespace) -> int:
         progress=_progress(options),
     )
     return _show(options, result.to_dict(), str(result))
-
-
-def record_of(pruned: fx.GraphModule) -> Record:
-    record = pruned.meta["fxprune"]
-    assert isinstance(record, Record)
-    return record
 
 
 def _model(name: str, options: argparse.Namespace) -> nn.Module:

@@ -132,9 +132,11 @@ class State:
         dim, size = dim % value.dim(), value.shape[dim]
         if labels.shape[dim] == size and labels.numel() == size and not (size == 1 and int(labels) == UNLABELLED):
             return labels.reshape(-1).numpy()
-        fresh = self.atoms.mint(size, self._source_of(labels) or self.node.name)
+        giver = next((node for node in self.node.all_input_nodes if self.labels.get(node) is labels), self.node)
+        fresh = self.atoms.mint(size, giver.name)
         if labels.shape[dim] != size or labels.numel() == 1:
-            self.atoms.pin(fresh, self._origin(labels))
+            why = self.boundaries.get(giver, "")
+            self.atoms.pin(fresh, f"{giver.name} fixes their order" + (f": {why}" if why else ""))
             self.pin(labels, "positions that are not channels are read in order")
             return fresh
         rows = labels.movedim(dim, 0).reshape(size, -1).numpy()
@@ -145,16 +147,6 @@ class State:
         self.atoms.tie(np.repeat(fresh, rows.shape[1]), rows, self.node.name)
         self.atoms.site(rows, np.broadcast_to(np.arange(rows.shape[1]), rows.shape))
         return fresh
-
-    def _source_of(self, labels: Tensor) -> str:
-        """Name of the node that gives these labels to the current one."""
-        return next((node.name for node in self.node.all_input_nodes if self.labels.get(node) is labels), "")
-
-    def _origin(self, labels: Tensor) -> str:
-        sources = [node for node in self.node.all_input_nodes if self.labels.get(node) is labels]
-        name = sources[0].name if sources else "its input"
-        reason = self.boundaries.get(sources[0]) if sources else None
-        return f"{name} fixes their order" + (f": {reason}" if reason else "")
 
     # ---- what modules do with channels
 
