@@ -2,9 +2,8 @@
 the layers at its ends.
 
 One step for all spaces: the analysis of channels says which permutations leave the network unchanged. Each gather that
-    is a permutation wishes for the order in which it
-would be the identity, of the channels it gives or else of those it reads; the one that moves most bytes is served
-first.
+is a permutation wishes for the order in which it would be the identity, of the channels it gives or else of those it
+reads; the one that moves most bytes is served first.
 
 1. Where a layer writes channels whose order changes, a gather follows it; where a layer reads them, the inverse gather
    precedes it.
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.channels import ChannelAnalysis, Port, Reordering, Scale, analyze_channels
+from fxprune.channels.atoms import Array
 from fxprune.errors import PassError
 from fxprune.layers import ChannelGather
 from fxprune.rewriting import KEPT_BECAUSE, Outcome, Skip, Tensors, calls, gather_after, gather_before
@@ -44,24 +44,36 @@ class SinkGathers:
         analysis = analyze_channels(gm, values)
         reordering = Reordering(analysis.blocks)
         skipped = tuple(_serve_wishes(gm, analysis, reordering, values))
-        moved = reordering.permutation()
-        rewritten = []
-        for port in analysis.ports:
-            index = _new_order(port.atoms, moved)
-            if np.array_equal(index, np.arange(index.size)):
-                continue
-            rewritten.append(port.node.name)
-            device = next(iter(gm.get_submodule(str(port.node.target)).state_dict().values())).device
-            if port.kind == "writes":
-                gather_after(gm, port.node, ChannelGather(torch.from_numpy(index).to(device), index.size, port.dim))
-            else:
-                gather_before(
-                    gm, port.node, ChannelGather(torch.from_numpy(np.argsort(index)).to(device), index.size, port.dim)
-                )
-        tensors = Tensors(gm)
-        for scale in analysis.scales:
-            _reorder(gm, tensors, scale, _new_order(scale.atoms, moved))
-        return Outcome(tuple(rewritten), skipped)
+        return Outcome(reorder(gm, analysis, reordering.permutation()), skipped)
+
+
+def reorder(gm: fx.GraphModule, analysis: ChannelAnalysis, moved: Array) -> tuple[str, ...]:
+    """Give every channel space of `gm` another order, in place, and return the layers that read or write it.
+
+    Args:
+        gm: the analyzed graph.
+        analysis: of `gm`.
+        moved: for each atom the one that takes its place, as `Reordering.permutation` returns it.
+
+    Raises:
+        PassError: `moved` takes an atom out of a value in which it stands.
+    """
+    rewritten = []
+    for port in analysis.ports:
+        index = _new_order(port.atoms, moved)
+        if np.array_equal(index, np.arange(index.size)):
+            continue
+        rewritten.append(port.node.name)
+        device = next(iter(gm.get_submodule(str(port.node.target)).state_dict().values())).device
+        if port.kind == "writes":
+            gather_after(gm, port.node, ChannelGather(torch.from_numpy(index).to(device), index.size, port.dim))
+        else:
+            inverse = torch.from_numpy(np.argsort(index)).to(device)
+            gather_before(gm, port.node, ChannelGather(inverse, index.size, port.dim))
+    tensors = Tensors(gm)
+    for scale in analysis.scales:
+        _reorder_parameter(gm, tensors, scale, _new_order(scale.atoms, moved))
+    return tuple(rewritten)
 
 
 def _serve_wishes(
@@ -86,9 +98,7 @@ def _serve_wishes(
             yield Skip(node.name, refusal)
 
 
-def _new_order(
-    atoms: np.ndarray[Any, np.dtype[np.int64]], moved: np.ndarray[Any, np.dtype[np.int64]]
-) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _new_order(atoms: Array, moved: Array) -> Array:
     """Old position of what stands at each position after the reordering."""
     sorter = np.argsort(atoms)
     index: np.ndarray[Any, np.dtype[np.int64]] = sorter[
@@ -101,7 +111,7 @@ def _new_order(
     return index
 
 
-def _reorder(gm: fx.GraphModule, tensors: Tensors, scale: Scale, index: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+def _reorder_parameter(gm: fx.GraphModule, tensors: Tensors, scale: Scale, index: Array) -> None:
     if np.array_equal(index, np.arange(index.size)):
         return
     tensor = getattr(gm.get_submodule(scale.owner), scale.attribute)
