@@ -4,6 +4,7 @@ A few stand for the rest in every run. The others are marked `slow`, their large
 `pytest -m "slow or huge" tests/test_model_zoo.py`.
 """
 
+import contextlib
 import gc
 import itertools
 from collections.abc import Iterator
@@ -44,5 +45,8 @@ def test_same_function_and_all_eligible_convolutions_grouped(entry: Entry, ratio
     assert set(plan.layers) == eligible(model, ratio, form, entry.dense)
     masked = masked_by_hand(model, plan)
     del model
-    pruned = fxprune.rewrite(masked, plan, example)
+    # Some transformers have no convolution but their patch embedding. They come through unchanged, and it is said.
+    nothing = contextlib.nullcontext() if plan.layers else pytest.warns(fxprune.NothingRewrittenWarning)
+    with nothing:
+        pruned = fxprune.rewrite(masked, plan, example)
     assert_same_function(pruned, masked, example, entry.modes)
