@@ -37,7 +37,7 @@ def default_pipeline(plan: PrunePlan, inputs: tuple[Any, ...], *, fold_batch_nor
         MergeGathers(),  # before sinking: an identity would be a wish
         SinkGathers(inputs),
         MergeGathers(),  # a sunk gather meets the one at the end of its space
-        AbsorbGathers(),  # only what could not merge
+        AbsorbGathers(inputs),  # only what could not merge
         *(
             (FoldBatchNorm(),) if fold_batch_norm else ()
         ),  # last: only now does BatchNorm follow its convolution directly
@@ -52,6 +52,10 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], inputs: tuple[Any, ...]) -> 
         VerificationError: with `FXPRUNE_VERIFY=1`, a pass changed the function.
     """
     directory, check = dump_directory(), checks_each_pass()
+    if check and not inputs:
+        raise PassError(
+            "FXPRUNE_VERIFY=1 needs inputs to run the graph on, and no usual size fits; pass example_inputs"
+        )
     samples = _random_inputs(gm, inputs) if check else ()
     reference = evaluate(gm, samples, "eval")[0] if check else []
     outcomes: dict[str, Outcome] = {}

@@ -4,7 +4,7 @@ outcome.
 
 import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -67,12 +67,18 @@ def call_sites(gm: fx.GraphModule) -> dict[nn.Module, list[fx.Node]]:
 
 def new_gather(gm: fx.GraphModule, source: fx.Node, gather: ChannelGather, name: str) -> fx.Node:
     """Add a gather that reads `source`, at the insertion point of the graph; `name` is a module path, made unique."""
+    path = new_path(gm, name)
+    gm.add_submodule(path, gather)
+    return gm.graph.call_module(path, (source,))
+
+
+def new_path(gm: fx.GraphModule, name: str) -> str:
+    """Return a module path that is not taken: `name`, or else `name_2` and so on."""
     path, n = name, 1
     while _exists(gm, path):
         n += 1
         path = f"{name}_{n}"
-    gm.add_submodule(path, gather)
-    return gm.graph.call_module(path, (source,))
+    return path
 
 
 def gather_before(gm: fx.GraphModule, node: fx.Node, gather: ChannelGather) -> None:
@@ -162,6 +168,47 @@ def storage_roots(gm: fx.GraphModule) -> dict[fx.Node, frozenset[fx.Node]]:
         else:
             roots[node] = frozenset((node,)).union(*(roots[source] for source in node.all_input_nodes))
     return roots
+
+
+class Memory:
+    """Who writes into which memory, to tell whether a value is still what it was when a copy of it is left out.
+
+    Taken once; it stays valid while a pass only erases gathers.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._position = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self._roots = storage_roots(gm)
+        self._writers = [node for node in gm.graph.nodes if is_mutating(gm, node)]
+
+    def owns(self, node: fx.Node) -> bool:
+        """Whether the value of `node` is memory that no earlier value shares, and that is not the caller's or a
+        parameter.
+        """
+        return node.op not in ("placeholder", "get_attr") and self._roots[node] == {node}
+
+    def changes(self, value: fx.Node, after: fx.Node, readers: Iterable[fx.Node]) -> bool:
+        """Whether `value` may be written into between the node `after` and the last of `readers`."""
+        start, stop = self._position[after], max((self._position[reader] for reader in readers), default=-1)
+        return any(
+            start < self._position[writer] < stop and not self._roots[value].isdisjoint(self._roots[writer])
+            for writer in self._writers
+        )
+
+
+def read_by_name(gm: fx.GraphModule) -> dict[int, str]:
+    """Tensors that the graph reads itself (`get_attr`), beside the layers that own them: `id` to the name of the node.
+    Whoever stores such a tensor in another order or shape changes what that node reads.
+    """
+    named = {
+        **dict(gm.named_parameters(remove_duplicate=False)),
+        **dict(gm.named_buffers(remove_duplicate=False)),
+    }
+    return {
+        id(named[str(node.target)]): node.name
+        for node in gm.graph.nodes
+        if node.op == "get_attr" and str(node.target) in named
+    }
 
 
 _INPLACE_OPERATORS = frozenset(

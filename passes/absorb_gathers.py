@@ -9,54 +9,85 @@ W (O, C, kh, kw), x (N, C, H, W), p (C,) long. A transposed convolution holds W 
 3. A layer with groups absorbs a permutation that moves channels inside their group only.
 A layer is called from several sites if it is shared, or if another layer has the same weight; then all sites must
 agree, and all weights change together.
-Left alone: a gather that others read as well. With a reason: sites that disagree, and permutations that cross groups.
+Left alone: a gather that others read as well; a gather along another dimension than the channels. With a reason:
+gathers that repeat or drop channels, sites that disagree, permutations that cross groups, an input that an in-place
+operator changes between the gather and the layer, layers with hooks or a computed weight, and layers whose parameters
+the graph reads by name as well.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxprune.layers import ChannelGather
-from fxprune.rewriting import Outcome, Skip, Tensors, calls, erase_gather
+from fxprune.rewriting import Memory, Outcome, Skip, Tensors, calls, erase_gather, read_by_name
+from fxprune.tracing import is_hooked, meta_values
 
 Layer = nn.modules.conv._ConvNd | nn.Linear
 
 
 @dataclass(frozen=True)
 class AbsorbGathers:
-    """Store weights in the order in which their channels come, instead of reordering the channels."""
+    """Store weights in the order in which their channels come, instead of reordering the channels.
+
+    Attributes:
+        inputs: arguments of forward as meta tensors, to know which dimension holds the channels of a linear layer;
+            without them gathers beside linear layers stay.
+    """
+
+    inputs: tuple[Any, ...] = ()
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
         rewritten: list[str] = []
         skipped: list[Skip] = []
-        tensors = Tensors(gm)
+        tensors, memory, named = Tensors(gm), Memory(gm), read_by_name(gm)
+        values = meta_values(gm, self.inputs)[0] if self.inputs else {}
         for layers, sites in _layers_by_weight(gm):
-            for absorb, found in (
-                (_absorb_inputs, _gathers_before(gm, sites)),
-                (_absorb_outputs, _gathers_after(gm, sites)),
-            ):
+            for find, absorb in ((_gathers_before, _absorb_inputs), (_gathers_after, _absorb_outputs)):
+                found = find(gm, sites, values)
                 if not found:
                     continue
-                gathers = [gm.get_submodule(str(node.target)) for node in found]
-                index = gathers[0].index
-                assert isinstance(index, Tensor)
-                if len(found) < len(sites) or not all(
-                    isinstance(g, ChannelGather) and g.is_permutation and torch.equal(g.index, index) for g in gathers
-                ):
-                    skipped.extend(
-                        Skip(node.name, "the call sites of the layer read different orders") for node in found
-                    )
-                elif not absorb(tensors, layers, index):
-                    skipped.extend(
-                        Skip(node.name, "it moves channels between the groups of the layer") for node in found
-                    )
-                else:
-                    rewritten.extend(site.name for site in sites)
-                    for node in dict.fromkeys(found):
-                        erase_gather(gm, node, node.all_input_nodes[0])
+                reason = _why_not(gm, layers, sites, found, memory, named)
+                if not reason:
+                    index = gm.get_submodule(str(found[0].target)).index
+                    assert isinstance(index, Tensor)
+                    if not absorb(tensors, layers, index):
+                        reason = "it moves channels between the groups of the layer"
+                if reason:
+                    skipped.extend(Skip(node.name, reason) for node in dict.fromkeys(found))
+                    continue
+                rewritten.extend(site.name for site in sites)
+                for node in dict.fromkeys(found):
+                    erase_gather(gm, node, node.all_input_nodes[0])
         return Outcome(tuple(rewritten), tuple(skipped))
+
+
+def _why_not(
+    gm: fx.GraphModule,
+    layers: Sequence[Layer],
+    sites: Sequence[fx.Node],
+    found: Sequence[fx.Node],
+    memory: Memory,
+    named: Mapping[int, str],
+) -> str:
+    gathers = [gm.get_submodule(str(node.target)) for node in found]
+    index = gathers[0].index
+    assert isinstance(index, Tensor)
+    if not all(isinstance(gather, ChannelGather) and gather.is_permutation for gather in gathers):
+        return "it reads channels twice or not at all"
+    if len(found) < len(sites) or not all(torch.equal(gather.index, index) for gather in gathers):  # type: ignore[arg-type]  # buffers
+        return "the call sites of the layer read different orders"
+    if any(memory.changes(node.all_input_nodes[0], node, node.users) for node in found):
+        return "an in-place operator may change its input before the layer reads it"
+    if any(is_hooked(layer) for layer in layers):
+        return "the layer has hooks or a computed weight"
+    for layer in layers:
+        if reader := next((named[id(tensor)] for tensor in layer.parameters() if id(tensor) in named), None):
+            return f"{reader} reads a parameter of the layer"
+    return ""
 
 
 def _layers_by_weight(gm: fx.GraphModule) -> list[tuple[list[Layer], list[fx.Node]]]:
@@ -70,17 +101,28 @@ def _layers_by_weight(gm: fx.GraphModule) -> list[tuple[list[Layer], list[fx.Nod
     return list(by_weight.values())
 
 
-def _gathers_before(gm: fx.GraphModule, sites: Sequence[fx.Node]) -> list[fx.Node]:
-    found = [source for site in sites if _is_gather(gm, source := site.all_input_nodes[0])]
+def _gathers_before(gm: fx.GraphModule, sites: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> list[fx.Node]:
+    found = [source for site in sites if _moves_channels(gm, source := site.all_input_nodes[0], site, values)]
     return found if all(user in sites for gather in found for user in gather.users) else []
 
 
-def _gathers_after(gm: fx.GraphModule, sites: Sequence[fx.Node]) -> list[fx.Node]:
-    return [user for site in sites if len(site.users) == 1 and _is_gather(gm, user := next(iter(site.users)))]
+def _gathers_after(gm: fx.GraphModule, sites: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> list[fx.Node]:
+    return [
+        user
+        for site in sites
+        if len(site.users) == 1 and _moves_channels(gm, user := next(iter(site.users)), site, values)
+    ]
 
 
-def _is_gather(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), ChannelGather)
+def _moves_channels(gm: fx.GraphModule, node: fx.Node, layer: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
+    """Whether `node` is a gather along the dimension of the channels that `layer` reads and writes."""
+    if node.op != "call_module" or not isinstance(gather := gm.get_submodule(str(node.target)), ChannelGather):
+        return False
+    kind, value = gm.get_submodule(str(layer.target)), values.get(layer)
+    if not isinstance(value, Tensor):
+        return isinstance(kind, nn.modules.conv._ConvNd) and gather.dim == 1
+    channels = value.dim() - (1 if isinstance(kind, nn.Linear) else 1 + len(kind.kernel_size))  # type: ignore[arg-type]
+    return gather.dim % value.dim() == channels
 
 
 def _absorb_inputs(tensors: Tensors, layers: Sequence[Layer], index: Tensor) -> bool:

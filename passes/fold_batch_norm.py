@@ -6,9 +6,9 @@ W (O, C, kh, kw); b, gamma, beta, mean, var, s (O,). Missing b, gamma, beta coun
 
 1. A plain convolution read by one BatchNorm with stored statistics, both called once, becomes one convolution.
 Left alone, with a reason: shared layers, a convolution with other readers, a BatchNorm without stored statistics,
-    transposed convolutions, subclasses.
+transposed convolutions, subclasses, hooks, parameters that the graph reads by name as well.
 The result no longer learns batch statistics: it is exact in evaluation mode only, so the default pipeline leaves this
-    pass out.
+pass out.
 """
 
 import copy
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from fxprune.rewriting import Outcome, Skip, call_sites, calls
+from fxprune.rewriting import Outcome, Skip, call_sites, calls, read_by_name
+from fxprune.tracing import is_hooked
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class FoldBatchNorm:
     def __call__(self, gm: fx.GraphModule) -> Outcome:
         rewritten = []
         skipped = []
-        sites = call_sites(gm)
+        sites, named = call_sites(gm), read_by_name(gm)
         for node, norm in calls(gm, nn.BatchNorm2d):
-            reason = _why_not(gm, node, norm, sites)
+            reason = _why_not(gm, node, norm, sites, named)
             if reason:
                 skipped.append(Skip(node.name, reason))
                 continue
@@ -63,7 +64,11 @@ def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 
 
 def _why_not(
-    gm: fx.GraphModule, node: fx.Node, norm: nn.BatchNorm2d, sites: Mapping[nn.Module, Sequence[fx.Node]]
+    gm: fx.GraphModule,
+    node: fx.Node,
+    norm: nn.BatchNorm2d,
+    sites: Mapping[nn.Module, Sequence[fx.Node]],
+    named: Mapping[int, str],
 ) -> str:
     source = node.all_input_nodes[0]
     if type(norm) is not nn.BatchNorm2d:
@@ -76,6 +81,11 @@ def _why_not(
         return "the convolution has other readers"
     if len(sites[conv]) > 1 or len(sites[norm]) > 1:
         return "a shared module cannot be specialised"
+    if is_hooked(conv) or is_hooked(norm):
+        return "it has hooks, or its convolution has; they would see other values"
+    tensors = [*conv.parameters(), *norm.parameters(), *norm.buffers()]
+    if reader := next((named[id(tensor)] for tensor in tensors if id(tensor) in named), None):
+        return f"{reader} reads a parameter of it or of its convolution"
     if conv.weight.dtype != norm.running_mean.dtype:
         return f"weights are {conv.weight.dtype}, statistics {norm.running_mean.dtype}"
     return ""

@@ -7,7 +7,7 @@ mode, dilation and bias are those of the dense convolution.
 1. A convolution of the plan is replaced at all its call sites, so a shared module stays shared.
 2. A gather whose index is the identity is not inserted.
 Left alone: nothing that the plan names. A kernel that the plan drops but that is not zero is an error, for the result
-    would be wrong.
+would be wrong; so is a weight that the graph reads by name as well.
 """
 
 import copy
@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from fxprune.errors import PassError
 from fxprune.layers import ChannelGather
 from fxprune.plans import GroupedKernels, PrunePlan
-from fxprune.rewriting import Outcome, call_sites, gather_after, gather_before
+from fxprune.rewriting import Outcome, call_sites, gather_after, gather_before, read_by_name
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,18 @@ class GroupConvs:
         rewritten = []
         sites = call_sites(gm)
         modules = dict(gm.named_modules())
+        named = read_by_name(gm)
         for name, kernels in self.plan.layers.items():
             conv = modules.get(name)
             if not isinstance(conv, nn.Conv2d) or conv not in sites:
                 raise PassError(
                     f"{name}: the plan groups it, but the traced graph never calls it; "
                     "make the plan with the model that is rewritten"
+                )
+            if reader := next((named[id(p)] for p in conv.parameters() if id(p) in named), None):
+                raise PassError(
+                    f"{name}: its parameters are also read by {reader}, which needs them dense; "
+                    f"leave the layer alone with ignore=({name!r},)"
                 )
             grouped = grouped_convolution(name, conv, kernels)
             parent, _, child = name.rpartition(".")

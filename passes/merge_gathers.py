@@ -1,18 +1,31 @@
 """gather(gather(x, a), b) == gather(x, a[b]).  x (N, C, H, W); a (A,), b (B,) long; both along one dimension.
 
 1. A gather of a gather reads the first input directly; the inner one goes if nobody else reads it.
+   A module that is called elsewhere too keeps its index there.
 2. A gather that reads all channels in order vanishes.
 3. Gathers of one tensor with one index become one, unless an in-place operator may change the tensor between them.
-Left alone: an inner gather with other users (both results are needed); a copy that an in-place operator may write into.
+Left alone: an inner gather that others than layers read (both results are needed); a copy that an in-place operator may
+write into, or whose original an in-place operator may change before it is read.
 """
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import fx, nn
 
 from fxprune.layers import ChannelGather
-from fxprune.rewriting import KEPT_BECAUSE, Outcome, calls, erase_gather, is_mutating, storage_roots
+from fxprune.rewriting import (
+    KEPT_BECAUSE,
+    Memory,
+    Outcome,
+    call_sites,
+    calls,
+    erase_gather,
+    is_mutating,
+    new_path,
+    storage_roots,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,8 @@ class MergeGathers:
 
 def _compose(gm: fx.GraphModule) -> list[str]:
     done = []
+    memory = Memory(gm)
+    sites = call_sites(gm)
     for node, gather in calls(gm, ChannelGather):
         inner = node.args[0]
         if not isinstance(inner, fx.Node) or inner.op != "call_module":
@@ -33,13 +48,22 @@ def _compose(gm: fx.GraphModule) -> list[str]:
         first = gm.get_submodule(str(inner.target))
         if not isinstance(first, ChannelGather) or first.dim != gather.dim or not _are_readers(gm, inner.users):
             continue
-        gather.index, gather.in_channels = first.index[gather.index], first.in_channels
         source = inner.args[0]
         assert isinstance(source, fx.Node)
+        if memory.changes(source, inner, [node]):
+            continue
+        if len(sites[gather]) > 1:
+            sites[gather].remove(node)
+            gather = copy.deepcopy(gather)
+            node.target = new_path(gm, str(node.target))
+            gm.add_submodule(node.target, gather)
+            sites[gather] = [node]
+        gather.index, gather.in_channels = first.index[gather.index], first.in_channels
         node.args = (source,)
         if KEPT_BECAUSE in inner.meta:
             node.meta.setdefault(KEPT_BECAUSE, inner.meta[KEPT_BECAUSE])
         if not inner.users:
+            sites[first].remove(inner)
             erase_gather(gm, inner, source)
         done.append(node.name)
     return done
@@ -47,12 +71,18 @@ def _compose(gm: fx.GraphModule) -> list[str]:
 
 def _drop_identities(gm: fx.GraphModule) -> list[str]:
     done = []
+    memory = Memory(gm)
     for node, gather in calls(gm, ChannelGather):
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        # A gather is a copy. It may go if nobody could tell: nobody else sees the original, or nobody writes into the
-        # copy.
-        if gather.is_identity and (len(source.users) == 1 or _are_readers(gm, node.users)):
+        # A gather is a copy. It may go if nobody could tell: nobody writes into the copy, or nobody else sees the
+        # original; and the original stays what it was.
+        unseen = memory.owns(source) and len(source.users) == 1
+        if (
+            gather.is_identity
+            and (unseen or _are_readers(gm, node.users))
+            and not memory.changes(source, node, node.users)
+        ):
             erase_gather(gm, node, source)
             done.append(node.name)
     return done
