@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+import torchvision
 from torch import Tensor, fx, nn
 
 from fxprune.errors import TraceError
@@ -184,7 +185,8 @@ class _Tracer(fx.Tracer):
     """`fx.Tracer` with our leaf rule; `failed` names the innermost module whose forward raised."""
 
     def __init__(self, leaves: Iterable[str]) -> None:
-        super().__init__()
+        # torchvision wraps this function for calls from its own modules; here it stays one node for all.
+        super().__init__(autowrap_functions=(torchvision.ops.stochastic_depth,))
         self.leaves = frozenset(leaves)
         self.failed: str | None = None
 
@@ -249,19 +251,21 @@ def _is_traceable(module: nn.Module) -> bool:
 
 def _fixed_arguments(model: nn.Module, examples: tuple[Any, ...] | None) -> dict[str, Any]:
     """Arguments of forward that keep their default value: all that have one, except those the example fills."""
-    parameters = [
-        p
-        for p in inspect.signature(model.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    signature = inspect.signature(model.forward).parameters.values()
+    parameters = [p for p in signature if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    keywords = [p for p in signature if p.kind is p.KEYWORD_ONLY]
     given = 0 if examples is None else len(examples)
+    if given > len(parameters) and not any(p.kind is p.VAR_POSITIONAL for p in signature):
+        raise TraceError(
+            f"{type(model).__name__}.forward takes {len(parameters)} positional arguments, but example_inputs has {given} values; give one for each"
+        )
     missing = [p.name for p in parameters[given:] if p.default is p.empty] if examples is not None else []
     if missing:
         raise TraceError(
             f"{type(model).__name__}.forward needs {', '.join(missing)}, "
             f"but example_inputs has {given} values; give one for each"
         )
-    return {p.name: p.default for p in parameters[given:] if p.default is not p.empty}
+    return {p.name: p.default for p in (*parameters[given:], *keywords) if p.default is not p.empty}
 
 
 def _drop_fixed_arguments(graph: fx.Graph, fixed: Mapping[str, Any]) -> None:
@@ -415,7 +419,7 @@ def _propagate(module: fx.GraphModule, examples: tuple[Any, ...] | None) -> tupl
         return {}, ()
     inputs = torch.utils._pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, examples)
     values, error = meta_values(module, inputs)
-    if error is not None and not isinstance(error, NotImplementedError):
+    if error is not None and not _needs_data(error):
         shapes = ", ".join(
             str(tuple(leaf.shape)) for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)
         )
@@ -425,6 +429,11 @@ def _propagate(module: fx.GraphModule, examples: tuple[Any, ...] | None) -> tupl
     return values, inputs
 
 
+def _needs_data(error: Exception) -> bool:
+    """Whether a run on meta tensors ended because it asked for their data: a size or a branch depends on values."""
+    return isinstance(error, NotImplementedError) or "on meta tensors" in str(error)
+
+
 def meta_values(module: fx.GraphModule, inputs: tuple[Any, ...]) -> tuple[dict[fx.Node, Any], Exception | None]:
     """Run `module` on meta tensors; return the value of each node reached, and the error that ended the run, if any."""
 
@@ -432,7 +441,9 @@ def meta_values(module: fx.GraphModule, inputs: tuple[Any, ...]) -> tuple[dict[f
         meta = tensor.detach().to("meta")
         return nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
 
-    interpreter = _MetaInterpreter(share_tensors(module, convert).eval(), module.graph)
+    tree = nn.Module()  # the modules alone: copying the graph as well would take most of the time
+    tree._modules, tree._parameters, tree._buffers = module._modules, module._parameters, module._buffers
+    interpreter = _MetaInterpreter(share_tensors(tree, convert).eval(), module.graph)
     try:
         with torch.no_grad():
             interpreter.run(*inputs)
