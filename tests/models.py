@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class Entry:
         fast: part of every test run.
         huge: too slow or too large for any regular run; a smaller sibling is tested in its place.
         modes: in which modes the compiled model must equal the masked one.
-        dense: prefixes of module names whose eligible convolutions must stay dense all the same, because they are
+        dense: patterns of module names whose eligible convolutions must stay dense all the same, because they are
             never called or sit inside a module that cannot be traced.
     """
 
@@ -133,7 +134,6 @@ TIMM = [
     "seresnet18",
     "spnasnet_100",
     "starnet_s1",
-    "test_vit",
     "tf_efficientnet_b0",
     "tf_mobilenetv3_small_minimal_100",
     "tinynet_e",
@@ -178,26 +178,30 @@ SIZES = {
     "timm:coat_lite_tiny": 224,
     "timm:inception_v4": 96,
     "timm:levit_128s": 224,
-    "timm:test_vit": 160,
 }
-# In training these return the auxiliary heads too; the compiled model follows evaluation, which never calls them.
-AUXILIARY = {
-    "torchvision:googlenet": ("aux1", "aux2"),
-    "torchvision:inception_v3": ("AuxLogits",),
+DENSE = {
+    # Auxiliary heads, which evaluation never calls.
+    "torchvision:googlenet": ("aux1.*", "aux2.*"),
+    "torchvision:inception_v3": ("AuxLogits.*",),
+    # Attention whose forward depends on the shape of its input: it stays whole, with the convolutions inside.
+    "timm:bat_resnext26ts": ("stages.*.attn.ba.*",),
+    "timm:efficientvit_b0": ("stages.*.context_module.main.*",),
+    "timm:mobilevit_xxs": ("stages.2.1.*", "stages.3.1.*", "stages.4.1.*"),
 }
+# In training these return their auxiliary heads too; the compiled model follows evaluation.
+EVALUATION_ONLY = {"torchvision:googlenet", "torchvision:inception_v3"}
 
 
 def _entry(source: str, name: str) -> Entry:
     key = f"{source}:{name}"
-    auxiliary = AUXILIARY.get(key, ())
     return Entry(
         name=name,
         source=source,
         size=SIZES.get(key, 64),
         fast=key in FAST,
         huge=key in HUGE,
-        modes=("eval",) if auxiliary else ("eval", "train"),
-        dense=auxiliary,
+        modes=("eval",) if key in EVALUATION_ONLY else ("eval", "train"),
+        dense=DENSE.get(key, ()),
     )
 
 
@@ -240,7 +244,7 @@ def eligible(model: nn.Module, ratio: float, form: str, dense: tuple[str, ...] =
         and module.groups == 1
         and module.in_channels >= 16
         and module.out_channels >= 16
-        and not name.startswith(dense)
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in dense)
         and (
             module.out_channels % 2 == 0
             if form == "overlap"
