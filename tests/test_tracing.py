@@ -360,7 +360,7 @@ class AuxiliaryHead(Net):
         super().__init__()
         self.auxiliary = nn.Conv2d(16, 4, 1)
 
-    def forward(self, x: Tensor) -> Any:  # type: ignore[override]  # the point of the net
+    def forward(self, x: Tensor) -> Any:
         y = self.body(self.inner(self.stem(x)))
         out = self.last(y).mean((2, 3))
         return (out, self.auxiliary(y)) if self.training else out
@@ -410,9 +410,7 @@ def test_training_flags_of_each_module_are_kept() -> None:
 class Optional(Net):
     """Arguments that most callers leave out."""
 
-    def forward(  # type: ignore[override]  # the point of the net
-        self, x: Tensor, scale: Tensor | None = None, *, gain: float = 2.0, flag: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor | None = None, *, gain: float = 2.0, flag: bool = False) -> Tensor:
         y = super().forward(x) * gain
         return -y if flag else y if scale is None else y * scale
 

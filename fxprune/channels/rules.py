@@ -208,8 +208,8 @@ def pad(state: State) -> Any:
             continue
         if mode != "constant" or before < 0 or after < 0 or varying(labels) != [dim]:
             return state.boundary(f"{state.node.name} pads channels in a way that has no rule")
-        sides = [state.mint_along(dim, width, len(shape)) for width in (before, after)]
-        labels = torch.cat([sides[0], labels, sides[1]], dim)
+        sides = [[state.mint_along(dim, width, len(shape))] if width else [] for width in (before, after)]
+        labels = torch.cat([*sides[0], labels, *sides[1]], dim)
     return labels
 
 
