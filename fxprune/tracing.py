@@ -14,6 +14,7 @@ Three things that `torch.fx.symbolic_trace` does not do:
 import copy
 import inspect
 import operator
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -21,6 +22,7 @@ from typing import Any, TypeAlias
 import torch
 import torchvision
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from fxprune.errors import TraceError
 from fxprune.layers import ChannelGather, TrainingFlag
@@ -86,8 +88,14 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
         The trace. Its modules share parameters with `model`.
 
     Raises:
-        TraceError: the top-level forward cannot be traced; the message names the submodules that can.
+        TraceError: the top-level forward cannot be traced; the message names the submodules that can. Or a lazy module
+            has no parameters yet.
     """
+    for name, layer in model.named_modules():
+        if any(is_lazy(parameter) for parameter in layer.parameters(recurse=False)):
+            raise TraceError(
+                f"{name or 'the model'}: {type(layer).__name__} is not initialized yet; run the model once first"
+            )
     examples = None if example_inputs is None else as_inputs(example_inputs)
     fixed = _fixed_arguments(model, examples)
     leaves: dict[str, str] = {}
@@ -111,9 +119,12 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
     if not divergent:
         _insert_training_flags(root, graph, flags)
     _drop_fixed_arguments(graph, fixed)
+    hints = _argument_types(model)
     for node in graph.nodes:
         if node.op == "output":
             node.type = None  # a return annotation such as GoogLeNetOutputs cannot be scripted
+        elif node.op == "placeholder" and isinstance(node.type, str):
+            node.type = hints.get(str(node.target))  # fx would write the string "Tensor" as a type named _Tensor_
     module = fx.GraphModule(root, graph, class_name=type(model).__name__)
     _restore_modes(module, root)
 
@@ -184,7 +195,7 @@ def is_hooked(module: nn.Module) -> bool:
 class _Tracer(fx.Tracer):
     """`fx.Tracer` with our leaf rule; `failed` names the innermost module whose forward raised."""
 
-    def __init__(self, leaves: Iterable[str]) -> None:
+    def __init__(self, leaves: Iterable[str] = ()) -> None:  # a pickled graph makes its tracer without arguments
         # torchvision wraps this function for calls from its own modules; here it stays one node for all.
         super().__init__(autowrap_functions=(torchvision.ops.stochastic_depth,))
         self.leaves = frozenset(leaves)
@@ -257,7 +268,8 @@ def _fixed_arguments(model: nn.Module, examples: tuple[Any, ...] | None) -> dict
     given = 0 if examples is None else len(examples)
     if given > len(parameters) and not any(p.kind is p.VAR_POSITIONAL for p in signature):
         raise TraceError(
-            f"{type(model).__name__}.forward takes {len(parameters)} positional arguments, but example_inputs has {given} values; give one for each"
+            f"{type(model).__name__}.forward takes {len(parameters)} positional arguments, but example_inputs has "
+            f"{given} values; give one for each"
         )
     missing = [p.name for p in parameters[given:] if p.default is p.empty] if examples is not None else []
     if missing:
@@ -266,6 +278,16 @@ def _fixed_arguments(model: nn.Module, examples: tuple[Any, ...] | None) -> dict
             f"but example_inputs has {given} values; give one for each"
         )
     return {p.name: p.default for p in (*parameters[given:], *keywords) if p.default is not p.empty}
+
+
+def _argument_types(model: nn.Module) -> dict[str, Any]:
+    """Annotations of forward, with those that are strings (`from __future__ import annotations`) evaluated; empty if
+    one names what is not there at run time.
+    """
+    try:
+        return typing.get_type_hints(model.forward)
+    except Exception:  # an annotation may be any expression
+        return {}
 
 
 def _drop_fixed_arguments(graph: fx.Graph, fixed: Mapping[str, Any]) -> None:

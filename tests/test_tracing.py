@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -628,3 +629,24 @@ def test_gathers_stay_whole() -> None:
             return self.gather(x)
 
     assert "gather" in operators(check(Gathered()))
+
+
+def test_annotations_that_are_strings_are_evaluated() -> None:
+    (placeholder, *_) = trace(Net(), image()).module.graph.nodes
+    assert Net.forward.__annotations__["x"] == "Tensor"
+    assert placeholder.type is Tensor
+
+    class Unknown(Net):
+        def forward(self, x: NoSuchType) -> Tensor:  # type: ignore[name-defined]  # noqa: F821  # the point of the net
+            return super().forward(x)
+
+    (placeholder, *_) = trace(Unknown(), image()).module.graph.nodes
+    assert placeholder.type is None
+
+
+def test_a_module_without_parameters_yet_is_named() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lazy modules warn once that they are new
+        model = nn.Sequential(nn.LazyConv2d(4, 1))
+    with pytest.raises(TraceError, match="0: LazyConv2d is not initialized yet"):
+        trace(model)
