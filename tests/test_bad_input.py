@@ -1,0 +1,408 @@
+"""Whatever is wrong with a model or an argument: a clear error that changes nothing, or correct behaviour."""
+# nn.Module.__call__ is typed to return Any, and some functions of torch not at all.
+# mypy: disable-error-code="no-any-return, no-untyped-call"
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from equality import assert_same_function, masked_by_hand, randomize
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import fxprune
+from fxprune.errors import FxpruneError, NothingRewrittenWarning, PassError, PlanError, TraceError
+
+
+class Net(nn.Module):
+    """Stem 3 -> 16, two eligible convolutions with a BatchNorm between, linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.conv1 = nn.Conv2d(16, 32, 3, padding=1)
+        self.norm = nn.BatchNorm2d(32)
+        self.conv2 = nn.Conv2d(32, 16, 1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv2(self.norm(self.conv1(self.stem(x))).relu()).mean((2, 3)))
+
+
+def image(dtype: torch.dtype = torch.float32, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def net(training: bool = False) -> Net:
+    model = Net()
+    randomize(model)
+    return model.train(training)
+
+
+def grouped(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+
+
+def refuse(model: nn.Module, error: type[FxpruneError], match: str, **options: Any) -> None:
+    """See that `compile` raises, with this message, and leaves the model as it was."""
+    before = {name: (id(t), t.detach().clone()) for name, t in tensors(model) if not t.is_meta}
+    modes = [m.training for m in model.modules()]
+    attributes = [sorted(vars(m)) for m in model.modules()]
+    with pytest.raises(error, match=match):
+        fxprune.compile(model, **options)
+    for name, tensor in tensors(model):
+        if name in before:
+            assert id(tensor) == before[name][0], name
+            assert torch.equal(tensor.nan_to_num(), before[name][1].nan_to_num()), name
+    assert [m.training for m in model.modules()] == modes
+    assert [sorted(vars(m)) for m in model.modules()] == attributes
+
+
+def tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return [(name, t) for name, t in named if not nn.parameter.is_lazy(t)]
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "ratio of one": ({"ratio": 1.0}, r"ratio 1\.0 is not in \[0, 1\)"),
+    "ratio above one": ({"ratio": 50}, r"ratio 50 is not in \[0, 1\)"),
+    "negative ratio": ({"ratio": -0.1}, r"ratio -0\.1 is not in \[0, 1\)"),
+    "NaN ratio": ({"ratio": float("nan")}, r"ratio nan is not in \[0, 1\)"),
+    "ratio in words": ({"ratio": "half"}, "ratio is 'half'; it must be a number"),
+    "ratio of a layer": ({"ratio": {"conv1": 2}}, r"conv1: ratio 2 is not in \[0, 1\)"),
+    "groups that do not divide": ({"groups": 3}, r"conv1: 32 filters do not divide into 3 groups; use a divisor of 32"),
+    "no groups": ({"groups": 0}, "groups is 0; it must be a positive integer"),
+    "groups in words": ({"groups": "many"}, "groups is 'many'"),
+    "unknown method": ({"method": "cocluste"}, r"method is 'cocluste' \(near: 'cocluster'\)"),
+    "unknown criterion": ({"criterion": "l3"}, r"criterion is 'l3' \(near: 'l[12]'.*must be one of 'l1', 'l2'"),
+    "unknown form": ({"form": "partitions"}, r"form is 'partitions' \(near: 'partition'\).*'overlap'"),
+    "ratio without a partition": ({"ratio": 0.6, "form": "partition"}, r"0\.6 has no partition form.*use 0\.5 or"),
+    "groups against the ratio": ({"groups": 4, "form": "partition"}, "groups=4 contradicts ratio 0.5"),
+    "ignore matches nothing": ({"ignore": "conv3"}, r"ignore: pattern 'conv3' matches no Conv2d.*near: 'conv"),
+    "ratio matches nothing": ({"ratio": {"layer1": 0.5}}, "ratio: pattern 'layer1' matches no Conv2d"),
+    "groups match nothing": ({"groups": {"head": 2}}, "groups: pattern 'head' matches no Conv2d"),
+    "negative seed": ({"seed": -1}, "seed is -1"),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_argument_that_makes_no_sense(name: str) -> None:
+    options, match = ARGUMENTS[name]
+    refuse(net(), PlanError, match, example_inputs=image(), **options)
+
+
+def test_arguments_that_do_make_sense_are_taken() -> None:
+    options: dict[str, Any] = {
+        "ratio": {"conv*": 0.5},
+        "groups": 2,
+        "form": "overlap",
+        "criterion": "l1",
+        "ignore": "conv2",
+        "seed": 3,
+    }
+    assert grouped(fxprune.compile(net(), example_inputs=image(), **options)) == ["conv1"]
+
+
+def test_verification_needs_inputs() -> None:
+    refuse(net(), FxpruneError, "verify=True needs example_inputs", verify=True)
+
+
+def test_a_refused_model_that_changed_would_be_seen() -> None:
+    class Careless(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError("not called")
+
+    model = Careless()
+
+    def spoil(*args: Any, **options: Any) -> None:
+        model.touched = True  # type: ignore[assignment]  # what a careless tracer does
+        raise PlanError("spoiled")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fxprune, "compile", spoil)
+        with pytest.raises(AssertionError):
+            refuse(model, PlanError, "spoiled")
+
+
+# --- example inputs -------------------------------------------------------------------------------------------------
+
+
+def test_example_inputs_that_do_not_run() -> None:
+    refuse(
+        net(), TraceError, r"does not run on example inputs of shape \(2, 4, 8, 8\)", example_inputs=image()[:, [0] * 4]
+    )
+    refuse(net(), TraceError, r"forward needs x, but example_inputs has 0 values", example_inputs=())
+    refuse(net(), TraceError, r"takes 1 positional arguments, but example_inputs has 2", example_inputs=[image()] * 2)
+
+
+def test_example_inputs_of_another_type() -> None:
+    refuse(net(), TraceError, "does not run on example inputs", example_inputs=image().long())
+
+
+def test_example_inputs_of_one_sample_and_without_variation() -> None:
+    pruned = fxprune.compile(net(), example_inputs=torch.zeros(1, 3, 8, 8))
+    assert grouped(pruned) == ["conv1", "conv2"]
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+class WithoutConvs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_model_without_convolutions() -> None:
+    refuse(WithoutConvs(), PlanError, "WithoutConvs has no Conv2d", example_inputs=image())
+
+
+def test_a_single_convolution() -> None:
+    refuse(
+        nn.Conv2d(16, 16, 1),
+        PlanError,
+        r"wrap it: torch\.nn\.Sequential\(conv\)",
+        example_inputs=torch.ones(2, 16, 4, 4),
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value: float) -> None:
+    model = net()
+    model.conv1.weight.data[0, 0, 0, 0] = value
+    refuse(
+        model, PlanError, r"conv1: 1 of 4608 weights are NaN or infinite.*ignore=\('conv1',\)", example_inputs=image()
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert grouped(fxprune.compile(model, ignore="conv1")) == ["conv2"]
+
+
+def test_a_quantized_module() -> None:
+    class Quantized(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1 = torch.ao.nn.quantized.Conv2d(16, 32, 3, padding=1)  # type: ignore[assignment]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces the end of torch.ao.quantization
+        model = Quantized()
+        assert type(model.conv1).__module__.startswith("torch.ao.nn.quantized")
+        with pytest.raises(PlanError, match="conv1: Conv2d is quantized"):
+            fxprune.compile(model, example_inputs=image())
+
+
+def test_a_parametrized_weight_stays_dense() -> None:
+    model = net()
+    model.conv1 = weight_norm(model.conv1)
+    pruned = fxprune.compile(model, example_inputs=image())
+    reasons = {layer.name: layer.reason for layer in fxprune.report(pruned).layers}
+    assert "parametrized" in reasons["conv1"]
+    assert "remove_parametrizations" in reasons["conv1"]
+    assert grouped(pruned) == ["conv2"]
+    assert_same_function(pruned.double(), masked_by_hand(model, fxprune.make_plan(model)).double(), (image().double(),))
+
+
+def test_a_weight_norm_hook_of_old() -> None:
+    model = net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated since torch 2.0, and still in many models
+        nn.utils.weight_norm(model.conv1)
+    x = image()
+    expected = model.eval()(x).detach()  # the hook stores a computed weight, which deepcopy refuses
+    with pytest.raises(TraceError, match=r"cannot be copied.*weight_norm"):
+        fxprune.compile(model, example_inputs=x)
+    torch.testing.assert_close(model(x).detach(), expected)
+
+
+def test_lazy_modules() -> None:
+    class Lazy(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1 = nn.LazyConv2d(32, 3, padding=1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lazy modules warn that they are new
+        model = Lazy()
+    refuse(model, FxpruneError, "conv1: LazyConv2d is not initialized yet", example_inputs=image())
+    model(image())
+    assert grouped(fxprune.compile(model.eval(), example_inputs=image())) == ["conv1", "conv2"]
+
+
+def test_a_model_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = Net()
+    refuse(model, PlanError, "conv1: the weight is on the meta device", example_inputs=image())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("form", ["partition", "overlap"])
+def test_other_floating_types(dtype: torch.dtype, form: str) -> None:
+    model = net().to(dtype)
+    plan = fxprune.make_plan(model, form=form)
+    pruned = fxprune.compile(model, example_inputs=image(dtype), form=form)
+    assert grouped(pruned) == ["conv1", "conv2"]
+    assert {p.dtype for p in pruned.parameters()} == {dtype}
+    assert pruned(image(dtype)).dtype == dtype
+    assert_same_function(pruned.double(), masked_by_hand(model, plan).double(), (image().double(),))
+
+
+def test_a_type_of_its_own_for_the_norm() -> None:
+    model = net().to(torch.bfloat16)
+    model.norm.float()
+    pruned = fxprune.compile(model, example_inputs=image(torch.bfloat16))
+    assert pruned.get_parameter("norm.weight").dtype == torch.float32
+    assert pruned.get_parameter("conv1.weight").dtype == torch.bfloat16
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------
+
+
+class Wider(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv2 = nn.Conv2d(32, 32, 1)
+        self.head = nn.Linear(32, 4)
+
+
+class Renamed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution1 = self.conv1
+        del self.conv1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv2(self.norm(self.convolution1(self.stem(x))).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "other, match",
+    [
+        (Wider, r"conv2: the plan is for 16 filters of 32 channels, but the convolution has 32 of 32"),
+        (Renamed, r"conv1: Renamed has no module of this name \(near: .*'convolution1'"),
+        (WithoutConvs, r"conv1: WithoutConvs has no module of this name"),
+    ],
+)
+@pytest.mark.parametrize("use", [fxprune.mask, fxprune.rewrite])
+def test_a_plan_for_another_model(use: Callable[..., Any], other: type[nn.Module], match: str) -> None:
+    plan = fxprune.make_plan(net())
+    model = other()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PlanError, match=match):
+        use(model, plan)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_a_plan_is_for_the_dense_model() -> None:
+    plan = fxprune.make_plan(net())
+    with pytest.raises(PlanError, match="conv1: the convolution already has groups=2"):
+        fxprune.mask(fxprune.compile(net(), example_inputs=image()), plan)
+
+
+def test_rewriting_what_was_not_masked() -> None:
+    model = net()
+    with pytest.raises(PassError, match="conv1: 256 kernels that the plan drops are not zero"):
+        fxprune.rewrite(model, fxprune.make_plan(model), image())
+
+
+def test_a_module_without_a_report() -> None:
+    with pytest.raises(FxpruneError, match="Net carries no record of a compilation"):
+        fxprune.report(net())
+
+
+# --- warnings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0}, {"ignore": ("conv*", "stem")}], ids=["ratio", "ignore"])
+def test_nothing_rewritten_is_said_aloud(options: dict[str, Any]) -> None:
+    model = net()
+    with pytest.warns(NothingRewrittenWarning, match="no convolution was rewritten"):
+        pruned = fxprune.compile(model, example_inputs=image(), **options)
+    assert not grouped(pruned)
+    assert fxprune.report(pruned).rewritten == 0
+    with torch.no_grad():
+        assert torch.equal(pruned(image()), model(image()))
+
+
+def test_what_is_rewritten_is_not_warned_of() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fxprune.compile(net(), example_inputs=image())
+
+
+# --- what the result is, and what it is not -------------------------------------------------------------------------
+
+
+def storages(model: nn.Module) -> set[int]:
+    return {t.untyped_storage().data_ptr() for _, t in tensors(model)}
+
+
+@pytest.mark.parametrize("options", [{}, {"ratio": 0}, {"fold_batch_norm": True}], ids=str)
+@pytest.mark.filterwarnings("ignore::fxprune.NothingRewrittenWarning")
+def test_the_result_shares_no_memory(options: dict[str, Any]) -> None:
+    model = net()
+    pruned = fxprune.compile(model, example_inputs=image(), **options)
+    assert storages(pruned).isdisjoint(storages(model))
+    masked = fxprune.mask(model, plan := fxprune.make_plan(model))
+    assert storages(masked).isdisjoint(storages(model))
+    assert storages(fxprune.rewrite(masked, plan)).isdisjoint(storages(masked))
+    assert not storages(copy.copy(model)).isdisjoint(storages(model))  # sharing would be seen
+
+
+def test_tied_parameters_stay_tied_in_the_result() -> None:
+    model = net()
+    twin = nn.BatchNorm2d(32)
+    twin.weight = model.norm.weight
+    model.conv1 = nn.Sequential(model.conv1, twin)  # type: ignore[assignment]  # a layer more
+    pruned = fxprune.compile(model, example_inputs=image())
+    assert pruned.get_parameter("norm.weight") is pruned.get_parameter("conv1.1.weight")
+    assert storages(pruned).isdisjoint(storages(model))
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    model = net()
+    frozen = {"conv1.weight", "norm.bias", "stem.weight", "head.bias"}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    pruned = fxprune.compile(model, example_inputs=image())
+    assert {name for name, parameter in pruned.named_parameters() if not parameter.requires_grad} == frozen
+    assert grouped(pruned) == ["conv1", "conv2"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_is_that_of_the_model(training: bool) -> None:
+    model = net(training)
+    pruned = fxprune.compile(model, example_inputs=image())
+    assert {m.training for m in pruned.modules()} == {training}
+    assert model.norm.num_batches_tracked is not None
+    assert int(model.norm.num_batches_tracked) == 0
+    assert int(pruned.get_buffer("norm.num_batches_tracked")) == 0
+
+
+def test_random_state_is_left_alone() -> None:
+    model = net()
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    fxprune.compile(model, example_inputs=image())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_gradient_mode_and_default_type_are_left_alone() -> None:
+    with torch.no_grad():
+        pruned = fxprune.compile(net(), example_inputs=image())
+        assert not torch.is_grad_enabled()
+    assert all(parameter.requires_grad for parameter in pruned.parameters())
+    with torch.inference_mode():
+        fxprune.compile(net(), example_inputs=image())
+    assert torch.get_default_dtype() == torch.float32
