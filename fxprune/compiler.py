@@ -17,7 +17,7 @@ from fxprune.pipeline import default_pipeline, run
 from fxprune.planning import Groups
 from fxprune.plans import PrunePlan
 from fxprune.report import Report, layer_costs, make_report, total_macs
-from fxprune.rewriting import calls
+from fxprune.rewriting import calls, read_by_name
 from fxprune.tracing import Inputs, Trace, meta_values, trace
 from fxprune.verification import RECORD
 from fxprune.verification import verify as verify_models
@@ -243,8 +243,25 @@ _NO_SHAPES = (
 
 
 def _plan(model: nn.Module, traced: Trace, ratio: float | Mapping[str, float], **options: Any) -> PrunePlan:
-    reachable = {str(node.target) for node, _ in calls(traced.module, nn.Conv2d)}
-    return planning.make_plan(model, ratio, reachable=reachable, **options)
+    return planning.make_plan(model, ratio, obstacles=_obstacles(model, traced), **options)
+
+
+def _obstacles(model: nn.Module, traced: Trace) -> dict[str, str]:
+    """Convolutions that the traced graph does not allow to be grouped, with the reason."""
+    called = {str(node.target): conv for node, conv in calls(traced.module, nn.Conv2d)}
+    named = read_by_name(traced.module)
+    obstacles = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d):
+            continue
+        whole = next((path for path in traced.opaque if name.startswith(f"{path}.")), None)
+        if whole is not None:
+            obstacles[name] = f"inside {whole}: {traced.opaque[whole]}"
+        elif name not in called:
+            obstacles[name] = "the traced graph never calls it"
+        elif reader := next((named[id(p)] for p in called[name].parameters() if id(p) in named), None):
+            obstacles[name] = f"its parameters are also read by {reader}, which needs them dense"
+    return obstacles
 
 
 def record_of(pruned: nn.Module) -> Record:

@@ -3,6 +3,7 @@
 import fnmatch
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -62,7 +63,7 @@ def make_plan(
     ignore: str | Iterable[str] = (),
     seed: int = 0,
     progress: bool = False,
-    reachable: Collection[str] | None = None,
+    obstacles: Mapping[str, str] = MappingProxyType({}),
 ) -> PrunePlan:
     """Choose what to prune in a model. The model is only read; equal arguments give equal plans.
 
@@ -80,7 +81,7 @@ def make_plan(
         ignore: patterns of layers to leave dense.
         seed: of the random starts. Global random state is neither read nor changed.
         progress: show a bar on stderr.
-        reachable: names of the convolutions that the traced graph calls directly; None: all.
+        obstacles: convolutions that the graph does not allow to be grouped, with the reason.
 
     Raises:
         PlanError: an argument is not legal, a pattern matches nothing, the model has no `Conv2d` or is quantized, a
@@ -119,8 +120,8 @@ def make_plan(
                 reason = "no pattern of ratio matches"
             elif ratios[name] == 0:
                 reason = "ratio is 0"
-            elif reachable is not None and name not in reachable:
-                reason = "not called by the traced graph (inside an untraceable module, or unused)"
+            elif name in obstacles:
+                reason = obstacles[name]
             else:
                 reason = skip_reason(conv, shared)
             if reason:

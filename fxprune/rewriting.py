@@ -198,7 +198,8 @@ class Memory:
 
 def read_by_name(gm: fx.GraphModule) -> dict[int, str]:
     """Tensors that the graph reads itself (`get_attr`), beside the layers that own them: `id` to the name of the node.
-    Whoever stores such a tensor in another order or shape changes what that node reads.
+    Whoever stores such a tensor in another order or shape changes what that node reads. Nodes that ask only for the
+    device or dtype do not count.
     """
     named = {
         **dict(gm.named_parameters(remove_duplicate=False)),
@@ -207,7 +208,9 @@ def read_by_name(gm: fx.GraphModule) -> dict[int, str]:
     return {
         id(named[str(node.target)]): node.name
         for node in gm.graph.nodes
-        if node.op == "get_attr" and str(node.target) in named
+        if node.op == "get_attr"
+        and str(node.target) in named
+        and not all(user.target is getattr and user.args[1] in ("device", "dtype") for user in node.users)
     }
 
 

@@ -231,9 +231,11 @@ def _trace_in_mode(
         except Exception as cause:
             if not tracer.failed or tracer.failed in leaves:
                 raise TraceError(_untraceable(model, cause)) from cause
-            leaves[tracer.failed] = (
-                f"its forward cannot be traced ({str(cause).splitlines()[0] if str(cause) else type(cause).__name__})"
-            )
+            leaves[tracer.failed] = f"its forward cannot be traced ({_first_line(cause)})"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _untraceable(model: nn.Module, cause: Exception) -> str:
@@ -242,7 +244,7 @@ def _untraceable(model: nn.Module, cause: Exception) -> str:
         for name, child in model.named_children()
         if any(isinstance(m, nn.Conv2d) for m in child.modules()) and _is_traceable(child)
     ]
-    first_line = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+    first_line = _first_line(cause)
     way_out = (
         "compile a submodule and put it back, for example `model.{0} = fxprune.compile(model.{0})`; "
         "traceable here: {1}".format(children[0], ", ".join(children))
@@ -445,9 +447,7 @@ def _propagate(module: fx.GraphModule, examples: tuple[Any, ...] | None) -> tupl
         shapes = ", ".join(
             str(tuple(leaf.shape)) for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)
         )
-        raise TraceError(
-            f"the model does not run on example inputs of shape {shapes}: {str(error).splitlines()[0]}"
-        ) from error
+        raise TraceError(f"the model does not run on example inputs of shape {shapes}: {_first_line(error)}") from error
     return values, inputs
 
 

@@ -153,12 +153,11 @@ def test_groups_by_pattern_leave_the_others_on_auto(net: Net) -> None:
     assert [kernels.groups for kernels in plan.layers.values()] == [4, 4, 1, 1, 2, 2]
 
 
-def test_convolutions_that_the_graph_does_not_call_stay_dense(net: Net) -> None:
-    plan = make_plan(net, reachable={"stem", "layer1.0.conv1"})
-    assert list(plan.layers) == ["layer1.0.conv1"]
-    assert plan.skipped["layer10.conv2"] == (
-        "not called by the traced graph (inside an untraceable module, or unused)"
-    )
+def test_convolutions_with_an_obstacle_stay_dense(net: Net) -> None:
+    plan = make_plan(net, obstacles={"layer1.0.conv2": "the traced graph never calls it"})
+    assert "layer1.0.conv1" in plan.layers
+    assert plan.skipped["layer1.0.conv2"] == "the traced graph never calls it"
+    assert "layer1.0.conv2" not in plan.layers
     assert "stem" in plan.skipped
 
 
