@@ -33,6 +33,7 @@ class Record:
         inputs: arguments of forward as meta tensors, as the shapes were known at compile time.
         modes: modes in which the graph follows the model.
         options: how the passes were configured.
+        rounding: relative step of the weights' type if a pass rounded weights anew (folded BatchNorm), else 0.
     """
 
     plan: PrunePlan
@@ -40,6 +41,7 @@ class Record:
     inputs: tuple[Any, ...]
     modes: tuple[str, ...]
     options: Mapping[str, Any]
+    rounding: float = 0.0
 
 
 def compile(
@@ -205,7 +207,9 @@ def rewrite(
         notes=tuple(notes),
     )
     modes = ("eval",) if fold_batch_norm else traced.modes
-    gm.meta[RECORD] = Record(plan, report, traced.inputs, modes, {"fold_batch_norm": fold_batch_norm})
+    rounding = max((torch.finfo(p.dtype).eps for p in gm.parameters() if p.is_floating_point()), default=0.0)
+    options = {"fold_batch_norm": fold_batch_norm}
+    gm.meta[RECORD] = Record(plan, report, traced.inputs, modes, options, rounding if fold_batch_norm else 0.0)
     if not plan.layers:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:3])
         warnings.warn(

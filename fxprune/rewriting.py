@@ -68,7 +68,7 @@ def call_sites(gm: fx.GraphModule) -> dict[nn.Module, list[fx.Node]]:
 def new_gather(gm: fx.GraphModule, source: fx.Node, gather: ChannelGather, name: str) -> fx.Node:
     """Add a gather that reads `source`, at the insertion point of the graph; `name` is a module path, made unique."""
     path = new_path(gm, name)
-    gm.add_submodule(path, gather)
+    gm.add_submodule(path, gather.train(gm.training))
     return gm.graph.call_module(path, (source,))
 
 

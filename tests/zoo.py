@@ -778,7 +778,7 @@ class GatedHalves(Between):
         return torch.cat([left.relu(), right.sigmoid()], 1)
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=1)
 class GatedLinearUnit(Between):
     """F.glu multiplies one half by the gate of the other."""
 
@@ -1340,7 +1340,7 @@ class FunctionalDropout(Between):
         return F.dropout(x.relu(), 0.3, self.training)
 
 
-@feature(grouped=2)
+@feature(grouped=2, gathers=1)
 class FunctionalDropoutKeyword(Between):
     """F.dropout2d with training as a keyword."""
 
@@ -1481,7 +1481,7 @@ class EfficientChannelAttention(Between):
         return x * gate.sigmoid()
 
 
-@feature(grouped=2, also_skipped={"gate": FEW_IN})
+@feature(grouped=2, gathers=1, also_skipped={"gate": FEW_IN})
 class SpatialAttention(Between):
     """CBAM: mean and maximum over channels do not see their order."""
 

@@ -226,6 +226,8 @@ def reduce(state: State) -> Any:
         return elementwise(state)  # torch.max(a, b)
     if not isinstance(state.value, Tensor):
         if given is not None and any(d in varying(labels) for d in _dims(given, len(shape))):
+            if varying(labels) == _dims(given, len(shape)) and all(_picks_values(user) for user in state.node.users):
+                return state.unlabelled(state.value)  # the largest value of all channels, not which one it is
             return state.boundary(f"{state.node.name} gives the index of a channel")
         kept = labels if state.value[0].dim() == len(shape) else labels.squeeze(_dims(given or 0, len(shape))[0])
         return type(state.value)((kept, kept)) if hasattr(state.value, "_fields") else (kept, kept)
@@ -246,11 +248,33 @@ def reduce(state: State) -> Any:
     return labels.squeeze(tuple(dims)) if dims else labels
 
 
+def gated(state: State) -> Any:
+    """glu(x) = a * sigmoid(b) for the halves a, b of x: the halves are told apart, and their channels tied in pairs."""
+    dim = (
+        getattr(state.module.get_submodule(layer_name(state.node)), "dim", -1)
+        if state.node.op == "call_module"
+        else None
+    )
+    labels, value = state.source()
+    dim = int(state.argument(1, "dim", -1) if dim is None else dim) % value.dim()
+    if labels.shape[dim] == 1:
+        return labels
+    halves = labels.chunk(2, dim)
+    for half in halves:
+        state.atoms.site(half.contiguous().numpy())
+    state.tie(halves[0].contiguous(), halves[1].contiguous())
+    return halves[0].contiguous()
+
+
 def channel_argument(state: State) -> Any:
     """softmax, F.normalize: each entry is divided by a symmetric function of its row, so a permutation of the row
     permutes the result.
     """
     return state.labels[state.tensors()[0]]
+
+
+def _picks_values(user: fx.Node) -> bool:
+    return user.target in (operator.getitem, getattr) and user.args[1] in (0, "values")
 
 
 def _dims(given: int | Iterable[int], rank: int) -> list[int]:
@@ -456,8 +480,8 @@ _POINTWISE = (
     "abs add sub rsub mul div divide multiply subtract true_divide truediv floordiv floor_divide pow neg "
     "exp expm1 log log1p log2 sqrt rsqrt square reciprocal sin cos tanh sigmoid erf "
     "relu relu6 leaky_relu elu celu selu silu gelu mish hardswish hardsigmoid hardtanh softplus softsign logsigmoid "
-    "threshold hardshrink softshrink tanhshrink dropout alpha_dropout clamp clip maximum minimum where lerp "
-    "addcmul addcdiv round floor ceil sign nan_to_num "
+    "threshold hardshrink softshrink tanhshrink dropout dropout1d dropout2d dropout3d alpha_dropout "
+    "clamp clip maximum minimum where lerp addcmul addcdiv round floor ceil sign nan_to_num "
     "eq ne lt le gt ge logical_and logical_or logical_not isnan pos"
 )
 _POINTWISE_METHODS = (
@@ -483,6 +507,7 @@ FUNCTIONS: dict[Any, Rule] = {
     **dict.fromkeys(_named("softmax log_softmax normalize"), channel_argument),
     **dict.fromkeys(_named("cat concat concatenate"), concatenate),
     **dict.fromkeys(_named("stack"), stack),
+    **dict.fromkeys(_named("glu"), gated),
     **dict.fromkeys(_named("interpolate upsample"), windows(None)),
     **dict.fromkeys(_named("max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d lp_pool1d"), windows(1)),
     **dict.fromkeys(_named("max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d lp_pool2d"), windows(2)),
@@ -550,6 +575,7 @@ MODULES: dict[str, Rule] = {
         for _m in ("Upsample", "UpsamplingBilinear2d", "UpsamplingNearest2d")
     },
     **{f"torch.nn.modules.activation.{_m}": channel_argument for _m in ("Softmax", "Softmax2d", "LogSoftmax")},
+    "torch.nn.modules.activation.GLU": gated,
     "torch.nn.modules.linear.Linear": linear,
     "torch.nn.modules.normalization.GroupNorm": group_norm,
     "torch.nn.modules.normalization.LayerNorm": layer_norm,
