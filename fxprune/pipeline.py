@@ -72,12 +72,21 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], inputs: tuple[Any, ...]) -> 
 
 
 def dump_directory() -> Path | None:
-    """Directory for graph dumps, from `FXPRUNE_DUMP`; made if absent."""
+    """Directory for graph dumps, from `FXPRUNE_DUMP`; made if absent.
+
+    Raises:
+        PassError: it cannot be made.
+    """
     value = os.environ.get("FXPRUNE_DUMP", "")
     if not value:
         return None
     directory = Path(value)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PassError(
+            f"FXPRUNE_DUMP is {value!r}, which cannot be made a directory ({error}); name another"
+        ) from error
     return directory
 
 
