@@ -204,7 +204,7 @@ class PaddingModes(Net):
         return self.same(self.circular(self.reflect(x).relu()).relu())
 
 
-@feature(grouped=2, gathers=1, also_skipped={"spare": "not called"}, integer=True)
+@feature(grouped=2, gathers=1, also_skipped={"spare": "never calls it"}, integer=True)
 class UnusedConv(Between):
     """A convolution that the module owns but never calls."""
 
