@@ -3,15 +3,14 @@
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
-from fxprune.compiler import Record, mask, record_of, rewrite
+from fxprune.compiler import mask, record_of, rewrite
 from fxprune.errors import FxpruneError, StorageError
 from fxprune.plans import PrunePlan
 
@@ -31,14 +30,13 @@ def save(pruned: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     record = record_of(pruned)
     state = {name: tensor.detach().cpu() for name, tensor in pruned.state_dict().items()}
-    header = json.dumps({"plan": record.plan.to_json(), "inputs": _describe(record), "options": dict(record.options)})
+    header = json.dumps(
+        {"plan": record.plan.to_json(), "inputs": _describe(record.inputs), "options": dict(record.options)}
+    )
     content = {"format": FORMAT, "version": VERSION, "header": header, "state": state, "digest": _digest(header, state)}
     target = Path(path)
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=target.parent, prefix=target.name, suffix=".partial", delete=False
-        ) as file:
-            partial = Path(file.name)
         try:
             torch.save(content, partial)
             os.replace(partial, target)
@@ -60,10 +58,10 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
     header = json.loads(content["header"])
     try:
         plan = PrunePlan.from_json(header["plan"])
-        blank = mask(model, plan)  # any weights will do, but the dropped kernels must be zero
-        inputs = tuple(
-            torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for shape, dtype in header["inputs"]
-        )
+        blank = mask(model, plan)
+        for name in plan.layers:  # any weights will do, but the dropped kernels must be zero, and zero times NaN is NaN
+            nn.init.zeros_(blank.get_parameter(f"{name}.weight"))
+        inputs = _meta(header["inputs"])
         pruned = rewrite(blank, plan, inputs or None, **header["options"])
     except FxpruneError as error:
         raise StorageError(f"{path} does not fit {type(model).__name__}: {error}") from error
@@ -109,17 +107,41 @@ def _read(path: Path) -> dict[str, Any]:
         )
     if not isinstance(content.get("header"), str) or not isinstance(content.get("state"), dict):
         raise StorageError(f"{path} is altered: parts of it are missing")
+    if not all(isinstance(tensor, Tensor) for tensor in content["state"].values()):
+        raise StorageError(f"{path} is altered: its state holds more than tensors")
     if content.get("digest") != _digest(content["header"], content["state"]):
         raise StorageError(f"{path} is altered: its checksum does not match; save the model again")
     return content
 
 
-def _describe(record: Record) -> list[tuple[list[int], str]]:
-    return [
-        (list(leaf.shape), str(leaf.dtype).removeprefix("torch."))
-        for leaf in tree_leaves(record.inputs)
-        if isinstance(leaf, Tensor)
-    ]
+def _describe(value: Any) -> Any:
+    """Inputs as JSON: tensors by shape and type, what holds them by kind."""
+    if isinstance(value, Tensor):
+        return {"tensor": [list(value.shape), str(value.dtype).removeprefix("torch.")]}
+    if isinstance(value, dict):
+        return {"dict": {name: _describe(item) for name, item in value.items()}}
+    if isinstance(value, list | tuple):
+        return {"list" if isinstance(value, list) else "tuple": [_describe(item) for item in value]}
+    if isinstance(value, bool | int | float | str | None):
+        return {"value": value}
+    raise StorageError(
+        f"the model was compiled with an example input of type {type(value).__name__}, which a file without code "
+        "cannot hold; compile it with tensors, numbers, strings, and lists, tuples or dicts of them"
+    )
+
+
+def _meta(description: Any) -> Any:
+    """Undo `_describe`, with meta tensors."""
+    ((kind, content),) = description.items()
+    if kind == "tensor":
+        shape, dtype = content
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    if kind == "dict":
+        return {name: _meta(item) for name, item in content.items()}
+    if kind in ("list", "tuple"):
+        items = [_meta(item) for item in content]
+        return items if kind == "list" else tuple(items)
+    return content
 
 
 def _digest(header: str, state: dict[str, Tensor]) -> str:
