@@ -232,6 +232,6 @@ def _share(before: int | None, after: int | None) -> str:
 
 def _short(count: int) -> str:
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= size:
+        if count >= size * (0.9995 if size > 10**3 else 1):  # 999,500 is 1 M, not 1e+03 k
             return f"{count / size:.3g} {unit}"
     return str(count)

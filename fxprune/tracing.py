@@ -324,41 +324,51 @@ def _owner(node: fx.Node) -> str:
 
 
 def _compare_modes(evaluation: fx.Graph, training: fx.Graph) -> tuple[list[fx.Node], set[str]]:
-    """Nodes of `evaluation` with a literal False where `training` has True, and the modules that differ in any other
-    way.
+    """Compare the two graphs module by module.
+
+    Returns:
+        The nodes of `evaluation` with a literal False where `training` has True, and the modules that differ otherwise.
     """
-
-    def by_owner(graph: fx.Graph) -> dict[str, list[tuple[fx.Node, tuple[Any, ...], list[Any]]]]:
-        position = {node: i for i, node in enumerate(graph.nodes)}
-        owned: dict[str, list[tuple[fx.Node, tuple[Any, ...], list[Any]]]] = {}
-        for node in graph.nodes:
-            leaves, structure = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
-            literals = [leaf if not isinstance(leaf, fx.Node) else None for leaf in leaves]
-            owned.setdefault(_owner(node), []).append((node, (node.op, str(node.target), str(structure)), literals))
-        del position
-        return owned
-
+    left, right = _by_owner(evaluation), _by_owner(training)
+    # A module that only one mode calls (an auxiliary head) differs because its caller does.
+    shared = left.keys() & right.keys() | {""}
+    divergent = {owner for owner in shared if [_kind(n) for n in left[owner]] != [_kind(n) for n in right[owner]]}
+    if divergent or left.keys() != right.keys():
+        return [], divergent or left.keys() ^ right.keys()
     flags: list[fx.Node] = []
-    divergent: set[str] = set()
-    left, right = by_owner(evaluation), by_owner(training)
-    for owner in left.keys() | right.keys():
-        ours, theirs = left.get(owner, []), right.get(owner, [])
-        if [key for _, key, _ in ours] != [key for _, key, _ in theirs]:
-            divergent.add(owner)
-            continue
-        for (node, _, a), (_, _, b) in zip(ours, theirs, strict=True):
-            changed = [(x, y) for x, y in zip(a, b, strict=True) if type(x) is not type(y) or _differ(x, y)]
+    place = {node: (owner, i) for side in (left, right) for owner, own in side.items() for i, node in enumerate(own)}
+    for owner, nodes in left.items():
+        for node, twin in zip(nodes, right[owner], strict=True):
+            changed = [(x, y) for x, y in zip(_leaves(node), _leaves(twin), strict=True) if _differ(x, y, place)]
             if changed and all(x is False and y is True for x, y in changed):
                 flags.append(node)
             elif changed:
                 divergent.add(owner)
-    # A module that only one mode calls (an auxiliary head) differs because its caller does.
-    called = left.keys() & right.keys()
-    return flags, {owner for owner in divergent if owner in called or owner == ""} or divergent
+    return flags, divergent
 
 
-def _differ(x: Any, y: Any) -> bool:
-    return bool(x != y) if isinstance(x, bool | int | float | str | slice | torch.dtype | type(None)) else False
+def _by_owner(graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    owned: dict[str, list[fx.Node]] = {"": []}
+    for node in graph.nodes:
+        owned.setdefault(_owner(node), []).append(node)
+    return owned
+
+
+def _kind(node: fx.Node) -> tuple[str, str, str]:
+    return node.op, str(node.target), str(torch.utils._pytree.tree_structure((node.args, node.kwargs)))
+
+
+def _leaves(node: fx.Node) -> list[Any]:
+    return torch.utils._pytree.tree_leaves((node.args, node.kwargs))
+
+
+def _differ(x: Any, y: Any, place: Mapping[fx.Node, tuple[str, int]]) -> bool:
+    """Whether two arguments differ: nodes by their place, literals by value, anything else by type."""
+    if isinstance(x, fx.Node) and isinstance(y, fx.Node):
+        return place[x] != place[y]
+    if type(x) is not type(y):
+        return True
+    return bool(x != y) if isinstance(x, bool | int | float | str | slice | torch.dtype | None) else False
 
 
 def _can_be_leaf(model: nn.Module, name: str) -> bool:
