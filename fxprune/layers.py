@@ -10,7 +10,7 @@ class ChannelGather(nn.Module):
     Args:
         index: positions to read, shape `(A,)`, integer; kept as the int64 buffer `index`.
         in_channels: number of channels of the input.
-        dim: the channel dimension of the input; the output has `A` channels there.
+        dim: the channel dimension of the input; the output has `A` channels there. The passes count it from the end.
 
     `index_select` and not `x[:, index]`: the latter exports to ONNX as `GatherND` between two transposes.
 

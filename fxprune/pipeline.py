@@ -37,7 +37,7 @@ def default_pipeline(plan: PrunePlan, inputs: tuple[Any, ...], *, fold_batch_nor
         MergeGathers(),  # before sinking: an identity would be a wish
         SinkGathers(inputs),
         MergeGathers(),  # a sunk gather meets the one at the end of its space
-        AbsorbGathers(inputs),  # only what could not merge
+        AbsorbGathers(),  # only what could not merge
         *(
             (FoldBatchNorm(),) if fold_batch_norm else ()
         ),  # last: only now does BatchNorm follow its convolution directly

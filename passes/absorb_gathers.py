@@ -17,37 +17,28 @@ the graph reads by name as well.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxprune.layers import ChannelGather
 from fxprune.rewriting import Memory, Outcome, Skip, Tensors, calls, erase_gather, read_by_name
-from fxprune.tracing import is_hooked, meta_values
+from fxprune.tracing import is_hooked
 
 Layer = nn.modules.conv._ConvNd | nn.Linear
 
 
 @dataclass(frozen=True)
 class AbsorbGathers:
-    """Store weights in the order in which their channels come, instead of reordering the channels.
-
-    Attributes:
-        inputs: arguments of forward as meta tensors, to know which dimension holds the channels of a linear layer;
-            without them gathers beside linear layers stay.
-    """
-
-    inputs: tuple[Any, ...] = ()
+    """Store weights in the order in which their channels come, instead of reordering the channels."""
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
         rewritten: list[str] = []
         skipped: list[Skip] = []
         tensors, memory, named = Tensors(gm), Memory(gm), read_by_name(gm)
-        values = meta_values(gm, self.inputs)[0] if self.inputs else {}
         for layers, sites in _layers_by_weight(gm):
             for find, absorb in ((_gathers_before, _absorb_inputs), (_gathers_after, _absorb_outputs)):
-                found = find(gm, sites, values)
+                found = find(gm, sites)
                 if not found:
                     continue
                 reason = _why_not(gm, layers, sites, found, memory, named)
@@ -101,28 +92,23 @@ def _layers_by_weight(gm: fx.GraphModule) -> list[tuple[list[Layer], list[fx.Nod
     return list(by_weight.values())
 
 
-def _gathers_before(gm: fx.GraphModule, sites: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> list[fx.Node]:
-    found = [source for site in sites if _moves_channels(gm, source := site.all_input_nodes[0], site, values)]
+def _gathers_before(gm: fx.GraphModule, sites: Sequence[fx.Node]) -> list[fx.Node]:
+    found = [source for site in sites if _moves_channels(gm, source := site.all_input_nodes[0], site)]
     return found if all(user in sites for gather in found for user in gather.users) else []
 
 
-def _gathers_after(gm: fx.GraphModule, sites: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> list[fx.Node]:
+def _gathers_after(gm: fx.GraphModule, sites: Sequence[fx.Node]) -> list[fx.Node]:
     return [
-        user
-        for site in sites
-        if len(site.users) == 1 and _moves_channels(gm, user := next(iter(site.users)), site, values)
+        user for site in sites if len(site.users) == 1 and _moves_channels(gm, user := next(iter(site.users)), site)
     ]
 
 
-def _moves_channels(gm: fx.GraphModule, node: fx.Node, layer: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
-    """Whether `node` is a gather along the dimension of the channels that `layer` reads and writes."""
+def _moves_channels(gm: fx.GraphModule, node: fx.Node, layer: fx.Node) -> bool:
+    """Whether `node` is a gather along the dimension, counted from the end, of the channels of `layer`."""
     if node.op != "call_module" or not isinstance(gather := gm.get_submodule(str(node.target)), ChannelGather):
         return False
-    kind, value = gm.get_submodule(str(layer.target)), values.get(layer)
-    if not isinstance(value, Tensor):
-        return isinstance(kind, nn.modules.conv._ConvNd) and gather.dim == 1
-    channels = value.dim() - (1 if isinstance(kind, nn.Linear) else 1 + len(kind.kernel_size))  # type: ignore[arg-type]
-    return gather.dim % value.dim() == channels
+    kind = gm.get_submodule(str(layer.target))
+    return gather.dim == (-1 if isinstance(kind, nn.Linear) else -1 - len(kind.kernel_size))  # type: ignore[arg-type]
 
 
 def _absorb_inputs(tensors: Tensors, layers: Sequence[Layer], index: Tensor) -> bool:

@@ -21,6 +21,9 @@ from fxprune.layers import ChannelGather
 from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.rewriting import Outcome, call_sites, gather_after, gather_before, read_by_name
 
+CHANNELS = -3
+"""The channel dimension of `(N, C, H, W)` and of an image without a batch, `(C, H, W)`."""
+
 
 @dataclass(frozen=True)
 class GroupConvs:
@@ -49,8 +52,10 @@ class GroupConvs:
             parent, _, child = name.rpartition(".")
             setattr(gm.get_submodule(parent), child, grouped)
             device = conv.weight.device
-            read = ChannelGather(torch.tensor(kernels.kept, device=device).reshape(-1), conv.in_channels)
-            restore = ChannelGather(torch.tensor(kernels.out_order, device=device).argsort(), conv.out_channels)
+            read = ChannelGather(torch.tensor(kernels.kept, device=device).reshape(-1), conv.in_channels, CHANNELS)
+            restore = ChannelGather(
+                torch.tensor(kernels.out_order, device=device).argsort(), conv.out_channels, CHANNELS
+            )
             for node in sites[conv]:
                 node.target = name
                 if not read.is_identity:

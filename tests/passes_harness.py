@@ -15,7 +15,7 @@ SHUFFLE = (2, 0, 3, 1)  # no involution: reading it the wrong way round shows
 SWAP = (0, 1, 3, 2)  # stays inside two groups of two
 
 
-def gather(index: Sequence[int] = SHUFFLE, in_channels: int = 4, dim: int = 1) -> ChannelGather:
+def gather(index: Sequence[int] = SHUFFLE, in_channels: int = 4, dim: int = -3) -> ChannelGather:
     return ChannelGather(torch.tensor(index), in_channels, dim)
 
 

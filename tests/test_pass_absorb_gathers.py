@@ -52,10 +52,6 @@ def net(body: Callable[[Net, Tensor], Tensor], **modules: nn.Module) -> nn.Modul
     return prepared(Net(body, **modules))  # type: ignore[arg-type]  # gathers go to g and h, layers to c and d
 
 
-def absorb(*inputs: Tensor) -> AbsorbGathers:
-    return AbsorbGathers(tuple(x.to("meta") for x in inputs))
-
-
 def permuted(image: Tensor) -> Tensor:
     """A batch of pixels (2, 3, 4) from (2, 4, h, w): linear layers read the last dimension."""
     return image.flatten(2)[:, :, :3].transpose(1, 2)
@@ -77,11 +73,11 @@ def test_case_1_inputs(layer: Callable[[], Layer]) -> None:
     assert not hasattr(gm, "g")
 
 
-@pytest.mark.parametrize("shape, dim", [((2, 4), 1), ((2, 4), -1), ((2, 3, 4), 2), ((2, 3, 4), -1), ((2, 4, 4), 2)])
-def test_case_1_inputs_of_a_linear_layer(shape: tuple[int, ...], dim: int) -> None:
+@pytest.mark.parametrize("shape", [(2, 4), (2, 3, 4), (2, 4, 4)])
+def test_case_1_inputs_of_a_linear_layer(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, dtype=torch.float64)
-    model = net(lambda n, x: n.c(n.g(x)), c=nn.Linear(4, 5), g=gather(dim=dim))
-    check_pass(absorb(x), model, x, after="x -> c -> output")
+    model = net(lambda n, x: n.c(n.g(x)), c=nn.Linear(4, 5), g=gather(dim=-1))
+    check_pass(AbsorbGathers(), model, x, after="x -> c -> output")
 
 
 def test_case_1_shared_layer_whose_sites_agree() -> None:
@@ -142,8 +138,8 @@ def test_case_2_outputs(layer: Callable[[], Layer]) -> None:
 
 def test_case_2_outputs_of_a_linear_layer() -> None:
     x = permuted(image())
-    model = net(lambda n, x: n.g(n.c(x)), c=nn.Linear(4, 4), g=gather(dim=2))
-    check_pass(absorb(x), model, x, after="x -> c -> output")
+    model = net(lambda n, x: n.g(n.c(x)), c=nn.Linear(4, 4), g=gather(dim=-1))
+    check_pass(AbsorbGathers(), model, x, after="x -> c -> output")
 
 
 def test_case_2_tied_weights_with_a_bias_of_their_own() -> None:
@@ -273,18 +269,12 @@ def test_left_alone_another_dimension_than_the_channels(side: str) -> None:
     x = torch.randn(2, 4, 4, dtype=torch.float64)
     body = (lambda n, x: n.c(n.g(x))) if side == "inputs" else (lambda n, x: n.g(n.c(x)))
     after = "x -> g -> c -> output" if side == "inputs" else "x -> c -> g -> output"
-    check_pass(absorb(x), net(body, c=nn.Linear(4, 4)), x, after=after)
+    check_pass(AbsorbGathers(), net(body, c=nn.Linear(4, 4), g=gather(dim=-2)), x, after=after)
 
 
 def test_left_alone_the_rows_of_an_image_before_a_convolution() -> None:
     x = image(size=4)
-    check_pass(absorb(x), net(lambda n, x: n.c(n.g(x)), g=gather(dim=2)), x, after="x -> g -> c -> output")
-
-
-def test_left_alone_a_linear_layer_of_unknown_shape() -> None:
-    x = torch.randn(2, 4, dtype=torch.float64)
-    model = net(lambda n, x: n.c(n.g(x)), c=nn.Linear(4, 4))
-    check_pass(AbsorbGathers(), model, x, after="x -> g -> c -> output")
+    check_pass(AbsorbGathers(), net(lambda n, x: n.c(n.g(x)), g=gather(dim=-2)), x, after="x -> g -> c -> output")
 
 
 @pytest.mark.parametrize("side", ["inputs", "outputs"])

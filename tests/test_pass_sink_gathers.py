@@ -92,7 +92,7 @@ def test_case_1_a_tensor_that_meets_its_own_reordering_keeps_a_gather() -> None:
                  c_out, g_out -> add -> d_in -> d -> output""",
         repeatable=False,
     )
-    AbsorbGathers(META)(gm)
+    AbsorbGathers()(gm)
     assert [name for name, module in gm.named_modules() if isinstance(module, ChannelGather)] == ["g_out"]
 
 
@@ -179,7 +179,7 @@ def test_the_pipeline_then_absorbs_what_is_left() -> None:
     class All:
         def __call__(self, gm: fx.GraphModule) -> Outcome:
             SinkAndMerge()(gm)
-            return AbsorbGathers(META)(gm)
+            return AbsorbGathers()(gm)
 
     check_pass(All(), net(lambda m, x: m.d(m.n(m.g(m.c(x))))), image(), after="x -> c -> n -> d -> output")
 

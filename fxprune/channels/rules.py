@@ -304,8 +304,9 @@ def convolution(state: State) -> Any:
         for g in range(conv.groups):
             state.atoms.site(inputs.reshape(conv.groups, -1)[g])
             state.atoms.site(outputs.reshape(conv.groups, -1)[g])
-    state.reads(1, inputs)
-    state.writes(1, outputs)
+    channels = -1 - len(conv.kernel_size)  # counted from the end, so that an image without a batch is gathered rightly
+    state.reads(channels, inputs)
+    state.writes(channels, outputs)
     if conv.groups == 1 or conv.transposed:
         state.bind(name, "weight", weight_in, inputs, scales=False)
     else:
@@ -336,8 +337,8 @@ def linear(state: State) -> Any:
     name = layer_name(state.node)
     inputs = state.channels(*state.source(), -1)
     outputs = state.atoms.mint(state.value.shape[-1], state.node.name)
-    state.reads(state.value.dim() - 1, inputs)
-    state.writes(state.value.dim() - 1, outputs)
+    state.reads(-1, inputs)
+    state.writes(-1, outputs)
     state.bind(name, "weight", 1, inputs, scales=False)
     state.bind(name, "weight", 0, outputs, scales=False)
     state.bind(name, "bias", 0, outputs, scales=False)
