@@ -20,6 +20,7 @@ ORDER = (
     ("channels.atoms",),
     ("channels.interpreter",),
     ("channels.rules",),
+    ("channels.operators",),
     ("channels.analysis",),
     ("channels",),
     ("plans",),

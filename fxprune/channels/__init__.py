@@ -1,7 +1,7 @@
 """The dependency analyzer: labels on every channel axis, and which channels may change places.
 
-`atoms` holds the identities and solves for blocks; `interpreter` the state that rules work on; `rules` the operators;
-`analysis` walks the graph.
+`atoms` holds the identities and solves for blocks; `interpreter` the state that rules work on; `rules` say how
+channels pass through a family of operators, `operators` which operator belongs to which; `analysis` walks the graph.
 """
 
 from fxprune.channels.analysis import ChannelAnalysis, ChannelSpace, analyze_channels

@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 
 from fxprune.channels.atoms import Array, Blocks
 from fxprune.channels.interpreter import Port, Scale, State, layer_name
-from fxprune.channels.rules import FUNCTIONS, METHODS, Rule, item, rule_for
+from fxprune.channels.operators import FUNCTIONS, METHODS, rule_for
+from fxprune.channels.rules import Rule, item
 from fxprune.tracing import is_hooked, trace_leaf
 
 
