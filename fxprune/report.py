@@ -60,7 +60,7 @@ class Report:
         params_dense, params_pruned: parameters of the whole model.
         macs_dense, macs_pruned: multiply-accumulates of all convolutions and linear layers for one image; None if
             shapes are unknown.
-        input_shapes: shapes of the inputs that the MACs are counted for.
+        input_shapes: shapes of the inputs that the MACs are counted for, batch included.
         notes: what else the user should know.
     """
 
@@ -96,7 +96,7 @@ class Report:
                 f" {layer.asked_ratio:>6.3g} {layer.reached_ratio:>7.3g}"
                 f" {_change(layer.params_dense, layer.params):>19} {_change(layer.macs_dense, layer.macs):>19}"
             )
-        shapes = ", ".join("x".join(map(str, shape)) for shape in self.input_shapes) or "unknown"
+        shapes = ", ".join("x".join(map(str, shape[1:])) for shape in self.input_shapes) or "unknown size"
         lines += [
             "",
             f"{self.rewritten} of {len(self.layers)} convolutions grouped; "

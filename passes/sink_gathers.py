@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.channels import ChannelAnalysis, Port, Reordering, Scale, analyze_channels
-from fxprune.channels.atoms import Array
+from fxprune.channels.atoms import TOLD_APART, Array
 from fxprune.errors import PassError
 from fxprune.layers import ChannelGather
 from fxprune.rewriting import KEPT_BECAUSE, Outcome, Skip, Tensors, calls, gather_after, gather_before
@@ -90,20 +90,21 @@ def _serve_wishes(
     for node, gather in permutations:
         index = gather.index.cpu().numpy()
         given, read = ports[node, "writes"].atoms, ports[node, "reads"].atoms
-        refusal = reordering.wish(given, given[np.argsort(index)], node.name) and reordering.wish(
-            read, read[index], node.name
-        )
-        if refusal:
-            node.meta[KEPT_BECAUSE] = refusal
-            yield Skip(node.name, refusal)
+        refusals = []
+        for places, atoms in ((given, given[np.argsort(index)]), (read, read[index])):
+            refusals.append(reordering.wish(places, atoms, node.name))
+            if not refusals[-1]:
+                break
+        else:
+            reason = next((refusal for refusal in refusals if refusal != TOLD_APART), TOLD_APART)
+            node.meta[KEPT_BECAUSE] = reason
+            yield Skip(node.name, reason)
 
 
 def _new_order(atoms: Array, moved: Array) -> Array:
     """Old position of what stands at each position after the reordering."""
     sorter = np.argsort(atoms)
-    index: np.ndarray[Any, np.dtype[np.int64]] = sorter[
-        np.searchsorted(atoms, moved[atoms], sorter=sorter).clip(max=atoms.size - 1)
-    ]
+    index: Array = sorter[np.searchsorted(atoms, moved[atoms], sorter=sorter).clip(max=atoms.size - 1)]
     if not np.array_equal(atoms[index], moved[atoms]):
         raise PassError(
             "the order of a channel space moves channels out of a value; this is a defect of the channel analysis"

@@ -27,6 +27,9 @@ Array = npt.NDArray[np.int64]
 
 UNLABELLED = -1
 
+TOLD_APART = "other layers tell the channels apart"
+"""Refusal of an order that would move channels between blocks."""
+
 
 @dataclass(frozen=True)
 class Tie:
@@ -170,7 +173,7 @@ class Reordering:
         A class that an earlier wish placed is not placed again; a wish that says otherwise is refused.
         """
         if not np.array_equal(self.blocks.rank[places], self.blocks.rank[atoms]):
-            return "other layers tell the channels apart"
+            return TOLD_APART
         new: dict[int, int] = {}
         owners: dict[int, int] = {}
         for place, atom in zip(self.blocks.classes[places].tolist(), self.blocks.classes[atoms].tolist(), strict=True):
@@ -195,7 +198,7 @@ class Reordering:
             reason = self.blocks.why_fixed(int(self.blocks.members[c][0]))
             if reason:
                 return reason
-        return "other layers tell the channels apart"
+        return TOLD_APART
 
     def permutation(self) -> Array:
         """Return, for each atom, the atom that takes its place. Classes no wish has placed stay, or fill what is left
