@@ -23,6 +23,7 @@ from zoo import CASES, Case
 import fxprune
 from fxprune.channels import ChannelAnalysis, Reordering, analyze_channels
 from fxprune.channels.atoms import Array, AtomTable
+from fxprune.channels.operators import METHODS
 from fxprune.errors import PassError
 from fxprune.passes.sink_gathers import reorder
 from fxprune.tracing import Trace, trace
@@ -590,3 +591,30 @@ def test_analysis_is_pure_data() -> None:
     analysis = fxprune.analyze(build(CONSTRUCTS[0]), image())
     with pytest.raises(dataclasses.FrozenInstanceError):
         analysis.ports = ()  # type: ignore[misc]  # the point of the test
+
+
+class Casts(nn.Module):
+    """x.type_as(y) where y has another shape: only x lends its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.other = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(3, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).type_as(self.other(x).flatten(1)))
+
+
+def test_a_cast_passes_channels_on() -> None:
+    analysis = fxprune.analyze(Casts(), torch.randn(2, 3, 4, 4))
+    assert {space.producers: space.permutable for space in analysis.spaces}["first",] == 8
+
+
+def test_a_rule_that_fails_is_a_boundary(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(state: object) -> None:
+        raise IndexError("not foreseen")
+
+    monkeypatch.setitem(METHODS, "type_as", broken)
+    analysis = fxprune.analyze(Casts(), torch.randn(2, 3, 4, 4))
+    assert "its rule failed (IndexError: not foreseen)" in analysis.boundaries["type_as"]
+    assert {space.producers: space.permutable for space in analysis.spaces}["first",] == 0
+    assert "type_as" in caplog.text

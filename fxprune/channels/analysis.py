@@ -2,6 +2,7 @@
 permuted.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,8 @@ from fxprune.channels.interpreter import Port, Scale, State, layer_name
 from fxprune.channels.operators import FUNCTIONS, METHODS, rule_for
 from fxprune.channels.rules import Rule, item
 from fxprune.tracing import is_hooked, trace_leaf
+
+logger = logging.getLogger("fxprune")
 
 
 @dataclass(frozen=True)
@@ -200,11 +203,15 @@ def _interpret(state: State) -> Any:
         for leaf in torch.utils._pytree.tree_leaves(state.labels[n])
     ):
         return state.unlabelled(state.value)  # made of sizes only: torch.zeros(x.shape[0], 8)
-    return (
-        rule(state)
-        if state.tensors() or rule is item
-        else state.boundary(f"{node.name} takes several tensors as one argument")
-    )
+    if not state.tensors() and rule is not item:
+        return state.boundary(f"{node.name} takes several tensors as one argument")
+    try:
+        return rule(state)
+    except Exception as error:  # a call that the rule was not written for: what it tied so far only restricts
+        logger.warning(
+            "%s: the rule for %s failed, so its channels keep their order", node.name, node.target, exc_info=True
+        )
+        return state.boundary(f"its rule failed ({type(error).__name__}: {error})")
 
 
 def _rule(module: fx.GraphModule, node: fx.Node) -> Rule | None:

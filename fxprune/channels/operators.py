@@ -13,6 +13,7 @@ from torch import nn
 
 from fxprune.channels.rules import (
     Rule,
+    cast,
     channel_argument,
     channel_scale,
     concatenate,
@@ -61,8 +62,7 @@ _POINTWISE = (
     "eq ne lt le gt ge logical_and logical_or logical_not isnan pos"
 )
 _POINTWISE_METHODS = (
-    _POINTWISE
-    + " contiguous clone detach float half double bfloat16 to type type_as cpu cuda masked_fill requires_grad"
+    _POINTWISE + " contiguous clone detach float half double bfloat16 cpu cuda masked_fill requires_grad"
 )
 _MOVEMENT = (
     "permute transpose swapaxes swapdims movedim moveaxis unsqueeze squeeze "
@@ -110,6 +110,7 @@ METHODS: dict[str, Rule] = {
     **dict.fromkeys(_REDUCTIONS.split(), reduce),
     **dict.fromkeys(_CONSTANT_METHODS.split(), constant),
     **dict.fromkeys(("softmax", "log_softmax"), channel_argument),
+    **dict.fromkeys(("to", "type", "type_as"), cast),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
     "repeat": repeat,
     "prelu": functional_affine({"weight": 1}, 1),
