@@ -217,7 +217,7 @@ def test_left_alone_a_copy_of_the_input_of_the_model_that_is_written_into() -> N
 def test_left_alone_a_copy_of_a_view_that_is_written_into() -> None:
     check_pass(
         MergeGathers(),
-        net(lambda n, x: n.a((y := n.c(x)).reshape(2, 4, 25)).relu_().sum() + y, gather(IDENTITY)),
+        net(lambda n, x: n.a((y := n.c(x)).reshape(2, 4, 25)).relu_().sum() + y, gather(IDENTITY, dim=1)),
         image(),
         after="""x -> c -> reshape -> a -> relu_ -> sum_1
                  sum_1, c -> add -> output""",
@@ -265,12 +265,12 @@ def test_case_3_equal_gathers_of_one_tensor_become_one() -> None:
     [
         (gather(OTHER), lambda n, x: n.c(n.a(x)) + n.d(n.b(x))),
         (gather(), lambda n, x: n.c(n.a(x)) + n.d(n.b(x + 1))),
-        (gather((2, 0, 3, 1), 5, dim=2), lambda n, x: n.c(n.a(x)) + n.d(n.b(x))[:, :, :1]),
+        (gather((2, 0, 3, 1), 5, dim=-2), lambda n, x: n.c(n.a(x)) + n.d(n.b(x))[:, :, :1]),
     ],
     ids=["another index", "another tensor", "another dimension"],
 )
 def test_left_alone_gathers_that_differ(second: ChannelGather, body: Callable[[Net, Tensor], Tensor]) -> None:
-    model = net(lambda n, x: body(n, x).sum(dim=2), b=second) if second.dim == 1 else net(
+    model = net(lambda n, x: body(n, x).sum(dim=2), b=second) if second.dim == -3 else net(
         lambda n, x: n.c(n.a(x)).sum(dim=2) + n.d(n.b(x)).sum(dim=2), b=second
     )  # fmt: skip
     gm = trace(model, image()).module
