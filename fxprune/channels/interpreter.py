@@ -19,8 +19,8 @@ from fxprune.channels.atoms import UNLABELLED, Array, AtomTable
 # A parameter read with get_attr gets an atom for each element (a position embedding has 151 thousand); larger ones keep
 # their order.
 LARGEST_LABELLED_PARAMETER = 1_000_000
-# A reshape that spreads channels over pixels (pixel shuffle) gets an atom for each position, up to this many.
-LARGEST_SPREAD = 4_000_000
+# A reshape that spreads channels over positions (flatten: 25 thousand in VGG) gets an atom for each, up to this many.
+LARGEST_SPREAD = 500_000
 
 
 @dataclass(frozen=True)
