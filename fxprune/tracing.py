@@ -235,7 +235,8 @@ def _trace_in_mode(
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """The first sentence of an error message, for torch explains at length."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
 def _untraceable(model: nn.Module, cause: Exception) -> str:
