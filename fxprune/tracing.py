@@ -324,25 +324,27 @@ def _owner(node: fx.Node) -> str:
     return str(next(reversed(stack.values()))[0]) if stack else ""
 
 
-def _compare_modes(evaluation: fx.Graph, training: fx.Graph) -> tuple[list[fx.Node], set[str]]:
+def _compare_modes(evaluation: fx.Graph, training: fx.Graph) -> tuple[dict[fx.Node, list[int]], set[str]]:
     """Compare the two graphs module by module.
 
     Returns:
-        The nodes of `evaluation` with a literal False where `training` has True, and the modules that differ otherwise.
+        The nodes of `evaluation` with a literal False where `training` has True, with the positions of these among the
+        flattened arguments; and the modules that differ otherwise.
     """
     left, right = _by_owner(evaluation), _by_owner(training)
     # A module that only one mode calls (an auxiliary head) differs because its caller does.
     shared = left.keys() & right.keys() | {""}
     divergent = {owner for owner in shared if [_kind(n) for n in left[owner]] != [_kind(n) for n in right[owner]]}
     if divergent or left.keys() != right.keys():
-        return [], divergent or left.keys() ^ right.keys()
-    flags: list[fx.Node] = []
+        return {}, divergent or left.keys() ^ right.keys()
+    flags: dict[fx.Node, list[int]] = {}
     place = {node: (owner, i) for side in (left, right) for owner, own in side.items() for i, node in enumerate(own)}
     for owner, nodes in left.items():
         for node, twin in zip(nodes, right[owner], strict=True):
-            changed = [(x, y) for x, y in zip(_leaves(node), _leaves(twin), strict=True) if _differ(x, y, place)]
-            if changed and all(x is False and y is True for x, y in changed):
-                flags.append(node)
+            pairs = list(zip(_leaves(node), _leaves(twin), strict=True))
+            changed = [i for i, (x, y) in enumerate(pairs) if _differ(x, y, place)]
+            if changed and all(pairs[i][0] is False and pairs[i][1] is True for i in changed):
+                flags[node] = changed
             elif changed:
                 divergent.add(owner)
     return flags, divergent
@@ -380,11 +382,9 @@ def _has_layers(root: nn.Module, names: Iterable[str]) -> bool:
     return any(isinstance(m, LEAVES) for name in names for m in root.get_submodule(name).modules())
 
 
-def _insert_training_flags(root: nn.Module, graph: fx.Graph, flags: list[fx.Node]) -> None:
-    """Replace the mode literals that tracing baked in: every `False` argument that was `True` in training mode follows
-    the owner's mode.
-    """
-    for node in flags:
+def _insert_training_flags(root: nn.Module, graph: fx.Graph, flags: Mapping[fx.Node, Sequence[int]]) -> None:
+    """Put the owner's mode in place of the literals that tracing baked in."""
+    for node, positions in flags.items():
         owner = _owner(node)
         module = root.get_submodule(owner)
         if not hasattr(module, "training_flag"):
@@ -392,17 +392,9 @@ def _insert_training_flags(root: nn.Module, graph: fx.Graph, flags: list[fx.Node
         with graph.inserting_before(node):
             flag = graph.call_module(f"{owner}.training_flag".lstrip("."))
         flag.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-        _set_flag(node, flag)
-
-
-def _set_flag(node: fx.Node, flag: fx.Node) -> None:
-    """Put `flag` in place of the training argument of a call."""
-    if "training" in node.kwargs:
-        node.kwargs = {**node.kwargs, "training": flag}
-        return
-    names = list(inspect.signature(node.target).parameters) if callable(node.target) else []
-    where = names.index("training") if "training" in names else next(i for i, a in enumerate(node.args) if a is False)
-    node.args = tuple(flag if i == where else a for i, a in enumerate(node.args))
+        leaves, structure = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
+        replaced = [flag if i in positions else leaf for i, leaf in enumerate(leaves)]
+        node.args, node.kwargs = torch.utils._pytree.tree_unflatten(replaced, structure)
 
 
 def _restore_modes(module: fx.GraphModule, root: nn.Module) -> None:

@@ -650,3 +650,22 @@ def test_a_module_without_parameters_yet_is_named() -> None:
         model = nn.Sequential(nn.LazyConv2d(4, 1))
     with pytest.raises(TraceError, match="0: LazyConv2d is not initialized yet"):
         trace(model)
+
+
+class BuiltinDropout(nn.Module):
+    """torch.dropout is a builtin without a Python signature; another literal False stands before its mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.dropout(self.conv(x).sum((2, 3), False), 0.5, self.training)
+
+
+def test_the_mode_of_a_builtin_follows() -> None:
+    compiled = fxprune.compile(BuiltinDropout().eval(), example_inputs=torch.randn(2, 16, 4, 4))
+    x = torch.randn(8, 16, 4, 4)
+    assert torch.equal(compiled(x), compiled(x))
+    assert not torch.equal(compiled.train()(x), compiled(x))
+    torch.jit.script(compiled)
