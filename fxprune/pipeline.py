@@ -32,16 +32,15 @@ def default_pipeline(plan: PrunePlan, inputs: tuple[Any, ...], *, fold_batch_nor
         inputs: arguments of forward as meta tensors.
         fold_batch_norm: also fold BatchNorm, after which the result is exact in evaluation mode only.
     """
-    return (
+    passes: tuple[Pass, ...] = (
         GroupConvs(plan),
         MergeGathers(),  # before sinking: an identity would be a wish
         SinkGathers(inputs),
         MergeGathers(),  # a sunk gather meets the one at the end of its space
         AbsorbGathers(),  # only what could not merge
-        *(
-            (FoldBatchNorm(),) if fold_batch_norm else ()
-        ),  # last: only now does BatchNorm follow its convolution directly
     )
+    # Last: only without gathers between them does BatchNorm follow its convolution directly.
+    return (*passes, FoldBatchNorm()) if fold_batch_norm else passes
 
 
 def run(gm: fx.GraphModule, passes: Sequence[Pass], inputs: tuple[Any, ...]) -> Mapping[str, Outcome]:
