@@ -188,8 +188,7 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks) or nn.utils.parametrize.is_parametrized(module)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# graphs
+# --- graphs -----------------------------------------------------------------------------------------------------------
 
 
 class _Tracer(fx.Tracer):
@@ -314,8 +313,7 @@ def _drop_fixed_arguments(graph: fx.Graph, fixed: Mapping[str, Any]) -> None:
 _CHECKS = (operator.eq, torch._assert, fx._symbolic_trace._assert_is_none)
 
 
-# -----------------------------------------------------------------------------------------------------------------
-# modes
+# --- modes ------------------------------------------------------------------------------------------------------------
 
 
 def _owner(node: fx.Node) -> str:
@@ -404,8 +402,7 @@ def _restore_modes(module: fx.GraphModule, root: nn.Module) -> None:
         m.training = modes.get(name, root.training)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# shapes
+# --- shapes -----------------------------------------------------------------------------------------------------------
 
 
 class _MetaInterpreter(fx.Interpreter):

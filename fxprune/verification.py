@@ -149,8 +149,7 @@ def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[flo
     return worst_abs, worst_rel
 
 
-# ----------------------------------------------------------------------------------------------------------- float64
-# copies
+# --- float64 copies ---------------------------------------------------------------------------------------------------
 
 
 def _prepare(model: nn.Module, mode: str, lazily: bool) -> nn.Module:
@@ -252,8 +251,7 @@ def _compare_statistics(found: Mapping[str, Tensor], expected: Mapping[str, Tens
             )
 
 
-# ---------------------------------------------------------------------------------------------------- where they differ
-# first
+# --- where they differ first ------------------------------------------------------------------------------------------
 
 
 def _first_difference(

@@ -253,8 +253,7 @@ class State:
         return self.labels[node], tuple(self.values[node].shape)
 
 
-# ---------------------------------------------------------------------------------------------------------- label
-# tensors
+# --- label tensors ----------------------------------------------------------------------------------------------------
 
 
 def along(atoms: Tensor, dim: int, rank: int) -> Tensor:

@@ -18,7 +18,7 @@ from fxprune.channels.interpreter import LARGEST_SPREAD, State, along, compress,
 
 Rule: TypeAlias = Callable[[State], Any]
 
-# ------------------------------------------------------------------------------------------------------ elementwise
+# --- elementwise ------------------------------------------------------------------------------------------------------
 
 
 def elementwise(state: State) -> Any:
@@ -43,7 +43,7 @@ def constant(state: State) -> Any:
     return state.unlabelled(state.value)
 
 
-# ---------------------------------------------------------------------------------------------------- data movement
+# --- data movement ----------------------------------------------------------------------------------------------------
 
 
 def dimensionwise(state: State) -> Any:
@@ -174,7 +174,7 @@ def _execute(state: State, substitute: Callable[[fx.Node], Tensor], *, compresse
     return torch.utils._pytree.tree_map(lambda leaf: compress(leaf) if isinstance(leaf, Tensor) else leaf, result)
 
 
-# ------------------------------------------------------------------------------------------------ windows, reductions
+# --- windows, reductions ----------------------------------------------------------------------------------------------
 
 
 def windows(dims: int | None) -> Rule:
@@ -283,7 +283,7 @@ def _dims(given: int | Iterable[int], rank: int) -> list[int]:
     return [d % rank for d in ([given] if isinstance(given, int) else given)]
 
 
-# ------------------------------------------------------------------------------------------------- layers with weights
+# --- layers with weights ----------------------------------------------------------------------------------------------
 
 
 def convolution(state: State) -> Any:
@@ -412,7 +412,7 @@ def layer_norm(state: State) -> Any:
     return labels
 
 
-# ------------------------------------------------------------------------------------------- the same, as functions
+# --- the same, as functions -------------------------------------------------------------------------------------------
 
 
 def functional_affine(position: dict[str, int], channel_dim: int) -> Rule:
