@@ -16,8 +16,8 @@ from fxprune.errors import FxpruneError, NothingRewrittenWarning
 from fxprune.pipeline import default_pipeline, run
 from fxprune.planning import Groups
 from fxprune.plans import PrunePlan
-from fxprune.report import Report, layer_costs, make_report, total_macs
-from fxprune.rewriting import calls, read_by_name
+from fxprune.report import Report, layer_costs, make_report
+from fxprune.rewriting import calls, first_reader, read_by_name
 from fxprune.tracing import Inputs, Trace, meta_values, trace
 from fxprune.verification import RECORD
 from fxprune.verification import verify as verify_models
@@ -93,11 +93,10 @@ def compile(
     """
     if verify and example_inputs is None:
         raise FxpruneError("verify=True needs example_inputs to run the models on; pass them, or leave verify out")
-    traced = trace(model, example_inputs)
-    plan = _plan(
+    plan = make_plan(
         model,
-        traced,
         ratio,
+        example_inputs=example_inputs,
         groups=groups,
         method=method,
         form=form,
@@ -130,11 +129,10 @@ def make_plan(
     """Choose which convolutions are pruned and how. Arguments and errors are those of `compile`; the model is only
     read.
     """
-    traced = trace(model, example_inputs)
-    return _plan(
+    return planning.make_plan(
         model,
-        traced,
         ratio,
+        obstacles=_obstacles(model, trace(model, example_inputs)),
         groups=groups,
         method=method,
         form=form,
@@ -183,7 +181,7 @@ def rewrite(
     plan.check(masked)
     traced = trace(masked, example_inputs)
     gm = traced.module
-    dense, macs_dense = layer_costs(gm, traced.values), total_macs(gm, traced.values) if traced.values else None
+    dense = layer_costs(gm, traced.values)
     params_dense = sum(p.numel() for p in masked.parameters())
     run(gm, default_pipeline(plan, traced.inputs, fold_batch_norm=fold_batch_norm), traced.inputs)
     _own_tensors(gm, masked)
@@ -202,7 +200,6 @@ def rewrite(
         gm,
         meta_values(gm, traced.inputs)[0] if traced.inputs else {},
         params_dense=params_dense,
-        macs_dense=macs_dense,
         input_shapes=tuple(tuple(leaf.shape) for leaf in tree_leaves(traced.inputs) if isinstance(leaf, Tensor)),
         notes=tuple(notes),
     )
@@ -246,10 +243,6 @@ _NO_SHAPES = (
 )
 
 
-def _plan(model: nn.Module, traced: Trace, ratio: float | Mapping[str, float], **options: Any) -> PrunePlan:
-    return planning.make_plan(model, ratio, obstacles=_obstacles(model, traced), **options)
-
-
 def _obstacles(model: nn.Module, traced: Trace) -> dict[str, str]:
     """Convolutions that the traced graph does not allow to be grouped, with the reason."""
     called = {str(node.target): conv for node, conv in calls(traced.module, nn.Conv2d)}
@@ -263,7 +256,7 @@ def _obstacles(model: nn.Module, traced: Trace) -> dict[str, str]:
             obstacles[name] = f"inside {whole}: {traced.opaque[whole]}"
         elif name not in called:
             obstacles[name] = "the traced graph never calls it"
-        elif reader := next((named[id(p)] for p in called[name].parameters() if id(p) in named), None):
+        elif reader := first_reader(called[name].parameters(), named):
             obstacles[name] = f"its parameters are also read by {reader}, which needs them dense"
     return obstacles
 

@@ -122,7 +122,6 @@ def make_report(
     values: Mapping[fx.Node, Any],
     *,
     params_dense: int,
-    macs_dense: int | None,
     input_shapes: tuple[tuple[int, ...], ...],
     notes: tuple[str, ...],
 ) -> Report:
@@ -130,9 +129,9 @@ def make_report(
 
     Args:
         plan: the plan that was applied.
-        dense: parameters and MACs of each convolution before, by module path (`layer_costs`).
+        dense: parameters and MACs of each layer before, by module path (`layer_costs`).
         gm: the rewritten graph, and `values` what its nodes give on meta tensors.
-        params_dense, macs_dense: of the whole model before.
+        params_dense: of the whole model before.
         input_shapes: shapes that the MACs are counted for.
         notes: passed on.
     """
@@ -163,8 +162,8 @@ def make_report(
         gathers=_gathers(gm),
         params_dense=params_dense,
         params_pruned=sum(p.numel() for p in gm.parameters()),
-        macs_dense=macs_dense,
-        macs_pruned=total_macs(gm, values),
+        macs_dense=_total_macs(dense),
+        macs_pruned=_total_macs(after),
         input_shapes=input_shapes,
         notes=notes,
     )
@@ -190,9 +189,9 @@ def layer_costs(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> dict[str, 
     return costs
 
 
-def total_macs(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> int | None:
-    """MACs of all convolutions and linear layers for one image; None if a shape is unknown."""
-    macs = [macs for _, macs in layer_costs(gm, values).values()]
+def _total_macs(costs: Mapping[str, tuple[int, int | None]]) -> int | None:
+    """MACs of all layers for one image; None if a shape is unknown."""
+    macs = [macs for _, macs in costs.values()]
     return None if any(m is None for m in macs) else sum(m for m in macs if m is not None)
 
 

@@ -4,7 +4,7 @@ outcome.
 
 import inspect
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -212,6 +212,11 @@ def read_by_name(gm: fx.GraphModule) -> dict[int, str]:
         and str(node.target) in named
         and not all(user.target is getattr and user.args[1] in ("device", "dtype") for user in node.users)
     }
+
+
+def first_reader(tensors: Iterable[torch.Tensor], named: Mapping[int, str]) -> str | None:
+    """Return the node that reads one of `tensors` itself, as `read_by_name` found it; None if there is none."""
+    return next((named[id(tensor)] for tensor in tensors if id(tensor) in named), None)
 
 
 _INPLACE_OPERATORS = frozenset(

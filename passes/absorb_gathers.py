@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.layers import ChannelGather
-from fxprune.rewriting import Memory, Outcome, Skip, Tensors, calls, erase_gather, read_by_name
+from fxprune.rewriting import Memory, Outcome, Skip, Tensors, calls, erase_gather, first_reader, read_by_name
 from fxprune.tracing import is_hooked
 
 Layer = nn.modules.conv._ConvNd | nn.Linear
@@ -76,7 +76,7 @@ def _why_not(
     if any(is_hooked(layer) for layer in layers):
         return "the layer has hooks or a computed weight"
     for layer in layers:
-        if reader := next((named[id(tensor)] for tensor in layer.parameters() if id(tensor) in named), None):
+        if reader := first_reader(layer.parameters(), named):
             return f"{reader} reads a parameter of the layer"
     return ""
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from fxprune.rewriting import Outcome, Skip, call_sites, calls, read_by_name
+from fxprune.rewriting import Outcome, Skip, call_sites, calls, first_reader, read_by_name
 from fxprune.tracing import is_hooked
 
 
@@ -84,7 +84,7 @@ def _why_not(
     if is_hooked(conv) or is_hooked(norm):
         return "it has hooks, or its convolution has; they would see other values"
     tensors = [*conv.parameters(), *norm.parameters(), *norm.buffers()]
-    if reader := next((named[id(tensor)] for tensor in tensors if id(tensor) in named), None):
+    if reader := first_reader(tensors, named):
         return f"{reader} reads a parameter of it or of its convolution"
     if conv.weight.dtype != norm.running_mean.dtype:
         return f"weights are {conv.weight.dtype}, statistics {norm.running_mean.dtype}"

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from fxprune.errors import PassError
 from fxprune.layers import ChannelGather
 from fxprune.plans import GroupedKernels, PrunePlan
-from fxprune.rewriting import Outcome, call_sites, gather_after, gather_before, read_by_name
+from fxprune.rewriting import Outcome, call_sites, first_reader, gather_after, gather_before, read_by_name
 
 CHANNELS = -3
 """The channel dimension of `(N, C, H, W)` and of an image without a batch, `(C, H, W)`."""
@@ -43,7 +43,7 @@ class GroupConvs:
                     f"{name}: the plan groups it, but the traced graph never calls it; "
                     "make the plan with the model that is rewritten"
                 )
-            if reader := next((named[id(p)] for p in conv.parameters() if id(p) in named), None):
+            if reader := first_reader(conv.parameters(), named):
                 raise PassError(
                     f"{name}: its parameters are also read by {reader}, which needs them dense; "
                     f"leave the layer alone with ignore=({name!r},)"

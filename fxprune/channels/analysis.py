@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.channels.atoms import Array, Blocks
+from fxprune.channels.atoms import Array, Blocks, Tie
 from fxprune.channels.interpreter import Port, Scale, State, layer_name
 from fxprune.channels.operators import FUNCTIONS, METHODS, rule_for
 from fxprune.channels.rules import Rule, item
@@ -53,6 +53,7 @@ class ChannelAnalysis:
         scales: parameters that hold one entry a channel.
         boundaries: nodes without a rule, and why.
         labels: label tensor of each node's value.
+        ties: which atoms move together, and because of which node.
     """
 
     blocks: Blocks
@@ -60,7 +61,7 @@ class ChannelAnalysis:
     scales: tuple[Scale, ...]
     boundaries: Mapping[str, str]
     labels: Mapping[fx.Node, Any]
-    ties: tuple[tuple[str, Array, Array], ...]
+    ties: tuple[Tie, ...]
 
     @cached_property
     def spaces(self) -> tuple[ChannelSpace, ...]:
@@ -69,11 +70,11 @@ class ChannelAnalysis:
         runs = nx.Graph()
         runs.add_nodes_from(range(starts.size))
         causes: dict[int, set[str]] = {}
-        for cause, left, right in self.ties:
-            pairs = np.unique(np.stack([_run(starts, left), _run(starts, right)]), axis=1).T.tolist()
+        for tie in self.ties:
+            pairs = np.unique(np.stack([_run(starts, tie.left), _run(starts, tie.right)]), axis=1).T.tolist()
             runs.add_edges_from(pairs)
             for a, _ in pairs:
-                causes.setdefault(a, set()).add(cause)
+                causes.setdefault(a, set()).add(tie.cause)
         readers: dict[int, list[str]] = {}
         for port in self.ports:
             if port.kind == "reads":
@@ -143,7 +144,7 @@ def analyze_channels(module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> C
         scales=tuple(state.scales),
         boundaries={node.name: reason for node, reason in state.boundaries.items()},
         labels=state.labels,
-        ties=tuple((tie.cause, tie.left, tie.right) for tie in state.atoms.ties),
+        ties=tuple(state.atoms.ties),
     )
 
 
@@ -151,17 +152,13 @@ def _walk(state: State, graph: fx.Graph) -> None:
     last: Tensor | None = None
     for node in graph.nodes:
         state.node = node
-        state.labels[node] = labels = state.labels.get(node, _UNSEEN)
-        if labels is _UNSEEN:
-            state.labels[node] = labels = _interpret(state)
-        for leaf in torch.utils._pytree.tree_leaves(labels):
+        if node not in state.labels:  # the inputs of a nested graph have labels already
+            state.labels[node] = _interpret(state)
+        for leaf in torch.utils._pytree.tree_leaves(state.labels[node]):
             # Every value is a site: chunks of one tensor that different operators treat are told apart.
             if isinstance(leaf, Tensor) and leaf.numel() > 1 and leaf is not last:
                 state.atoms.site(leaf.numpy())
                 last = leaf
-
-
-_UNSEEN = object()
 
 
 def _interpret(state: State) -> Any:

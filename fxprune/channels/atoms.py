@@ -152,10 +152,6 @@ class Blocks:
             return ""
         return self.pinned.get(c, "its channels are tied to one another")
 
-    def producer_of(self, atom: int) -> str:
-        """Return the node that minted `atom`."""
-        return self.producers[int(np.searchsorted(self.starts, atom, side="right")) - 1]
-
 
 class Reordering:
     """A permutation of classes inside blocks, built from wishes, each accepted as a whole or refused."""
