@@ -11,9 +11,9 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fxprune.cocluster import Matrix, cocluster
 from fxprune.eligibility import check_model, check_weight, parameters_of_several_modules, skip_reason
 from fxprune.errors import PlanError
+from fxprune.methods import Matrix, cocluster
 from fxprune.plans import Form, GroupedKernels, PrunePlan, check_divisible, freeze_ratio, near_matches
 
 Groups = int | Literal["auto"]

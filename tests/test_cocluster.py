@@ -1,5 +1,6 @@
 """Co-clustering: exact half-steps, a sum that never falls, one result for one seed."""
 
+import importlib
 import itertools
 
 import numpy as np
@@ -8,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from fxprune import cocluster as module
-from fxprune.cocluster import Clustering, Labels, Matrix, alternate, assign_balanced, cocluster
 from fxprune.errors import PlanError
+from fxprune.methods import Clustering, Labels, Matrix, cocluster
+from fxprune.methods.cocluster import alternate, assign_balanced
 from fxprune.plans import Form, GroupedKernels
 
 
@@ -96,6 +97,7 @@ def test_kept_importance_never_falls(groups: int, form: Form, seed: int) -> None
 
 
 def test_a_broken_half_step_is_seen_to_fall(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("fxprune.methods.cocluster")  # the function hides the module of its name
     monkeypatch.setattr(module, "assign_balanced", lambda score, labels: np.roll(labels, 1))
     _, _, history = alternate(random_importance(24, 36), np.arange(24) * 3 // 24, 12, "overlap")
     assert falls(history)

@@ -24,7 +24,9 @@ ORDER = (
     ("channels.analysis",),
     ("channels",),
     ("plans",),
-    ("cocluster", "eligibility"),
+    ("eligibility", "methods.clustering"),
+    ("methods.cocluster",),
+    ("methods",),
     ("planning", "rewriting"),
     ("verification",),
     (

@@ -13,37 +13,17 @@ Maximum Entropy Approach to Bregman Co-clustering", JMLR 8, 2007, section 4) wit
 optimum, hence the several starts.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
 from fxprune.errors import PlanError
+from fxprune.methods.clustering import Clustering, Labels, Mask, Matrix
 from fxprune.plans import Form, check_divisible
-
-Matrix = npt.NDArray[np.float64]
-Labels = npt.NDArray[np.intp]
-Mask = npt.NDArray[np.bool_]
 
 # Alternations per start; planning ResNet-50 needs fewer than 20 in every layer.
 MAX_ROUNDS = 30
 # A gain below this share of the largest score is rounding noise: accepting it could make the search walk in circles.
 NOISE = 1e-12
-
-
-@dataclass(frozen=True)
-class Clustering:
-    """Filter groups with their input channels.
-
-    Args:
-        out_order: `(O,)` filters in group order, ascending inside a group; groups are ordered by their first filter.
-        kept: `(n, k)` input channels that each group keeps, ascending.
-        history: the kept importance after each half-step of the start that won, two entries a round.
-    """
-
-    out_order: tuple[int, ...]
-    kept: tuple[tuple[int, ...], ...]
-    history: tuple[float, ...]
 
 
 def cocluster(
@@ -73,13 +53,7 @@ def cocluster(
         starts += [generator.permutation(ranks) for _ in range(restarts)]
     results = [alternate(importance, labels, kept, form) for labels in starts]
     labels, chosen, history = max(results, key=lambda result: result[2][-1])  # the first of equals
-    first = [int(np.flatnonzero(labels == group)[0]) for group in range(groups)]
-    order = np.argsort(first)
-    return Clustering(
-        out_order=tuple(int(f) for group in order for f in np.flatnonzero(labels == group)),
-        kept=tuple(tuple(int(c) for c in np.flatnonzero(chosen[group])) for group in order),
-        history=tuple(history),
-    )
+    return Clustering.from_labels(labels, chosen, tuple(history))
 
 
 def alternate(importance: Matrix, labels: Labels, kept: int, form: Form) -> tuple[Labels, Mask, list[float]]:
