@@ -27,6 +27,7 @@ ORDER = (
     ("eligibility", "methods.clustering"),
     ("methods.cocluster",),
     ("methods",),
+    ("variety",),
     ("planning", "rewriting"),
     ("verification",),
     (
