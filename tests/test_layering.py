@@ -27,7 +27,9 @@ ORDER = (
     ("eligibility", "methods.clustering"),
     ("methods.cocluster",),
     ("methods",),
-    ("variety",),
+    ("variety", "criteria.criterion"),
+    ("criteria.standard", "criteria.taylor"),
+    ("criteria",),
     ("planning", "rewriting"),
     ("verification",),
     (
