@@ -13,6 +13,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from fxprune.checkpoints import read_state_dict, without_parallel_prefix
 from fxprune.errors import FxpruneError, StorageError
 
 
@@ -26,8 +27,9 @@ def load_model(name: str, weights: str | Path | None = None, seed: int = 0) -> n
     Args:
         name: a torchvision model (`resnet50`); a timm model if timm is installed (`timm:resnest14d`, or `resnest14d`
             alone where torchvision has no such name); or `module:callable`, called without arguments.
-        weights: a file with a state dict, loaded with `weights_only=True`; `{"state_dict": ...}` is unwrapped and the
-            prefix `module.` of `nn.DataParallel` is removed. Without it the weights are random.
+        weights: a file with a state dict, loaded with `weights_only=True`; `{"state_dict": ...}` and
+            `{"model_state_dict": ...}` are unwrapped and the prefix `module.` of `nn.DataParallel` is removed. Without
+            it the weights are random.
         seed: of the random weights, so that the same call builds the same model.
 
     Raises:
@@ -132,17 +134,7 @@ def _similar(name: str, candidates: Sequence[str]) -> str:
 
 
 def _load_weights(model: nn.Module, name: str, path: Path) -> None:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # the unpickler runs on foreign bytes: UnpicklingError, KeyError, EOFError, ...
-        raise StorageError(f"{path}: not a file of tensors that torch.load(weights_only=True) opens") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise StorageError(f"{path}: holds no state dict; save one with torch.save(model.state_dict(), path)")
-    state = {str(key).removeprefix("module."): value for key, value in content.items()}
+    state = without_parallel_prefix(read_state_dict(path), model.state_dict().keys())
     _check_state(model, state, f"{path}: not the weights of {name}")
     model.load_state_dict(state, strict=False)
 

@@ -15,7 +15,7 @@ PACKAGE = Path(fxprune.__file__).parent
 # Each module may import from the lines above its own only; those on one line know nothing of one another.
 ORDER = (
     ("errors",),
-    ("layers",),
+    ("checkpoints", "layers"),
     ("tracing",),
     ("channels.atoms",),
     ("channels.interpreter",),
@@ -24,8 +24,10 @@ ORDER = (
     ("channels.analysis",),
     ("channels",),
     ("plans",),
-    ("eligibility", "methods.clustering"),
-    ("methods.cocluster",),
+    ("eligibility", "methods.clustering", "snapshots"),
+    ("methods.cocluster", "methods.kernel_selection", "methods.same_size_dbscan"),
+    ("methods.equal_clusters", "methods.srgkp"),
+    ("methods.tmi",),
     ("methods",),
     ("variety", "criteria.criterion"),
     ("criteria.standard", "criteria.taylor"),

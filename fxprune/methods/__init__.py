@@ -2,5 +2,7 @@
 
 from fxprune.methods.clustering import Clustering, Labels, Mask, Matrix
 from fxprune.methods.cocluster import cocluster
+from fxprune.methods.srgkp import srgkp
+from fxprune.methods.tmi import TmiChoice, tmi_gkp
 
-__all__ = ["Clustering", "Labels", "Mask", "Matrix", "cocluster"]
+__all__ = ["Clustering", "Labels", "Mask", "Matrix", "TmiChoice", "cocluster", "srgkp", "tmi_gkp"]
