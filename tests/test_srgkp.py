@@ -90,7 +90,8 @@ def beam_by_hand(similar: Matrix, rough: Matrix, kept: int, cost_share: float = 
                 }
                 beam = sorted(by_rough, key=lambda chosen: rank[chosen], reverse=True)[:2]
         candidates += beam
-    return set(min(candidates, key=cost))
+    best = min(candidates, key=cost)
+    return set(best)
 
 
 CASES = [(4, 2), (4, 4), (6, 4), (8, 5), (9, 8), (10, 7), (12, 6), (16, 8), (16, 9), (5, 1)]

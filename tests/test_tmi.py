@@ -237,7 +237,7 @@ def test_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
             runs.append(name)
             return scheme(weight, groups, seed)
 
-        monkeypatch.setitem(SCHEMES, name, counted)  # type: ignore[arg-type]
+        monkeypatch.setitem(SCHEMES, name, counted)
     weight = random_weight(16, 12)
     snapshots = [random_weight(16, 12, seed=seed) for seed in range(1, 6)]
     clustering, choice = tmi_gkp(weight, snapshots, 4, 7)
