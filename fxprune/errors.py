@@ -13,6 +13,10 @@ class PlanError(FxpruneError):
     """A plan cannot be made, is malformed, or belongs to another model."""
 
 
+class CalibrationError(FxpruneError):
+    """Calibration data is missing, malformed or does not fit the model."""
+
+
 class PassError(FxpruneError):
     """A rewrite pass left the graph in a state that its contract forbids."""
 

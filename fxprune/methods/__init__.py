@@ -2,7 +2,8 @@
 
 from fxprune.methods.clustering import Clustering, Labels, Mask, Matrix
 from fxprune.methods.cocluster import cocluster
+from fxprune.methods.reconstruction import reconstruction
 from fxprune.methods.srgkp import srgkp
 from fxprune.methods.tmi import TmiChoice, tmi_gkp
 
-__all__ = ["Clustering", "Labels", "Mask", "Matrix", "TmiChoice", "cocluster", "srgkp", "tmi_gkp"]
+__all__ = ["Clustering", "Labels", "Mask", "Matrix", "TmiChoice", "cocluster", "reconstruction", "srgkp", "tmi_gkp"]

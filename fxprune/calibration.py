@@ -1,0 +1,65 @@
+"""Calibration data: a few batches of inputs without labels, read once."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fxprune.errors import CalibrationError
+
+Calibration: TypeAlias = Tensor | Iterable[Any]
+Batch: TypeAlias = tuple[Any, ...]
+
+BATCH_SIZE = 32
+"""Images at a time where the calibration data is one tensor."""
+
+
+def read_batches(calibration: Calibration, arguments: int = 1) -> list[Batch]:
+    """Read calibration data to its end.
+
+    Args:
+        calibration: a tensor `(N, ...)`, which is split into batches, or any iterable of batches, such as a
+            `DataLoader`. A batch is a tensor, or a sequence that begins with the arguments of forward; what follows
+            them, such as labels, is ignored.
+        arguments: how many arguments forward takes.
+
+    Returns:
+        The arguments of each batch. Tensors are those of `calibration`, not copies.
+
+    Raises:
+        CalibrationError: there is no batch, a batch is empty, has too few arguments, or holds NaN or infinity.
+    """
+    if isinstance(calibration, Tensor):
+        if calibration.dim() < 2:
+            raise CalibrationError(
+                f"calibration is a tensor of shape {tuple(calibration.shape)}; the first dimension must count samples"
+            )
+        calibration = torch.split(calibration, BATCH_SIZE)
+    if isinstance(calibration, (str, bytes, Mapping)) or not isinstance(calibration, Iterable):
+        raise CalibrationError(
+            f"calibration is a {type(calibration).__name__}; it must be a tensor or an iterable of batches"
+        )
+    batches = [_arguments(f"calibration batch {i}", batch, arguments) for i, batch in enumerate(calibration)]
+    if not batches:
+        raise CalibrationError("calibration holds no batch; pass at least one (an iterator can be read only once)")
+    return batches
+
+
+def _arguments(what: str, batch: object, arguments: int) -> Batch:
+    if isinstance(batch, Tensor):
+        batch = (batch,)
+    if not isinstance(batch, Sequence) or isinstance(batch, (str, bytes)):
+        raise CalibrationError(
+            f"{what} is a {type(batch).__name__}; it must be a tensor, or a tuple that begins with one"
+        )
+    if len(batch) < arguments:
+        raise CalibrationError(f"{what} has {len(batch)} entries, but forward takes {arguments} arguments")
+    for tensor in batch[:arguments]:
+        if not isinstance(tensor, Tensor):
+            continue
+        if not tensor.numel():
+            raise CalibrationError(f"{what} is empty: its shape is {tuple(tensor.shape)}")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CalibrationError(f"{what} holds NaN or infinity; drop or repair these samples")
+    return tuple(batch[:arguments])

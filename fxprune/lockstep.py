@@ -1,0 +1,200 @@
+"""Run a dense network and its pruned copy side by side over the same batches, pausing before chosen layers.
+
+Refitting goes layer by layer, and each layer needs what the layers before it, already refitted, give it. Starting over
+for each layer would take time quadratic in the depth, so the values that later nodes still read are kept for all
+batches between two pauses. They are held in memory up to a limit and in temporary files beyond it.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map
+from tqdm import tqdm
+
+from fxprune.calibration import Batch
+from fxprune.errors import CalibrationError
+from fxprune.rewriting import Memory, is_mutating
+
+MEMORY_LIMIT = 4 * 2**30
+"""Bytes of intermediate values that are kept in memory; what exceeds them goes to temporary files."""
+
+
+class Network(fx.Interpreter):
+    """One of the two networks: evaluates single nodes against a table of known values."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm.eval())
+        self.nodes = {node.name: node for node in gm.graph.nodes}
+
+    def compute(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+        """Compute `node` from values that are there."""
+        self.env = values
+        values[node] = self.run_node(node)
+
+
+@dataclass
+class Sample:
+    """What is known of one batch in one network."""
+
+    network: Network
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+
+    def value(self, name: str) -> Any:
+        """The value of a node, computed ahead of its turn and forgotten again if need be."""
+        ahead = dict(self.values)
+        pending = [self.network.nodes[name]]
+        while pending:
+            node = pending[-1]
+            missing = [] if node in ahead else [source for source in node.all_input_nodes if source not in ahead]
+            pending += missing
+            if not missing:
+                pending.pop()
+                if node not in ahead:
+                    self.network.compute(node, ahead)
+        return ahead[self.network.nodes[name]]
+
+
+class Lockstep:
+    """Two networks of equal structure, and how far each has come on each batch. Use it in a `with` statement.
+
+    Args:
+        dense: the reference.
+        pruned: a trace of the same model with other weights; they may change while the networks are paused.
+        batches: arguments of forward. They are not changed.
+        progress: show a bar on stderr.
+        memory_limit: see `MEMORY_LIMIT`.
+
+    Raises:
+        CalibrationError: the first batch does not fit the model.
+    """
+
+    def __init__(
+        self,
+        dense: fx.GraphModule,
+        pruned: fx.GraphModule,
+        batches: Sequence[Batch],
+        *,
+        progress: bool = False,
+        memory_limit: int = MEMORY_LIMIT,
+    ) -> None:
+        self._networks = Network(dense), Network(pruned)
+        if list(self._networks[0].nodes) != list(self._networks[1].nodes):
+            raise CalibrationError("the two networks differ in structure; pass traces of one model")
+        self._graph = list(dense.graph.nodes)
+        self._memory = Memory(dense)
+        self._writers = {node.name for node in self._graph if is_mutating(dense, node)}
+        self._last_use = {source.name: i for i, node in enumerate(self._graph) for source in node.all_input_nodes}
+        self._limit = memory_limit
+        self._position = 0
+        self.samples = [(Sample(self._networks[0]), Sample(self._networks[1])) for _ in batches]
+        self._device = next((p.device for p in dense.parameters()), torch.device("cpu"))
+        placeholders = [node for node in self._graph if node.op == "placeholder"]
+        for batch, pair in zip(batches, self.samples, strict=True):
+            for sample in pair:
+                # Each has its own copy: a network may write into its input.
+                for node, argument in zip(placeholders, batch, strict=False):
+                    sample.values[sample.network.nodes[node.name]] = _copy(argument, self._device)
+        self._progress = tqdm(total=len(self._graph), desc="calibrating", unit="node", disable=not progress)
+        self._folder = tempfile.TemporaryDirectory(prefix="fxprune-", ignore_cleanup_errors=True)
+
+    def __enter__(self) -> "Lockstep":
+        """Nothing to do: the temporary folder exists."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Forget all values and remove the temporary folder."""
+        self.samples.clear()
+        self._progress.close()
+        self._folder.cleanup()
+
+    def pause_before(self, name: str) -> Sequence[tuple[Sample, Sample]]:
+        """Run both networks on all batches up to a node that they have not passed yet, and return the batches.
+
+        Raises:
+            CalibrationError: the network cannot be run on the batch.
+        """
+        stop = next(i for i, node in enumerate(self._graph) if node.name == name)
+        for number, pair in enumerate(self.samples):
+            for sample in pair:
+                self._advance(sample, stop, number)
+        self._progress.update(stop - self._position)
+        self._position = stop
+        return self.samples
+
+    def can_look_ahead(self, name: str, to: str, stops: frozenset[str]) -> bool:
+        """Whether, at a pause before `name`, the value that node `to` will have is known already.
+
+        It is if no node of `stops` takes part in it, whose weights may still change, and nothing writes into memory.
+        """
+        position = {node.name: i for i, node in enumerate(self._graph)}
+        pending, seen = [self._networks[0].nodes[to]], set()
+        while pending:
+            node = pending.pop()
+            if node in seen or position[node.name] < position[name]:
+                continue
+            if node.name in stops or node.name in self._writers:
+                return False
+            seen.add(node)
+            pending += node.all_input_nodes
+        return True
+
+    def _advance(self, sample: Sample, stop: int, number: int) -> None:
+        for i in range(self._position, stop):
+            node = sample.network.nodes[self._graph[i].name]
+            if node in sample.values:  # a placeholder
+                continue
+            for source in node.all_input_nodes:
+                sample.values[source] = _load(sample.values[source], self._device)
+            try:
+                sample.network.compute(node, sample.values)
+            except Exception as error:  # any operator of any model
+                raise CalibrationError(
+                    f"calibration batch {number} does not fit the model: {node.name} fails: {error}"
+                ) from error
+            for source in node.all_input_nodes:
+                if self._last_use[source.name] <= i:
+                    sample.values.pop(source, None)
+        if self.resident() > self._limit:
+            for node, value in sample.values.items():
+                if node.op not in ("get_attr", "placeholder"):
+                    sample.values[node] = self._file(node, value)
+
+    def resident(self) -> int:
+        """Bytes of all values that are held in memory at present."""
+        return sum(_bytes(value) for pair in self.samples for sample in pair for value in sample.values.values())
+
+    def _file(self, node: fx.Node, value: Any) -> Any:
+        """Move a value to a file, unless that would part it from its aliases while one of them is written into."""
+        if not isinstance(value, Tensor) or not _bytes(value):
+            return value
+        original = self._networks[0].nodes[node.name]
+        if self._memory.changes(original, original, [self._graph[-1]]):
+            return value
+        with tempfile.NamedTemporaryFile(dir=self._folder.name, delete=False) as file:
+            path = Path(file.name)
+        kept = torch.from_file(str(path), shared=True, size=value.numel(), dtype=value.dtype).view(value.shape)
+        path.unlink()  # the mapping keeps the contents until the tensor goes
+        return kept.copy_(value)
+
+
+def _copy(argument: Any, device: torch.device) -> Any:
+    return tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf, argument)
+
+
+def _load(value: Any, device: torch.device) -> Any:
+    """Bring a tensor that was put into a file back to the device; all others are there."""
+    return value.to(device) if isinstance(value, Tensor) and value.untyped_storage().filename is not None else value
+
+
+def _bytes(value: Any) -> int:
+    """Memory of a value; none if it is mapped to a file."""
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors if t.untyped_storage().filename is None)

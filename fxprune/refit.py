@@ -1,0 +1,217 @@
+"""Refit: re-solve the kept weights of a pruned layer so that, fed by the pruned network, it gives what the dense one
+gave.
+
+Layer by layer in graph order, each by least squares in closed form, without labels and without gradients:
+
+- *Ridge least squares* toward the dense weights (He, Zhang, Sun, "Channel Pruning for Accelerating Very Deep Neural
+  Networks", ICCV 2017, section 3.1, refit all channels of a layer; here each group has its own columns).
+- *Intercept*: the mean of the error goes into the bias, or into the running mean of the BatchNorm that follows.
+- *The sum is the target*: a layer that feeds an addition is fitted to the dense sum minus what the other branch now
+  gives, so that it also repairs the error that a residual stream carries (the same paper, section 3.3, "multi-branch").
+- *The rectifier forgives*: where a ReLU follows and the dense network is cut off, it does not matter how far below the
+  threshold the pruned one is. The one-sided least squares problem is convex; it is solved by majorization: replace the
+  targets there by the present answer, solve with the same Gram matrix, repeat, with Nesterov's momentum. (Zhang, Zou,
+  He, Sun, "Accelerating Very Deep Convolutional Networks for Classification and Detection", TPAMI 2016, section 3.2,
+  treat the same loss by relaxation.)
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.calibration import Batch
+from fxprune.following import Bounds, follow
+from fxprune.lockstep import Lockstep
+from fxprune.plans import GroupedKernels
+from fxprune.rewriting import calls
+from fxprune.samples import Samples, draw
+
+# Weight of the pull toward the dense weights, relative to the mean diagonal of the Gram matrix.
+RIDGE = 1e-3
+# Rounds of the one-sided problem, and the relative gain below which they end.
+ROUNDS = 24
+ENOUGH = 1e-3
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How well a pruned layer follows the dense one.
+
+    Attributes:
+        rows: positions of the calibration data that were used.
+        masked: mean squared error of the output with the dense weights, masked, relative to the variance of the target.
+        refitted: the same with the new weights.
+    """
+
+    rows: int
+    masked: float
+    refitted: float
+
+
+Choose = Callable[[str, nn.Conv2d, Samples], GroupedKernels]
+"""Decides, when its turn comes, how a layer is grouped: name, dense convolution, samples of its input and target."""
+
+
+def reconstruct(
+    dense: fx.GraphModule,
+    pruned: fx.GraphModule,
+    batches: Sequence[Batch],
+    layers: Collection[str],
+    choose: Choose,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, LayerFit]:
+    """Prune and refit the convolutions of a network one after the other, in graph order.
+
+    Args:
+        dense: the reference, traced.
+        pruned: a trace of a copy of the same model. Weights, biases and BatchNorm means of it are changed in place.
+        batches: arguments of forward.
+        layers: names of the convolutions, each called once.
+        choose: how each is grouped.
+        seed: of the sampled positions.
+        progress: show a bar on stderr.
+
+    Raises:
+        CalibrationError: the data do not fit the model, or a layer's values are not finite.
+    """
+    nodes = {str(node.target): node for node, _ in calls(dense, nn.Conv2d) if str(node.target) in layers}
+    stops = frozenset(node.name for node in nodes.values())
+    fits: dict[str, LayerFit] = {}
+    with torch.no_grad(), Lockstep(dense, pruned, batches, progress=progress) as networks:
+        for name, node in nodes.items():
+            original, conv = dense.get_submodule(name), pruned.get_submodule(name)
+            assert isinstance(original, nn.Conv2d)
+            assert isinstance(conv, nn.Conv2d)
+            following = follow(dense, node)
+            if following.other and not networks.can_look_ahead(node.name, following.other, stops):
+                following = following.without_other()
+            samples = draw(name, node.name, original, following, networks.pause_before(node.name), seed)
+            solution = solve(original.weight, choose(name, original, samples), samples, following.bounds)
+            fits[name] = solution.fit
+            conv.weight.copy_(solution.weight)
+            if conv.bias is not None:
+                conv.bias.copy_(solution.intercept)
+            elif following.norm is not None:
+                mean = pruned.get_submodule(following.norm).running_mean
+                assert isinstance(mean, Tensor)
+                mean.sub_(solution.intercept)
+    return fits
+
+
+@dataclass(frozen=True)
+class Solution:
+    """New weight `(O, C, kh, kw)` and intercept `(O,)`, float64, and how well they fit."""
+
+    weight: Tensor
+    intercept: Tensor
+    fit: LayerFit
+
+
+def solve(weight: Tensor, kernels: GroupedKernels, samples: Samples, bounds: Bounds | None = None) -> Solution:
+    """Solve one layer.
+
+    Args:
+        weight: `(O, C, kh, kw)` of the dense layer.
+        kernels: which kernels stay.
+        samples: what the layer reads and should give.
+        bounds: of the rectifier that reads the result.
+    """
+    prior = weight.detach().double().flatten(1)
+    parts = columns_of(kernels, weight[0, 0].numel(), weight.device)
+    problem = GroupedRidge(samples.gram(), parts, prior)
+    cross = samples.cross()
+    new, mean = problem.solve(cross), samples.target_mean
+    energy = float(samples.energy().sum())
+    masked = problem.error(problem.mask(prior), cross, energy)
+    refitted = problem.error(new, cross, energy)
+    if bounds is not None:
+        new, mean = _one_sided(problem, new, samples, bounds)
+    fit = LayerFit(len(samples.inputs), masked, refitted)
+    return Solution(new.view_as(weight), mean - new @ samples.input_mean, fit)
+
+
+def columns_of(kernels: GroupedKernels, area: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Filters of each group, and the columns of the flattened weight that it keeps; `area` is `kh * kw`."""
+    filters = torch.tensor(kernels.out_order, device=device).reshape(kernels.groups, -1)
+    kept = torch.tensor(kernels.kept, device=device)
+    columns = (kept[:, :, None] * area + torch.arange(area, device=device)).flatten(1)
+    return list(zip(filters, columns, strict=True))
+
+
+class GroupedRidge:
+    """Least squares of several groups of outputs, each from its own columns, with a pull toward given weights.
+
+    Minimizes `mean |u w - t|^2 + ridge |w - w0|^2` for each output `t` over rows `u`.
+
+    Args:
+        gram: `(D, D)` float64, mean of `u^T u`.
+        parts: for each group its outputs and its columns.
+        prior: `(O, D)` float64, the weights `w0`.
+        ridge: relative to the mean diagonal of `gram`.
+    """
+
+    def __init__(
+        self, gram: Tensor, parts: Sequence[tuple[Tensor, Tensor]], prior: Tensor, ridge: float = RIDGE
+    ) -> None:
+        self._gram, self._parts, self._prior = gram, parts, prior
+        scale = float(gram.diagonal().mean())
+        self._pull = ridge * scale if scale > 0 else 1.0  # all inputs are zero: keep the prior
+        self._factors = []
+        for _, columns in parts:
+            system = gram[columns[:, None], columns]
+            system.diagonal().add_(self._pull)
+            self._factors.append(torch.linalg.cholesky(system))
+
+    def solve(self, cross: Tensor) -> Tensor:
+        """Return the weights `(O, D)`, zero outside the columns of each group, for `cross (O, D)`, mean of `t^T u`."""
+        weights = torch.zeros_like(self._prior)
+        for (outputs, columns), factor in zip(self._parts, self._factors, strict=True):
+            index = outputs[:, None], columns
+            right = cross[index] + self._pull * self._prior[index]
+            weights[index] = torch.cholesky_solve(right.T, factor).T
+        return weights
+
+    def mask(self, weights: Tensor) -> Tensor:
+        """Return a copy that is zero outside the columns of each group."""
+        masked = torch.zeros_like(weights)
+        for outputs, columns in self._parts:
+            masked[outputs[:, None], columns] = weights[outputs[:, None], columns]
+        return masked
+
+    def error(self, weights: Tensor, cross: Tensor, energy: float) -> float:
+        """Mean squared error relative to `energy`, the mean square of all targets."""
+        explained = 2 * (weights * cross).sum() - ((weights @ self._gram) * weights).sum()
+        return max(0.0, 1 - float(explained) / energy) if energy > 0 else 0.0
+
+
+def _one_sided(problem: GroupedRidge, weight: Tensor, samples: Samples, bounds: Bounds) -> tuple[Tensor, Tensor]:
+    """Minimize the error that a rectifier lets through. Returns weights `(O, D)` and the mean of the answer `(O,)`."""
+    low, high = bounds
+    scale = torch.where(samples.scale == 0, 1, samples.scale)
+    wanted = samples.targets * scale + samples.offset  # what the rectifier should read
+    centered = bool(samples.target_mean.any())
+    best = ahead = weight, samples.target_mean
+    momentum, before = 1.0, float("inf")
+    for _ in range(ROUNDS):
+        answer = samples.inputs @ ahead[0].T.float() + ahead[1].float()
+        reads = answer * scale + samples.offset
+        forgiven = torch.where(wanted <= low, reads.clamp(max=low), wanted)
+        forgiven = torch.where(wanted >= high, reads.clamp(min=high), forgiven)
+        targets = (forgiven - samples.offset) / scale
+        loss = float((targets - answer).square().sum(dtype=torch.float64))
+        mean = targets.mean(0, dtype=torch.float64) if centered else samples.target_mean
+        new = problem.solve(samples.cross(targets)), mean
+        if loss > before * (1 - ENOUGH):
+            if momentum == 1.0:
+                break
+            momentum, ahead = 1.0, best  # overshot, or slow: once more without momentum
+            continue
+        step = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        rate = (momentum - 1) / step
+        ahead = new[0] + rate * (new[0] - best[0]), new[1] + rate * (new[1] - best[1])
+        best, momentum, before = new, step, loss
+    return best

@@ -1,0 +1,168 @@
+"""Samples of what a convolution reads in the pruned network and what it should give, at random positions of the images.
+
+Their number is bounded, and so is the memory: neighbouring positions of one image say much the same, and the solution
+has far fewer unknowns than there are positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxprune.errors import CalibrationError
+from fxprune.following import Following
+from fxprune.lockstep import Sample
+
+# Rows: at most MAX_ROWS, and fewer if they would take more than MAX_BYTES in float32, but then still ROWS_PER_UNKNOWN
+# for each unknown of an output.
+MAX_ROWS = 65_536
+MAX_BYTES = 256 * 2**20
+ROWS_PER_UNKNOWN = 4
+CHUNK = 8_192
+"""Rows that are multiplied in float32 before the product is added up in float64."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows of a least squares problem for one convolution with `O` filters and `D = C * kh * kw` inputs of each.
+
+    Attributes:
+        inputs: `(N, D)` float32, patches that the pruned network feeds it, less their mean.
+        input_mean: `(D,)` float64, zero if the layer has no place for an intercept.
+        targets: `(N, O)` float32, what it should give.
+        target_mean: `(O,)` float64, zero if the layer has no place for an intercept.
+        scale: `(O,)` float32; a rectifier that follows reads `scale * output + offset`.
+        offset: `(N, O)` or `(1, O)` float32.
+    """
+
+    inputs: Tensor
+    input_mean: Tensor
+    targets: Tensor
+    target_mean: Tensor
+    scale: Tensor
+    offset: Tensor
+
+    def gram(self) -> Tensor:
+        """`(D, D)` float64, mean of `u^T u` over the rows `u` of `inputs`."""
+        return self._mean_product(self.inputs, self.inputs)
+
+    def cross(self, targets: Tensor | None = None) -> Tensor:
+        """`(O, D)` float64, mean of `t^T u`; the mean of the targets does not matter where the inputs have none."""
+        return self._mean_product(self.targets if targets is None else targets, self.inputs)
+
+    def energy(self) -> Tensor:
+        """`(O,)` float64, mean square of the targets about `target_mean`."""
+        return (self.targets - self.target_mean.float()).square().mean(0, dtype=torch.float64)
+
+    def _mean_product(self, left: Tensor, right: Tensor) -> Tensor:
+        total = left.new_zeros(left.shape[1], right.shape[1], dtype=torch.float64)
+        for a, b in zip(torch.split(left, CHUNK), torch.split(right, CHUNK), strict=True):
+            total += a.T @ b
+        return total / len(left)
+
+
+def rows_for(unknowns: int) -> int:
+    """How many rows are drawn for `unknowns` inputs of one output.
+
+    >>> rows_for(144), rows_for(2304), rows_for(4608)
+    (65536, 29127, 18432)
+    """
+    return min(MAX_ROWS, max(MAX_BYTES // (4 * unknowns), ROWS_PER_UNKNOWN * unknowns))
+
+
+def draw(
+    name: str, node: str, conv: nn.Conv2d, following: Following, pairs: Sequence[tuple[Sample, Sample]], seed: int = 0
+) -> Samples:
+    """Sample a convolution before which both networks pause.
+
+    Args:
+        name: of the convolution, for errors.
+        node: name of its node.
+        conv: the dense convolution.
+        following: what follows it, with what it takes from there.
+        pairs: the batches, in the dense and in the pruned network.
+        seed: of the positions.
+
+    Raises:
+        CalibrationError: the layer reads or gives values that are not finite.
+    """
+    norm = None if following.norm is None else pairs[0][0].network.module.get_submodule(following.norm)
+    scale, shift = affine(norm, conv.out_channels, conv.weight.device)
+    generator = torch.Generator().manual_seed(seed)
+    outputs = [dense.value(node) for dense, _ in pairs]
+    for output in outputs:
+        if output.dim() != 4:
+            raise CalibrationError(
+                f"{name}: gives {tuple(output.shape)}; calibrate with batches of images (N, C, H, W)"
+            )
+    available = [output.shape[0] * output.shape[2] * output.shape[3] for output in outputs]
+    share = min(1.0, rows_for(conv.weight[0].numel()) / max(1, sum(available)))
+    rows, targets, offsets = [], [], []
+    for output, count, (dense, pruned) in zip(outputs, available, pairs, strict=True):
+        positions = torch.randperm(count, generator=generator)[: max(1, round(share * count))].sort().values
+        place = tuple(index.to(output.device) for index in torch.unravel_index(positions, _grid(output)))
+        (source,) = dense.network.nodes[node].all_input_nodes
+        rows.append(patches(conv, pruned.value(source.name), *place))
+        target = _pick(output, *place)
+        if following.other is not None:
+            now = _pick(pruned.value(following.other).expand_as(output), *place)
+            then = _pick(dense.value(following.other).expand_as(output), *place)
+            target = target + torch.where(scale == 0, 0, (then - now) / scale)
+            offsets.append(now + shift)
+        targets.append(target)
+    inputs, wanted = torch.cat(rows), torch.cat(targets)
+    for what, values in (("reads", inputs), ("should give", wanted)):
+        if not torch.isfinite(values).all():
+            raise CalibrationError(
+                f"{name}: on the calibration data the layer {what} NaN or infinity; check the data and the model"
+            )
+    centered = conv.bias is not None or following.norm is not None
+    input_mean = inputs.mean(0, dtype=torch.float64) * centered
+    inputs -= input_mean.float()
+    target_mean = wanted.mean(0, dtype=torch.float64) * centered
+    offset = torch.cat(offsets) if offsets else shift[None]
+    return Samples(inputs, input_mean, wanted, target_mean, scale, offset)
+
+
+def patches(conv: nn.Conv2d, value: Tensor, image: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """The inputs of one output position each: `(R, C * kh * kw)` float32, in the order of the flattened weight.
+
+    Args:
+        conv: any kernel size, stride, padding and dilation.
+        value: its input `(N, C, H, W)`.
+        image: `(R,)` index of the sample.
+        row: `(R,)` row in the output.
+        column: `(R,)` column in the output.
+    """
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    padded = F.pad(value, conv._reversed_padding_repeated_twice, mode=mode).permute(0, 2, 3, 1)
+    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
+    rows = row[:, None] * sh + torch.arange(kh, device=value.device) * dh
+    columns = column[:, None] * sw + torch.arange(kw, device=value.device) * dw
+    read = padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]  # (R, kh, kw, C)
+    return read.permute(0, 3, 1, 2).flatten(1).float()
+
+
+def affine(norm: nn.Module | None, filters: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and shift `(O,)` float32 that a BatchNorm applies in evaluation mode; 1 and 0 without one."""
+    if norm is None:
+        return torch.ones(filters, device=device), torch.zeros(filters, device=device)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    with torch.no_grad():
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * norm.weight
+        shift = -norm.running_mean * scale
+        shift = shift if norm.bias is None else shift + norm.bias
+    return scale.float(), shift.float()
+
+
+def _grid(output: Tensor) -> tuple[int, int, int]:
+    return output.shape[0], output.shape[2], output.shape[3]
+
+
+def _pick(value: Tensor, image: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    return value[image, :, row, column].float()
