@@ -11,6 +11,7 @@ exactly.
 from fxprune.channels import ChannelAnalysis
 from fxprune.compiler import analyze, compile, make_plan, mask, report, rewrite
 from fxprune.errors import (
+    CalibrationError,
     FxpruneError,
     NothingRewrittenWarning,
     PassError,
@@ -28,6 +29,7 @@ from fxprune.verification import Verification, verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationError",
     "ChannelAnalysis",
     "ChannelGather",
     "FxpruneError",

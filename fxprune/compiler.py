@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +10,20 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from fxprune import planning
+from fxprune.calibration import Calibration, read_batches
 from fxprune.channels import ChannelAnalysis, analyze_channels
+from fxprune.criteria import Criterion, ScoreFunction
 from fxprune.errors import FxpruneError, NothingRewrittenWarning
 from fxprune.pipeline import default_pipeline, run
-from fxprune.planning import Groups
-from fxprune.plans import PrunePlan
+from fxprune.planning import Planner
+from fxprune.plans import GroupedKernels, PrunePlan
+from fxprune.refit import FITS, Choose, reconstruct
 from fxprune.report import Report, layer_costs, make_report
 from fxprune.rewriting import calls, first_reader, read_by_name
+from fxprune.shapes import Groups
+from fxprune.snapshots import Snapshot
 from fxprune.tracing import Inputs, Trace, meta_values, trace
+from fxprune.variety import Variety
 from fxprune.verification import RECORD
 from fxprune.verification import verify as verify_models
 
@@ -49,10 +54,13 @@ def compile(
     ratio: float | Mapping[str, float] = 0.5,
     *,
     example_inputs: Inputs | None = None,
+    calibration: Calibration | None = None,
     groups: Groups | Mapping[str, Groups] = "auto",
-    method: str = "cocluster",
+    method: str = "auto",
     form: str = "auto",
-    criterion: str = "l2",
+    criterion: str | Criterion | ScoreFunction | None = None,
+    variety: str | Variety | None = None,
+    snapshots: Iterable[Snapshot] | None = None,
     ignore: str | Iterable[str] = (),
     seed: int = 0,
     progress: bool = False,
@@ -69,15 +77,22 @@ def compile(
         ratio: share of kernel groups to remove from each convolution, in `[0, 1)`, or a mapping from module-name
             pattern to share.
         example_inputs: positional arguments of forward. With them shapes and MACs are exact and the result is verified;
-            without, a usual image size is probed.
+            without, the first calibration batch serves, or else a usual image size is probed.
+        calibration: a few hundred typical inputs: a tensor `(N, ...)`, a `DataLoader`, or any iterable of batches;
+            labels are ignored. With it the kept weights are solved anew so that each layer gives what the dense one
+            gave (`fxprune.refit`), which is worth far more than any choice of groups. It is read once.
         groups: number of groups, `"auto"`, or a mapping from pattern to either.
         method: how the groups are chosen, see `fxprune.planning.METHODS`.
         form: `"partition"`, `"overlap"` or `"auto"`.
-        criterion: importance of a kernel, `"l1"` or `"l2"`.
+        criterion: importance of a kernel for method `"cocluster"`: a name in `fxprune.criteria.CRITERIA`, a
+            `Criterion`, or a function `(name, conv) -> (O, C)`.
+        variety: make the criterion keep rare kernels: a name in `fxprune.variety.VARIETIES` or a `Variety`.
+        snapshots: earlier states of the same training run, oldest first, as state dicts, modules or paths; for method
+            `"tmi"` and for the criteria `"movement"` and `"magnitude_increase"`, which take the first.
         ignore: patterns of layers to leave dense.
-        seed: of the planner's random starts.
-        progress: show a progress bar on stderr.
-        verify: check the result against the masked model in float64; by default if there are example inputs.
+        seed: of the planner's random starts and of the sampled positions.
+        progress: show progress bars on stderr.
+        verify: check the result against the masked model in float64; by default if inputs are given.
         fold_batch_norm: fold BatchNorm into the convolutions; the result is then exact in evaluation mode only.
 
     Returns:
@@ -85,31 +100,36 @@ def compile(
 
     Raises:
         PlanError: an argument is not legal, or nothing can be planned.
+        CalibrationError: the calibration data are malformed, or do not fit the model.
         TraceError: the model cannot be traced, or its shapes cannot be found.
         VerificationError: the result differs from the masked model.
 
     Warns:
         NothingRewrittenWarning: no convolution could be rewritten.
     """
-    if verify and example_inputs is None:
+    if verify and example_inputs is None and calibration is None:
         raise FxpruneError("verify=True needs example_inputs to run the models on; pass them, or leave verify out")
-    plan = make_plan(
+    data = _Data(model, example_inputs, calibration)
+    plan, masked = _plan(
         model,
+        data,
         ratio,
-        example_inputs=example_inputs,
         groups=groups,
         method=method,
         form=form,
         criterion=criterion,
+        variety=variety,
+        snapshots=snapshots,
         ignore=ignore,
         seed=seed,
         progress=progress,
     )
-    masked = mask(model, plan)
-    pruned = rewrite(masked, plan, example_inputs, fold_batch_norm=fold_batch_norm)
-    if verify or (verify is None and example_inputs is not None):
-        assert example_inputs is not None
-        verify_models(pruned, masked, example_inputs)
+    if masked is None:
+        masked = mask(model, plan)
+    pruned = rewrite(masked, plan, data.example_inputs, fold_batch_norm=fold_batch_norm)
+    if verify or (verify is None and data.example_inputs is not None):
+        assert data.example_inputs is not None
+        verify_models(pruned, masked, data.example_inputs)
     return pruned
 
 
@@ -118,36 +138,54 @@ def make_plan(
     ratio: float | Mapping[str, float] = 0.5,
     *,
     example_inputs: Inputs | None = None,
+    calibration: Calibration | None = None,
     groups: Groups | Mapping[str, Groups] = "auto",
-    method: str = "cocluster",
+    method: str = "auto",
     form: str = "auto",
-    criterion: str = "l2",
+    criterion: str | Criterion | ScoreFunction | None = None,
+    variety: str | Variety | None = None,
+    snapshots: Iterable[Snapshot] | None = None,
     ignore: str | Iterable[str] = (),
     seed: int = 0,
     progress: bool = False,
 ) -> PrunePlan:
     """Choose which convolutions are pruned and how. Arguments and errors are those of `compile`; the model is only
-    read.
+    read. Equal arguments give equal plans.
+
+    With calibration data each layer is planned on what the layers before it, pruned and refitted, give it. `mask` with
+    the same data then finds the same weights.
     """
-    return planning.make_plan(
+    plan, _ = _plan(
         model,
+        _Data(model, example_inputs, calibration),
         ratio,
-        obstacles=_obstacles(model, trace(model, example_inputs)),
         groups=groups,
         method=method,
         form=form,
         criterion=criterion,
+        variety=variety,
+        snapshots=snapshots,
         ignore=ignore,
         seed=seed,
         progress=progress,
     )
+    return plan
 
 
-def mask(model: nn.Module, plan: PrunePlan) -> nn.Module:
+def mask(
+    model: nn.Module, plan: PrunePlan, calibration: Calibration | None = None, *, progress: bool = False
+) -> nn.Module:
     """Return a copy of `model` in which the kernels that `plan` drops are zero: the oracle of every later step.
+
+    Args:
+        model: the dense model. It is not changed.
+        plan: what to drop.
+        calibration: see `compile`; with it the kernels that stay are refitted.
+        progress: show a bar on stderr.
 
     Raises:
         PlanError: the plan was made for another model.
+        CalibrationError: the calibration data are malformed, or do not fit the model.
     """
     plan.check(model)
     masked = copy.deepcopy(model)
@@ -156,7 +194,55 @@ def mask(model: nn.Module, plan: PrunePlan) -> nn.Module:
             weight = masked.get_submodule(name).weight
             assert isinstance(weight, Tensor)
             weight.mul_(kernels.mask().to(weight.device)[:, :, None, None])
+    if calibration is not None:
+        data = _Data(model, None, calibration)
+        data.reconstruct(masked, plan.layers, lambda name, conv, samples: plan.layers[name], plan.seed, progress)
     return masked
+
+
+class _Data:
+    """The trace of a model, with the inputs that it was given: an example, calibration data, both or none."""
+
+    def __init__(self, model: nn.Module, example_inputs: Inputs | None, calibration: Calibration | None) -> None:
+        self.trace = trace(model, example_inputs)
+        self.example_inputs, self.batches = example_inputs, None
+        if calibration is not None:
+            arguments = sum(node.op == "placeholder" for node in self.trace.module.graph.nodes)
+            self.batches = read_batches(calibration, arguments)
+            if example_inputs is None:
+                self.example_inputs = tuple(
+                    argument[:2] if isinstance(argument, Tensor) else argument for argument in self.batches[0]
+                )
+
+    def reconstruct(
+        self, masked: nn.Module, layers: Collection[str], choose: Choose, seed: int, progress: bool
+    ) -> dict[str, GroupedKernels]:
+        """Prune and refit `masked`, a copy of the model, in place."""
+        assert self.batches is not None
+        twin = trace(masked, self.example_inputs)
+        kernels, fits = reconstruct(
+            self.trace.module, twin.module, self.batches, layers, choose, seed=seed, progress=progress
+        )
+        setattr(masked, FITS, fits)
+        return kernels
+
+
+def _plan(
+    model: nn.Module, data: _Data, ratio: float | Mapping[str, float], *, seed: int, progress: bool, **options: Any
+) -> tuple[PrunePlan, nn.Module | None]:
+    """The plan, and the masked model if it was refitted on the way."""
+    planner = Planner(
+        model,
+        ratio,
+        seed=seed,
+        calibrated=data.batches is not None,
+        obstacles=_obstacles(model, data.trace),
+        **options,
+    )
+    if data.batches is None:
+        return planner.from_weights(progress), None
+    masked = copy.deepcopy(model)
+    return planner.plan(data.reconstruct(masked, planner.shapes, planner.choose, seed, progress)), masked
 
 
 def rewrite(
@@ -199,6 +285,7 @@ def rewrite(
         dense,
         gm,
         meta_values(gm, traced.inputs)[0] if traced.inputs else {},
+        errors={name: fit.refitted for name, fit in getattr(masked, FITS, {}).items()},
         params_dense=params_dense,
         input_shapes=tuple(tuple(leaf.shape) for leaf in tree_leaves(traced.inputs) if isinstance(leaf, Tensor)),
         notes=tuple(notes),

@@ -32,6 +32,7 @@ class GroupedKernels:
         kept: `(groups, k)` the input channels that each group keeps, ascending.
         in_channels: `C`, the input channels of the dense convolution.
         asked_ratio: the share of kernel groups that was asked to go, in `[0, 1)`; `ratio` is the share that goes.
+        redundancy: the share of kernel groups that resemble another of their group, if the planner looked for them.
 
     Raises:
         PlanError: `out_order` is no permutation, the groups differ in size, or a kept set is empty, unordered or
@@ -46,6 +47,7 @@ class GroupedKernels:
     kept: tuple[tuple[int, ...], ...]
     in_channels: int
     asked_ratio: float
+    redundancy: float | None = None
 
     def __post_init__(self) -> None:
         """Turn lists into tuples and check the rules above."""
@@ -53,6 +55,8 @@ class GroupedKernels:
         _set(self, "kept", tuple(_integers(f"kept[{g}]", channels) for g, channels in enumerate(_rows(self.kept))))
         _set(self, "in_channels", _integer("in_channels", self.in_channels))
         _set(self, "asked_ratio", check_ratio(self.asked_ratio))
+        if self.redundancy is not None:
+            _set(self, "redundancy", _share("redundancy", self.redundancy))
         filters = len(self.out_order)
         if not filters:
             raise PlanError("out_order is empty; it must list every filter of the convolution once")
@@ -135,6 +139,7 @@ class GroupedKernels:
             "kept": [list(channels) for channels in self.kept],
             "in_channels": self.in_channels,
             "asked_ratio": self.asked_ratio,
+            "redundancy": self.redundancy,
         }
 
     @classmethod
@@ -144,7 +149,8 @@ class GroupedKernels:
         Raises:
             PlanError: a field is missing, unknown or invalid.
         """
-        return cls(**_fields(data, "out_order", "kept", "in_channels", "asked_ratio"))
+        data = {"redundancy": None} | data if isinstance(data, dict) else data
+        return cls(**_fields(data, "out_order", "kept", "in_channels", "asked_ratio", "redundancy"))
 
 
 @dataclass(frozen=True)
@@ -347,6 +353,12 @@ def _integer(what: str, value: object) -> int:
         rule = "a positive integer" if what == "in_channels" else "an integer"
         raise PlanError(f"{what} is {value!r}; it must be {rule}")
     return number
+
+
+def _share(what: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise PlanError(f"{what} is {value!r}; it must be a number in [0, 1]")
+    return float(value)
 
 
 def _rows(value: object) -> Iterable[object]:

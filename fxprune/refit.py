@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.calibration import Batch
-from fxprune.following import Bounds, follow
+from fxprune.following import Bounds, Following, follow
 from fxprune.lockstep import Lockstep
 from fxprune.plans import GroupedKernels
-from fxprune.rewriting import calls
+from fxprune.rewriting import call_sites
 from fxprune.samples import Samples, draw
 
 # Weight of the pull toward the dense weights, relative to the mean diagonal of the Gram matrix.
@@ -50,6 +50,9 @@ class LayerFit:
     refitted: float
 
 
+FITS = "fxprune_fits"
+"""Attribute of a masked model under which the fit of each layer is kept for the report."""
+
 Choose = Callable[[str, nn.Conv2d, Samples], GroupedKernels]
 """Decides, when its turn comes, how a layer is grouped: name, dense convolution, samples of its input and target."""
 
@@ -63,14 +66,14 @@ def reconstruct(
     *,
     seed: int = 0,
     progress: bool = False,
-) -> dict[str, LayerFit]:
+) -> tuple[dict[str, GroupedKernels], dict[str, LayerFit]]:
     """Prune and refit the convolutions of a network one after the other, in graph order.
 
     Args:
         dense: the reference, traced.
         pruned: a trace of a copy of the same model. Weights, biases and BatchNorm means of it are changed in place.
         batches: arguments of forward.
-        layers: names of the convolutions, each called once.
+        layers: names of the convolutions. One that is called several times is pruned, but not refitted.
         choose: how each is grouped.
         seed: of the sampled positions.
         progress: show a bar on stderr.
@@ -78,19 +81,25 @@ def reconstruct(
     Raises:
         CalibrationError: the data do not fit the model, or a layer's values are not finite.
     """
-    nodes = {str(node.target): node for node, _ in calls(dense, nn.Conv2d) if str(node.target) in layers}
-    stops = frozenset(node.name for node in nodes.values())
+    sites = [nodes for nodes in call_sites(dense).values() if str(nodes[0].target) in layers]
+    stops = frozenset(node.name for nodes in sites for node in nodes)
+    chosen: dict[str, GroupedKernels] = {}
     fits: dict[str, LayerFit] = {}
     with torch.no_grad(), Lockstep(dense, pruned, batches, progress=progress) as networks:
-        for name, node in nodes.items():
+        for node, *more in sites:
+            name = str(node.target)
             original, conv = dense.get_submodule(name), pruned.get_submodule(name)
             assert isinstance(original, nn.Conv2d)
             assert isinstance(conv, nn.Conv2d)
-            following = follow(dense, node)
+            following = Following() if more else follow(dense, node)
             if following.other and not networks.can_look_ahead(node.name, following.other, stops):
                 following = following.without_other()
             samples = draw(name, node.name, original, following, networks.pause_before(node.name), seed)
-            solution = solve(original.weight, choose(name, original, samples), samples, following.bounds)
+            kernels = chosen[name] = choose(name, original, samples)
+            if more:
+                conv.weight.mul_(kernels.mask().to(conv.weight.device)[:, :, None, None])
+                continue
+            solution = solve(original.weight, kernels, samples, following.bounds)
             fits[name] = solution.fit
             conv.weight.copy_(solution.weight)
             if conv.bias is not None:
@@ -99,7 +108,7 @@ def reconstruct(
                 mean = pruned.get_submodule(following.norm).running_mean
                 assert isinstance(mean, Tensor)
                 mean.sub_(solution.intercept)
-    return fits
+    return chosen, fits
 
 
 @dataclass(frozen=True)

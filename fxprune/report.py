@@ -27,6 +27,9 @@ class LayerReport:
         params_dense, params: parameters of the layer before and after.
         macs_dense, macs: multiply-accumulates of one image before and after; None if shapes are unknown.
         reason: why it was left dense; empty if it was rewritten.
+        redundancy: share of its kernel groups that resemble another, if the planner looked for them (`variety=`).
+        error: squared error of its output on the calibration data, relative to the variance of what the dense network
+            gives there; None without calibration.
     """
 
     name: str
@@ -39,6 +42,8 @@ class LayerReport:
     macs_dense: int | None
     macs: int | None
     reason: str
+    redundancy: float | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,12 @@ class Report:
 
     def __str__(self) -> str:
         width = max([12, *(len(layer.name) for layer in self.layers)])
+        extra = [
+            name for name in ("redundancy", "error") if any(getattr(layer, name) is not None for layer in self.layers)
+        ]
         lines = [
             f"{'convolution':{width}}  {'form':9} {'groups':>6} {'asked':>6} {'reached':>7} {'params':>19} {'MACs':>19}"
+            + "".join(f" {name:>10}" for name in extra)
         ]
         for layer in self.layers:
             if layer.reason:
@@ -95,6 +104,7 @@ class Report:
                 f"{layer.name:{width}}  {layer.form:9} {layer.groups:>6}"
                 f" {layer.asked_ratio:>6.3g} {layer.reached_ratio:>7.3g}"
                 f" {_change(layer.params_dense, layer.params):>19} {_change(layer.macs_dense, layer.macs):>19}"
+                + "".join(f" {_percent(getattr(layer, name)):>10}" for name in extra)
             )
         shapes = ", ".join("x".join(map(str, shape[1:])) for shape in self.input_shapes) or "unknown size"
         lines += [
@@ -121,6 +131,7 @@ def make_report(
     gm: fx.GraphModule,
     values: Mapping[fx.Node, Any],
     *,
+    errors: Mapping[str, float],
     params_dense: int,
     input_shapes: tuple[tuple[int, ...], ...],
     notes: tuple[str, ...],
@@ -131,6 +142,7 @@ def make_report(
         plan: the plan that was applied.
         dense: parameters and MACs of each layer before, by module path (`layer_costs`).
         gm: the rewritten graph, and `values` what its nodes give on meta tensors.
+        errors: of each refitted layer.
         params_dense: of the whole model before.
         input_shapes: shapes that the MACs are counted for.
         notes: passed on.
@@ -153,6 +165,8 @@ def make_report(
                 macs_dense=before_macs,
                 macs=macs,
                 reason=plan.skipped.get(name, ""),
+                redundancy=kernels.redundancy if kernels else None,
+                error=errors.get(name),
             )
         )
     order = {name: i for i, name in enumerate(dense)}
@@ -227,6 +241,10 @@ def _change(before: int | None, after: int | None) -> str:
 
 def _share(before: int | None, after: int | None) -> str:
     return "unknown" if not before or after is None else f"{100 * after / before:.1f} % remain"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
 
 
 def _short(count: int) -> str:

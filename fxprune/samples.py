@@ -56,6 +56,11 @@ class Samples:
         """`(O,)` float64, mean square of the targets about `target_mean`."""
         return (self.targets - self.target_mean.float()).square().mean(0, dtype=torch.float64)
 
+    def second_moment(self, channels: int) -> Tensor:
+        """`(C,)` float64, mean square of each input channel."""
+        squares = self.inputs.square().mean(0, dtype=torch.float64) + self.input_mean.square()
+        return squares.view(channels, -1).mean(1)
+
     def _mean_product(self, left: Tensor, right: Tensor) -> Tensor:
         total = left.new_zeros(left.shape[1], right.shape[1], dtype=torch.float64)
         for a, b in zip(torch.split(left, CHUNK), torch.split(right, CHUNK), strict=True):

@@ -34,7 +34,7 @@ ORDER = (
     ("criteria",),
     ("calibration", "rewriting"),
     ("following", "lockstep"),
-    ("samples",),
+    ("samples", "shapes"),
     ("planning",),
     ("refit",),
     ("verification",),

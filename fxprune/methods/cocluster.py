@@ -69,23 +69,37 @@ def alternate(importance: Matrix, labels: Labels, kept: int, form: Form) -> tupl
         labels `(O,)`, chosen channels `(n, C)` bool, and the kept importance after each half-step.
     """
     groups = int(labels.max()) + 1
-    dealt = np.arange(importance.shape[1]) * groups // importance.shape[1]  # partition form: the group of each channel
+    chosen: Mask | None = None
     history: list[float] = []
     for _ in range(MAX_ROUNDS):
         totals = np.equal.outer(np.arange(groups), labels).astype(importance.dtype) @ importance  # (n, C)
-        if form == "partition":
-            dealt = assign_balanced(totals.T, dealt)
-            chosen = np.equal.outer(np.arange(groups), dealt)
-        else:
-            chosen = np.zeros(totals.shape, dtype=np.bool_)
-            np.put_along_axis(chosen, np.argsort(-totals, axis=1, kind="stable")[:, :kept], True, axis=1)
+        chosen = choose_channels(totals, kept, form, chosen)
         history.append(float(totals[chosen].sum()))
         score = importance @ chosen.T.astype(importance.dtype)  # (O, n)
         labels = assign_balanced(score, labels)
         history.append(float(score[np.arange(len(labels)), labels].sum()))
         if len(history) > 2 and history[-1] <= history[-3] * (1 + NOISE):
             break
+    assert chosen is not None
     return labels, chosen, history
+
+
+def choose_channels(totals: Matrix, kept: int, form: Form, before: Mask | None = None) -> Mask:
+    """Choose the channels of each group so that the kept importance is largest: `(n, C)` bool.
+
+    Args:
+        totals: `(n, C)` importance of each channel to each group.
+        kept: `k`.
+        form: see `cocluster`.
+        before: an earlier choice from which the search of the partition form may start.
+    """
+    groups, channels = totals.shape
+    if form == "partition":
+        dealt = np.arange(channels) * groups // channels if before is None else before.argmax(axis=0)
+        return np.equal.outer(np.arange(groups), assign_balanced(totals.T, dealt))
+    chosen = np.zeros(totals.shape, dtype=np.bool_)
+    np.put_along_axis(chosen, np.argsort(-totals, axis=1, kind="stable")[:, :kept], True, axis=1)
+    return chosen
 
 
 def assign_balanced(score: Matrix, labels: Labels) -> Labels:
