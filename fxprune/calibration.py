@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import CalibrationError
 
@@ -28,7 +29,8 @@ def read_batches(calibration: Calibration, arguments: int = 1) -> list[Batch]:
         The arguments of each batch. Tensors are those of `calibration`, not copies.
 
     Raises:
-        CalibrationError: there is no batch, a batch is empty, has too few arguments, or holds NaN or infinity.
+        CalibrationError: there is no batch, a batch is empty, has too few arguments or no tensor, or holds NaN or
+            infinity.
     """
     if isinstance(calibration, Tensor):
         if calibration.dim() < 2:
@@ -55,9 +57,10 @@ def _arguments(what: str, batch: object, arguments: int) -> Batch:
         )
     if len(batch) < arguments:
         raise CalibrationError(f"{what} has {len(batch)} entries, but forward takes {arguments} arguments")
-    for tensor in batch[:arguments]:
-        if not isinstance(tensor, Tensor):
-            continue
+    tensors = [leaf for leaf in tree_leaves(tuple(batch[:arguments])) if isinstance(leaf, Tensor)]
+    if arguments and not tensors:
+        raise CalibrationError(f"{what} holds no tensor; it must be a tensor, or a tuple that begins with one")
+    for tensor in tensors:
         if not tensor.numel():
             raise CalibrationError(f"{what} is empty: its shape is {tuple(tensor.shape)}")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
