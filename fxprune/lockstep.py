@@ -5,6 +5,7 @@ for each layer would take time quadratic in the depth, so the values that later 
 batches between two pauses. They are held in memory up to a limit and in temporary files beyond it.
 """
 
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,9 +32,12 @@ class Network(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm.eval())
         self.nodes = {node.name: node for node in gm.graph.nodes}
+        self.device = next((p.device for p in gm.parameters()), torch.device("cpu"))
 
     def compute(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
-        """Compute `node` from values that are there."""
+        """Compute `node` from values that are there, be it in files."""
+        for source in node.all_input_nodes:
+            values[source] = _load(values[source], self.device)
         self.env = values
         values[node] = self.run_node(node)
 
@@ -57,7 +61,11 @@ class Sample:
                 pending.pop()
                 if node not in ahead:
                     self.network.compute(node, ahead)
-        return ahead[self.network.nodes[name]]
+        return _load(ahead[self.network.nodes[name]], self.network.device)
+
+    def resident(self) -> int:
+        """Bytes of the values that are held in memory at present."""
+        return sum(map(_bytes, self.values.values()))
 
 
 class Lockstep:
@@ -71,7 +79,7 @@ class Lockstep:
         memory_limit: see `MEMORY_LIMIT`.
 
     Raises:
-        CalibrationError: the first batch does not fit the model.
+        CalibrationError: the networks differ in structure.
     """
 
     def __init__(
@@ -90,16 +98,16 @@ class Lockstep:
         self._memory = Memory(dense)
         self._writers = {node.name for node in self._graph if is_mutating(dense, node)}
         self._last_use = {source.name: i for i, node in enumerate(self._graph) for source in node.all_input_nodes}
-        self._limit = memory_limit
         self._position = 0
         self.samples = [(Sample(self._networks[0]), Sample(self._networks[1])) for _ in batches]
-        self._device = next((p.device for p in dense.parameters()), torch.device("cpu"))
         placeholders = [node for node in self._graph if node.op == "placeholder"]
         for batch, pair in zip(batches, self.samples, strict=True):
             for sample in pair:
                 # Each has its own copy: a network may write into its input.
                 for node, argument in zip(placeholders, batch, strict=False):
-                    sample.values[sample.network.nodes[node.name]] = _copy(argument, self._device)
+                    sample.values[sample.network.nodes[node.name]] = _copy(argument, sample.network.device)
+        self._limit = memory_limit
+        self._resident = sum(sample.resident() for pair in self.samples for sample in pair)
         self._progress = tqdm(total=len(self._graph), desc="calibrating", unit="node", disable=not progress)
         self._folder = tempfile.TemporaryDirectory(prefix="fxprune-", ignore_cleanup_errors=True)
 
@@ -132,44 +140,45 @@ class Lockstep:
     def can_look_ahead(self, name: str, to: str, stops: frozenset[str]) -> bool:
         """Whether, at a pause before `name`, the value that node `to` will have is known already.
 
-        It is if no node of `stops` takes part in it, whose weights may still change, and nothing writes into memory.
+        It is if no node of `stops` takes part in it, whose weights may still change, and nothing writes into what it
+        is computed from.
         """
-        position = {node.name: i for i, node in enumerate(self._graph)}
-        pending, seen = [self._networks[0].nodes[to]], set()
+        position = {node: i for i, node in enumerate(self._graph)}
+        start, end = (self._networks[0].nodes[name] for name in (name, to))
+        pending, seen = [end], set()
         while pending:
             node = pending.pop()
-            if node in seen or position[node.name] < position[name]:
+            if node in seen:
                 continue
-            if node.name in stops or node.name in self._writers:
-                return False
             seen.add(node)
-            pending += node.all_input_nodes
+            if self._memory.changes(node, start, [end]):
+                return False
+            if position[node] >= position[start]:
+                if node.name in stops or node.name in self._writers:
+                    return False
+                pending += node.all_input_nodes
         return True
 
     def _advance(self, sample: Sample, stop: int, number: int) -> None:
+        self._resident -= sample.resident()
         for i in range(self._position, stop):
             node = sample.network.nodes[self._graph[i].name]
             if node in sample.values:  # a placeholder
                 continue
-            for source in node.all_input_nodes:
-                sample.values[source] = _load(sample.values[source], self._device)
             try:
                 sample.network.compute(node, sample.values)
             except Exception as error:  # any operator of any model
                 raise CalibrationError(
                     f"calibration batch {number} does not fit the model: {node.name} fails: {error}"
                 ) from error
-            for source in node.all_input_nodes:
-                if self._last_use[source.name] <= i:
-                    sample.values.pop(source, None)
-        if self.resident() > self._limit:
+            for known in (*node.all_input_nodes, node):
+                if self._last_use.get(known.name, i) <= i:  # a value without readers is forgotten at once
+                    sample.values.pop(known, None)
+        if self._resident + sample.resident() > self._limit:
             for node, value in sample.values.items():
                 if node.op not in ("get_attr", "placeholder"):
                     sample.values[node] = self._file(node, value)
-
-    def resident(self) -> int:
-        """Bytes of all values that are held in memory at present."""
-        return sum(_bytes(value) for pair in self.samples for sample in pair for value in sample.values.values())
+        self._resident += sample.resident()
 
     def _file(self, node: fx.Node, value: Any) -> Any:
         """Move a value to a file, unless that would part it from its aliases while one of them is written into."""
@@ -180,13 +189,28 @@ class Lockstep:
             return value
         with tempfile.NamedTemporaryFile(dir=self._folder.name, delete=False) as file:
             path = Path(file.name)
-        kept = torch.from_file(str(path), shared=True, size=value.numel(), dtype=value.dtype).view(value.shape)
+            _reserve(file.fileno(), path.parent, value.numel() * value.element_size())
+        kept = torch.from_file(str(path), shared=True, size=value.numel(), dtype=value.dtype)
         path.unlink()  # the mapping keeps the contents until the tensor goes
-        return kept.copy_(value)
+        # The same order in memory: operators may round otherwise in another one.
+        return kept.as_strided(value.shape, torch.empty_like(value, device="meta").stride()).copy_(value)
 
 
 def _copy(argument: Any, device: torch.device) -> Any:
     return tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf, argument)
+
+
+def _reserve(file: int, folder: Path, size: int) -> None:
+    """See that the disk can hold the file: writing to the mapping of one that it cannot hold kills the process."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        raise CalibrationError(
+            f"{folder} cannot hold {size} more bytes of intermediate values: {error.strerror}; calibrate with fewer "
+            "images, or set TMPDIR to a folder on a larger disk"
+        ) from error
 
 
 def _load(value: Any, device: torch.device) -> Any:
