@@ -45,14 +45,14 @@ class Following:
 
 def follow(gm: fx.GraphModule, node: fx.Node) -> Following:
     """Find what follows the convolution `node`, as long as each result has one reader."""
-    following = Following()
+    following, conv = Following(), node
     reader = _only_reader(node)
     if reader is not None and _is_norm(gm, reader):
         following = replace(following, norm=str(reader.target))
         node, reader = reader, _only_reader(reader)
     if reader is not None and _is_addition(reader):
         other = next((term for term in reader.args if term is not node), None)
-        if not isinstance(other, fx.Node) or Memory(gm).changes(other, node, [reader]):
+        if not isinstance(other, fx.Node) or Memory(gm).changes(other, conv, [reader]):
             return following
         following = replace(following, other=other.name)
         node, reader = reader, _only_reader(reader)
