@@ -56,6 +56,9 @@ FITS = "fxprune_fits"
 Choose = Callable[[str, nn.Conv2d, Samples], GroupedKernels]
 """Decides, when its turn comes, how a layer is grouped: name, dense convolution, samples of its input and target."""
 
+Follow = Callable[[fx.GraphModule, fx.Node], Following]
+"""Finds what the fit of a convolution takes account of beside its own output."""
+
 
 def reconstruct(
     dense: fx.GraphModule,
@@ -64,6 +67,7 @@ def reconstruct(
     layers: Collection[str],
     choose: Choose,
     *,
+    follow: Follow = follow,
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[dict[str, GroupedKernels], dict[str, LayerFit]]:
@@ -75,6 +79,7 @@ def reconstruct(
         batches: arguments of forward.
         layers: names of the convolutions. One that is called several times is pruned, but not refitted.
         choose: how each is grouped.
+        follow: what comes after a convolution and is fitted with it; `Following()` makes plain least squares of it.
         seed: of the sampled positions.
         progress: show a bar on stderr.
 
