@@ -4,9 +4,11 @@ Their number is bounded, and so is the memory: neighbouring positions of one ima
 has far fewer unknowns than there are positions.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ from fxprune.lockstep import Sample
 MAX_ROWS = 65_536
 MAX_BYTES = 256 * 2**20
 ROWS_PER_UNKNOWN = 4
+# A filter that BatchNorm scales by less than this share of the largest scale counts as switched off. To repair a sum,
+# its weights would have to grow by the inverse, beyond what float16 holds; decayed scales can be as small as 1e-40.
+SILENT = 1e-4
 CHUNK = 8_192
 """Rows that are multiplied in float32 before the product is added up in float64."""
 
@@ -33,7 +38,7 @@ class Samples:
         input_mean: `(D,)` float64, zero if the layer has no place for an intercept.
         targets: `(N, O)` float32, what it should give.
         target_mean: `(O,)` float64, zero if the layer has no place for an intercept.
-        scale: `(O,)` float32; a rectifier that follows reads `scale * output + offset`.
+        scale: `(O,)` float32; a rectifier that follows reads `scale * output + offset`. Zero if it is next to nothing.
         offset: `(N, O)` or `(1, O)` float32.
     """
 
@@ -95,25 +100,31 @@ def draw(
     """
     norm = None if following.norm is None else pairs[0][0].network.module.get_submodule(following.norm)
     scale, shift = affine(norm, conv.out_channels, conv.weight.device)
+    scale = torch.where(scale.abs() > SILENT * scale.abs().max(), scale, 0)
     generator = torch.Generator().manual_seed(seed)
     outputs = [dense.value(node) for dense, _ in pairs]
-    for output in outputs:
-        if output.dim() != 4:
-            raise CalibrationError(
-                f"{name}: gives {tuple(output.shape)}; calibrate with batches of images (N, C, H, W)"
-            )
-    available = [output.shape[0] * output.shape[2] * output.shape[3] for output in outputs]
+    shapes = [output.shape for output in outputs]
+    if following.other is not None:  # the addition may broadcast the output
+        others = [torch.as_tensor(dense.value(following.other)).shape for dense, _ in pairs]
+        shapes = [torch.Size(np.broadcast_shapes(*terms)) for terms in zip(shapes, others, strict=True)]
+    for shape in shapes:
+        if len(shape) != 4:
+            raise CalibrationError(f"{name}: gives {tuple(shape)}; calibrate with batches of images (N, C, H, W)")
+    available = [math.prod(_grid(shape)) for shape in shapes]
     share = min(1.0, rows_for(conv.weight[0].numel()) / max(1, sum(available)))
     rows, targets, offsets = [], [], []
-    for output, count, (dense, pruned) in zip(outputs, available, pairs, strict=True):
+    for output, shape, count, (dense, pruned) in zip(outputs, shapes, available, pairs, strict=True):
         positions = torch.randperm(count, generator=generator)[: max(1, round(share * count))].sort().values
-        place = tuple(index.to(output.device) for index in torch.unravel_index(positions, _grid(output)))
+        place = tuple(index.to(output.device) for index in torch.unravel_index(positions, _grid(shape)))
+        own = tuple(index % size for index, size in zip(place, _grid(output.shape), strict=True))
         (source,) = dense.network.nodes[node].all_input_nodes
-        rows.append(patches(conv, pruned.value(source.name), *place))
-        target = _pick(output, *place)
+        rows.append(patches(conv, pruned.value(source.name), *own))
+        target = _pick(output, *own)
         if following.other is not None:
-            now = _pick(pruned.value(following.other).expand_as(output), *place)
-            then = _pick(dense.value(following.other).expand_as(output), *place)
+            now, then = (
+                _pick(torch.as_tensor(sample.value(following.other), device=output.device).expand(shape), *place)
+                for sample in (pruned, dense)
+            )
             target = target + torch.where(scale == 0, 0, (then - now) / scale)
             offsets.append(now + shift)
         targets.append(target)
@@ -165,8 +176,8 @@ def affine(norm: nn.Module | None, filters: int, device: torch.device) -> tuple[
     return scale.float(), shift.float()
 
 
-def _grid(output: Tensor) -> tuple[int, int, int]:
-    return output.shape[0], output.shape[2], output.shape[3]
+def _grid(shape: torch.Size) -> tuple[int, int, int]:
+    return shape[0], shape[2], shape[3]
 
 
 def _pick(value: Tensor, image: Tensor, row: Tensor, column: Tensor) -> Tensor:
