@@ -23,8 +23,7 @@ from fxprune.plans import Form
 
 # Added to the diagonal, relative to its mean: dead and collinear inputs leave a matrix that can be inverted.
 DAMPING = 1e-4
-# Alternations, and the relative gain below which they end. Above LARGE inputs of a filter only the first half-step is
-# taken, for time.
+# Rounds, and the relative gain below which they end. Above LARGE inputs of a filter there is only one, for time.
 ROUNDS = 6
 ENOUGH = 1e-3
 LARGE = 1200
@@ -66,21 +65,22 @@ def reconstruction(
     start = cocluster(kernel_energy(weight, gram), groups, kept, form, seed)
     labels: Labels = np.empty(len(weight), dtype=np.intp)
     labels[list(start.out_order)] = np.arange(len(weight)) * groups // len(weight)
-    best: tuple[Labels, Mask] | None = None
+    chosen: Mask = np.zeros((groups, weight.shape[1]), dtype=np.bool_)
+    np.put_along_axis(chosen, np.array(start.kept), True, axis=1)
+    best: tuple[Labels, Mask] = labels, chosen
     history: list[float] = []
-    for _ in range(ROUNDS if gram.shape[0] <= LARGE else 1):
-        members = [torch.from_numpy(np.flatnonzero(labels == group)).to(gram.device) for group in range(groups)]
-        eliminations = [Elimination(inverse, cross[filters], weight[0, 0].numel()) for filters in members]
-        chosen = _deal(eliminations, kept) if form == "partition" else _eliminate(eliminations, kept)
+    for turn in range(1 + (ROUNDS if gram.shape[0] <= LARGE else 1)):
+        if turn:
+            members = [torch.from_numpy(np.flatnonzero(labels == group)).to(gram.device) for group in range(groups)]
+            eliminations = [Elimination(inverse, cross[filters], weight[0, 0].numel()) for filters in members]
+            chosen = _deal(eliminations, kept) if form == "partition" else _eliminate(eliminations, kept)
         errors = filter_errors(damped, cross, energy, chosen)  # (O, n)
-        history.append(-float(errors[np.arange(len(labels)), labels].sum()))
-        if best is not None and history[-1] <= history[-3] + ENOUGH * abs(history[-3]):
-            del history[-1]
+        labels = assign_balanced(-errors, labels)
+        reached = -float(errors[np.arange(len(labels)), labels].sum())
+        if history and reached <= history[-1] + ENOUGH * abs(history[-1]):
             break
         best = labels, chosen
-        labels = assign_balanced(-errors, labels)
-        history.append(-float(errors[np.arange(len(labels)), labels].sum()))
-    assert best is not None
+        history.append(reached)
     return Clustering.from_labels(*best, tuple(history))
 
 
