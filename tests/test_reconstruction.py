@@ -367,10 +367,9 @@ def test_steps_follow_a_permutation_of_the_channels() -> None:
     for step, kept in ((_eliminate, 5), (_deal, 3)):
         one, two = step(eliminations(given, 3), kept), step(eliminations(other, 3), kept)
         assert two.tolist() == one[:, channels.numpy()].tolist()
-    errors = [
-        filter_errors(p.damped, p.cross, p.energy, m) for p, m in ((given, one), (other, one[:, channels.numpy()]))
-    ]
-    np.testing.assert_allclose(*errors, rtol=1e-8)
+    errors = filter_errors(given.damped, given.cross, given.energy, one)
+    again = filter_errors(other.damped, other.cross, other.energy, one[:, channels.numpy()])
+    np.testing.assert_allclose(again, errors, rtol=1e-8)
 
 
 def test_one_group_follows_a_permutation_as_a_whole() -> None:
