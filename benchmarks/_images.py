@@ -1,6 +1,7 @@
-"""Labelled images for the accuracy benchmark: CIFAR-10 sheets, and folders of photos named by their class."""
+"""Labelled images for the benchmarks: CIFAR-10 sheets, and folders of photos named by their class."""
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,51 +33,120 @@ class Images:
 
     Attributes:
         count: how many.
-        read: `read(start, stop)` gives float32 pixels in [0, 1], `(N, 3, H, W)`, and int64 labels, `(N,)`.
+        read: gives those of the given indices: float32 pixels in [0, 1], `(N, 3, H, W)`, and int64 labels, `(N,)`.
     """
 
     count: int
-    read: Callable[[int, int], tuple[Tensor, Tensor]]
+    read: Callable[[Sequence[int]], tuple[Tensor, Tensor]]
+
+    def take(self, chosen: Sequence[int]) -> "Images":
+        """Return those of the indices `chosen`, in that order. Nothing is read yet."""
+        return Images(len(chosen), lambda indices: self.read([chosen[i] for i in indices]))
 
     def first(self, limit: int | None) -> "Images":
         """Return the first `limit` images, or all."""
-        return Images(self.count if limit is None else min(limit, self.count), self.read)
+        return self if limit is None else self.take(range(min(limit, self.count)))
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pixels and labels, `size` images at a time."""
         for start in range(0, self.count, size):
-            yield self.read(start, min(start + size, self.count))
+            yield self.read(range(start, min(start + size, self.count)))
+
+    def pixels(self) -> Tensor:
+        """Read the pixels of all images."""
+        return self.read(range(self.count))[0]
 
 
 def open_images(source: str) -> Images:
-    """Open `cifar10:DIR` or `photos:DIR`.
+    """Open `cifar10:DIR`, `cifar10-train:DIR` or `photos:DIR`.
 
     Raises:
         ValueError: another kind of source, or a folder without images.
         FileNotFoundError: the folder or one of its files is absent.
     """
+    kind, folder = _parse(source)
+    return READERS[kind](folder)
+
+
+def open_disjoint(evaluation: str, calibration: str, count: int, seed: int) -> tuple[Images, Images]:
+    """Open the images to evaluate on, and `count` others, drawn at random, to calibrate with.
+
+    Where both sources are the same, all that are not drawn are evaluated. The images to calibrate with come in the
+    order in which they were drawn, so that each part of them is a fair sample too.
+
+    Raises:
+        ValueError: the source has not that many; and the errors of `open_images`.
+        FileNotFoundError: see `open_images`.
+    """
+    evaluated, source = open_images(evaluation), open_images(calibration)
+    same = _parse(evaluation) == _parse(calibration)
+    if count > source.count - same:
+        rest = ", of which some must remain to evaluate" if same else ""
+        kind = calibration.partition(":")[0]
+        raise ValueError(f"{count} images to calibrate with: {kind} has {source.count}{rest}; ask for fewer")
+    order = np.random.default_rng(seed).permutation(source.count).tolist()
+    if same:
+        evaluated = source.take(sorted(order[count:]))
+    return evaluated, source.take(order[:count])
+
+
+def _parse(source: str) -> tuple[str, Path]:
     kind, _, folder = source.partition(":")
-    readers = {"cifar10": cifar10_test, "photos": photos}
-    if kind not in readers or not folder:
-        raise ValueError(f"{source!r}: must be cifar10:DIR or photos:DIR")
-    return readers[kind](Path(folder))
+    if kind not in READERS or not folder:
+        raise ValueError(f"{source!r}: must be {':DIR, '.join(READERS)}:DIR")
+    return kind, Path(folder).resolve()
+
+
+SHEET = 5000
+"""Images on a CIFAR-10 sheet, a lossless picture of 50 rows x 100 columns of images of 32x32 pixels."""
 
 
 def cifar10_test(folder: Path) -> Images:
-    """The first 5,000 test images of CIFAR-10, 32x32 pixels, in the official order.
+    """The first 5,000 test images of CIFAR-10, in the official order.
 
-    The folder holds `cifar10_test_00.webp`, one lossless sheet of 50 rows x 100 columns of images, and `labels.npz`
-    with `y_test`.
+    The folder holds `cifar10_test_00.webp`, one sheet, and `labels.npz` with `y_test`.
     """
+    images = _sheet(folder / "cifar10_test_00.webp")
+    labels = _labels(folder, "y_test")
+    return Images(SHEET, lambda chosen: (images[list(chosen)].float() / 255, labels[list(chosen)]))
+
+
+def cifar10_train(folder: Path) -> Images:
+    """The training images of CIFAR-10, in the official order; a sheet is decoded when an image of it is read.
+
+    The folder holds the sheets `cifar10_train_00.webp` and on, or the first few of them, and `labels.npz` with
+    `y_train`.
+    """
+    sheets = sorted(folder.glob("cifar10_train_[0-9][0-9].webp"))
+    if not sheets:
+        raise FileNotFoundError(f"{folder}: has no cifar10_train_00.webp")
+    labels = _labels(folder, "y_train")
+    decode = functools.lru_cache(maxsize=1)(_sheet)
+
+    def read(chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        index = torch.tensor(chosen)
+        pixels = torch.empty(len(index), 3, 32, 32, dtype=torch.uint8)
+        for number in sorted({i // SHEET for i in chosen}):
+            here = index // SHEET == number
+            pixels[here] = decode(sheets[number])[index[here] % SHEET]
+        return pixels.float() / 255, labels[index]
+
+    return Images(SHEET * len(sheets), read)
+
+
+def _sheet(path: Path) -> Tensor:
+    """The images of a sheet, `(5000, 3, 32, 32)` uint8."""
     from PIL import Image
 
-    with Image.open(folder / "cifar10_test_00.webp") as sheet:
+    with Image.open(path) as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
     # (row, y, column, x, colour) -> (row, column, colour, y, x)
-    images = torch.tensor(pixels.reshape(50, 32, 100, 32, 3).transpose(0, 2, 4, 1, 3).reshape(5000, 3, 32, 32))
+    return torch.tensor(pixels.reshape(50, 32, 100, 32, 3).transpose(0, 2, 4, 1, 3).reshape(SHEET, 3, 32, 32))
+
+
+def _labels(folder: Path, name: str) -> Tensor:
     with np.load(folder / "labels.npz") as arrays:
-        labels = torch.tensor(arrays["y_test"][:5000].astype(np.int64))
-    return Images(5000, lambda start, stop: (images[start:stop].float() / 255, labels[start:stop]))
+        return torch.tensor(arrays[name].astype(np.int64))
 
 
 def photos(folder: Path) -> Images:
@@ -96,8 +166,12 @@ def photos(folder: Path) -> Images:
             cropped: Tensor = pil_to_tensor(center_crop(resize(photo.convert("RGB"), 256), 224))
         return cropped.float() / 255
 
-    def read(start: int, stop: int) -> tuple[Tensor, Tensor]:
-        chosen = files[start:stop]
-        return torch.stack([pixels(file) for file in chosen]), torch.tensor([int(file.name[:3]) for file in chosen])
+    def read(chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        these = [files[i] for i in chosen]
+        return torch.stack([pixels(file) for file in these]), torch.tensor([int(file.name[:3]) for file in these])
 
     return Images(len(files), read)
+
+
+READERS = {"cifar10": cifar10_test, "cifar10-train": cifar10_train, "photos": photos}
+"""How each kind of source is read from its folder."""

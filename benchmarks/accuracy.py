@@ -1,27 +1,34 @@
-"""Does compiling change a prediction? Accuracy of the dense, the masked and the compiled network on real images.
+r"""Does compiling change a prediction? Accuracy of the dense, the masked and the compiled network on real images.
 
     python -m benchmarks.accuracy --model resnet20 --weights resnet20.th --data cifar10:DIR --ratio 0.5
+    python -m benchmarks.accuracy --model resnet20 --weights resnet20.th --data cifar10:DIR \
+        --calibration cifar10-train:DIR
     python -m benchmarks.accuracy --model mobilenet_v2 --weights mobilenet_v2.pth --data photos:DIR
 
 Masked and compiled must predict the same class on every image; the exit code is 1 if they do not. Without fine-tuning,
-the masked accuracy says what the pruning costs, not what the method can reach.
+the masked accuracy says what the pruning costs, not what the method can reach. With calibration images the kept weights
+are refitted; no image is both calibrated with and evaluated.
 """
 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxprune
+from benchmarks import compile_time
 from benchmarks._environment import environment
-from benchmarks._images import CIFAR10, IMAGENET, Images, Normalization, open_images
+from benchmarks._images import CIFAR10, IMAGENET, Images, Normalization, open_disjoint, open_images
 from fxprune.models import load_model
+from fxprune.planning import match_patterns
 
 CIFAR_MODELS = {
     "resnet20": IMAGENET,  # these three were trained with the statistics of ImageNet
@@ -42,6 +49,8 @@ class Comparison:
         classes: how many different classes masked predicts; were it one, agreeing would mean little.
         difference: largest absolute difference of their logits.
         scale: largest absolute logit of the masked network.
+        agreeing_with_dense: images on which masked predicts the class that dense predicts; None in records from before
+            it was counted.
     """
 
     images: int
@@ -52,6 +61,7 @@ class Comparison:
     classes: int
     difference: float
     scale: float
+    agreeing_with_dense: int | None = None
 
     def __str__(self) -> str:
         return (
@@ -60,8 +70,30 @@ class Comparison:
             f"{'masked':<10}{self.masked:>9.2%}\n"
             f"{'compiled':<10}{self.compiled:>9.2%}\n"
             f"masked and compiled agree on {self.agreeing} of {self.images} images ({self.classes} classes predicted); "
-            f"largest difference of logits {self.difference:.1e} (largest logit {self.scale:.1f})"
+            f"largest difference of logits {self.difference:.1e} (largest logit {self.scale:.1f})\n"
+            f"top-1 agreement with the dense model: {self.agreeing_with_dense} of {self.images} images"
         )
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """A plan, the model masked by it and perhaps refitted, and what these took.
+
+    Attributes:
+        plan: what to prune.
+        masked: the masked model.
+        seconds: of `make_plan` ("plan", with calibration images it refits too) and of `mask` ("mask").
+        peak_mb: peak of the resident memory above its level just before; None where the system does not tell.
+    """
+
+    plan: fxprune.PrunePlan
+    masked: nn.Module
+    seconds: dict[str, float]
+    peak_mb: float | None
+
+    def __str__(self) -> str:
+        peak = "unknown" if self.peak_mb is None else f"{self.peak_mb:.0f} MB"
+        return f"planning {self.seconds['plan']:.1f} s, masking {self.seconds['mask']:.1f} s, peak memory {peak}"
 
 
 def build(name: str, weights: Path | None) -> tuple[nn.Module, Normalization]:
@@ -69,6 +101,38 @@ def build(name: str, weights: Path | None) -> tuple[nn.Module, Normalization]:
     if name in CIFAR_MODELS:
         return load_model(f"benchmarks._cifar:{name}", weights), CIFAR_MODELS[name]
     return load_model(name, weights), IMAGENET
+
+
+def prune(
+    model: nn.Module, example: Tensor, calibration: Tensor | None = None, progress: bool = False, **options: Any
+) -> Pruning:
+    """Plan and mask; `options` are those of `fxprune.make_plan`."""
+    before = compile_time._reset_peak_mb()
+    began = time.perf_counter()
+    plan = fxprune.make_plan(model, example_inputs=example, calibration=calibration, progress=progress, **options)
+    planned = time.perf_counter()
+    masked = fxprune.mask(model, plan, calibration, progress=progress).eval()
+    seconds = {"plan": planned - began, "mask": time.perf_counter() - planned}
+    peak = None if before is None else compile_time._status_mb("VmHWM") - before
+    return Pruning(plan, masked, seconds, peak)
+
+
+def left_out(model: nn.Module, only: str | None) -> tuple[str, ...]:
+    """Names of the convolutions to ignore so that only those stay that `only` means: all, the 1x1 ones, or a pattern.
+
+    Raises:
+        PlanError: `only` means none of the model.
+    """
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    if only is None:
+        return ()
+    if only == "1x1":
+        meant = {name for name, conv in convs.items() if conv.kernel_size == (1, 1)}
+    else:
+        meant = set(match_patterns("only", {only: True}, convs))
+    if not meant:
+        raise fxprune.PlanError("only: the model has no 1x1 convolution; give a pattern of module names")
+    return tuple(name for name in convs if name not in meant)
 
 
 @torch.inference_mode()
@@ -106,6 +170,7 @@ def compare(
         classes=len(set(predicted[1].tolist())),
         difference=difference,
         scale=scale,
+        agreeing_with_dense=int((predicted[0] == predicted[1]).sum()),
     )
 
 
@@ -114,49 +179,115 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    progress = sys.stderr.isatty()
+    given = {name: getattr(options, name) for name in PLAN_OPTIONS if getattr(options, name) is not None}
     try:
-        images = open_images(options.data).first(options.limit)
+        images, source = open_sources(options, options.seed)
         model, normalize = build(options.model, options.weights)
-        example = normalize(images.first(2).read(0, 2)[0])
-        plan = fxprune.make_plan(
-            model, options.ratio, example_inputs=example, groups=options.groups, form=options.form, seed=options.seed
-        )
-        masked = fxprune.mask(model, plan).eval()
-        compiled = fxprune.rewrite(masked, plan, example).eval()
+        example = normalize(next(images.batches(2))[0])
+        calibration = None if source is None else normalize(source.pixels())
+        pruning = prune(model, example, calibration, progress, ignore=left_out(model, options.only), **given)
+        compiled = fxprune.rewrite(pruning.masked, pruning.plan, example).eval()
     except (fxprune.FxpruneError, OSError, ValueError) as error:
         print(f"benchmarks.accuracy: error: {error}", file=sys.stderr)
         return 2
-    found = compare(model, masked, compiled, images, normalize, options.batch, progress=sys.stderr.isatty())
+    found = compare(model, pruning.masked, compiled, images, normalize, options.batch, progress)
     report = fxprune.report(compiled)
-    print(f"{options.model}, ratio {options.ratio}, groups {options.groups}, form {options.form}")
+    settings = settings_of(options) | {
+        "macs": options.macs,
+        "method": pruning.plan.method,
+        "criterion": pruning.plan.criterion,
+        "seed": options.seed,
+    }
+    print(", ".join(f"{name} {value}" for name, value in settings.items() if value is not None))
     print(found)
     print(f"parameters {report.params_dense:,} -> {report.params_pruned:,}")
     print(f"MACs {report.macs_dense:,} -> {report.macs_pruned:,}")
+    print(pruning)
     if options.output:
-        settings = {"model": options.model, "data": options.data.partition(":")[0], "ratio": options.ratio}
-        settings |= {"groups": options.groups, "form": options.form, "seed": options.seed}
-        record = {"environment": environment(), "settings": settings}
-        record |= {"result": asdict(found), "report": report.to_dict()}
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=2) + "\n")
+        measured = {"seconds": pruning.seconds, "peak_mb": pruning.peak_mb}
+        result = {"result": asdict(found), "report": report.to_dict()}
+        write(options.output, {"environment": environment(), "settings": settings} | measured | result)
     return 0 if found.agreeing == found.images else 1
+
+
+PLAN_OPTIONS = ("ratio", "macs", "groups", "form", "method", "criterion", "variety", "snapshots", "seed")
+"""Options that go to `fxprune.make_plan`, which has its own defaults for those that are not given."""
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     description = "Top-1 accuracy of a network: dense, masked and compiled."
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=description)
+    add_options(parser)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--ratio", type=float, help="share of kernel groups to prune (default: 0.5)")
+    size.add_argument("--macs", type=float, metavar="SHARE", help="share of MACs to keep, instead of a ratio")
+    parser.add_argument("--method", help="how kernels are chosen (default: that of fxprune)")
+    parser.add_argument("--criterion", help="importance of a kernel (default: that of fxprune)")
+    parser.add_argument("--variety", help="make the criterion keep rare kernels")
+    parser.add_argument("--seed", type=int, default=0, help="of the plan and of the images to calibrate with")
+    options = parser.parse_args(arguments)
+    if options.macs is None and options.ratio is None:
+        options.ratio = 0.5
+    return options
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every benchmark of accuracy can be asked: the model, the images, the structure."""
     parser.add_argument("--model", required=True, help=f"{', '.join(CIFAR_MODELS)}, or a name for `fxprune compile`")
     parser.add_argument("--weights", type=Path, help="state dict of the model (default: random)")
-    parser.add_argument("--data", required=True, help="cifar10:DIR or photos:DIR")
-    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--data", required=True, help="images to evaluate on: cifar10:DIR or photos:DIR")
+    parser.add_argument(
+        "--calibration",
+        metavar="SOURCE",
+        help="images to refit the weights with: cifar10-train:DIR or photos:DIR; of the source of --data those that "
+        "are drawn for this are not evaluated (default: no refit)",
+    )
+    parser.add_argument("--calibration-images", type=_count, default=512, metavar="N", help="default: %(default)s")
     parser.add_argument("--groups", type=lambda text: text if text == "auto" else int(text), default="auto")
     parser.add_argument("--form", choices=("auto", "partition", "overlap"), default="auto")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=100, help="images at a time (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="use only the first LIMIT images")
-    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    parser.add_argument("--only", metavar="PATTERN|1x1", help="prune only convolutions of these names, or the 1x1 ones")
+    parser.add_argument("--snapshots", nargs="+", type=Path, metavar="FILE", help="earlier states of the training run")
+    parser.add_argument("--batch", type=_count, default=100, help="images at a time (default: %(default)s)")
+    parser.add_argument("--limit", type=_count, help="evaluate only the first LIMIT images")
+    parser.add_argument("--threads", type=_count, help="of torch (default: its own choice)")
     parser.add_argument("--output", type=Path, help="also write a JSON record here")
-    return parser.parse_args(arguments)
+
+
+def open_sources(options: argparse.Namespace, seed: int) -> tuple[Images, Images | None]:
+    """Open the images to evaluate on, and those to calibrate with if there is a source of them."""
+    if options.calibration is None:
+        return open_images(options.data).first(options.limit), None
+    images, calibration = open_disjoint(options.data, options.calibration, options.calibration_images, seed)
+    return images.first(options.limit), calibration
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of `add_options` that decide the result, for the record: folders by their kind, files by their name."""
+    calibrated = options.calibration is not None
+    return {
+        "model": options.model,
+        "data": options.data.partition(":")[0],
+        "calibration": options.calibration.partition(":")[0] if calibrated else None,
+        "calibration_images": options.calibration_images if calibrated else None,
+        "ratio": options.ratio,
+        "groups": options.groups,
+        "form": options.form,
+        "only": options.only,
+        "snapshots": [path.name for path in options.snapshots] if options.snapshots else None,
+    }
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write a JSON record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count; give a positive integer")
+    return int(text)
 
 
 if __name__ == "__main__":
