@@ -9,7 +9,7 @@ exactly.
 """
 
 from fxprune.channels import ChannelAnalysis
-from fxprune.compiler import analyze, compile, make_plan, mask, report, rewrite
+from fxprune.compiler import analyze, compile, make_plan, mask, measure_sensitivity, report, rewrite
 from fxprune.errors import (
     CalibrationError,
     FxpruneError,
@@ -23,6 +23,7 @@ from fxprune.errors import (
 from fxprune.layers import ChannelGather
 from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.report import Report
+from fxprune.sensitivity import Sensitivity
 from fxprune.storage import load, save
 from fxprune.verification import Verification, verify
 
@@ -39,6 +40,7 @@ __all__ = [
     "PlanError",
     "PrunePlan",
     "Report",
+    "Sensitivity",
     "StorageError",
     "TraceError",
     "Verification",
@@ -48,6 +50,7 @@ __all__ = [
     "load",
     "make_plan",
     "mask",
+    "measure_sensitivity",
     "report",
     "rewrite",
     "save",

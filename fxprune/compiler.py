@@ -13,13 +13,14 @@ from torch.utils._pytree import tree_leaves
 from fxprune.calibration import Calibration, read_batches
 from fxprune.channels import ChannelAnalysis, analyze_channels
 from fxprune.criteria import Criterion, ScoreFunction
-from fxprune.errors import FxpruneError, NothingRewrittenWarning
+from fxprune.errors import FxpruneError, NothingRewrittenWarning, PlanError
 from fxprune.pipeline import default_pipeline, run
 from fxprune.planning import Planner
 from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.refit import FITS, Choose, reconstruct
 from fxprune.report import Report, layer_costs, make_report
 from fxprune.rewriting import calls, first_reader, read_by_name
+from fxprune.sensitivity import Cost, Sensitivity, measure
 from fxprune.shapes import Groups
 from fxprune.snapshots import Snapshot
 from fxprune.tracing import Inputs, Trace, meta_values, trace
@@ -51,8 +52,11 @@ class Record:
 
 def compile(
     model: nn.Module,
-    ratio: float | Mapping[str, float] = 0.5,
+    ratio: float | Mapping[str, float] | None = None,
     *,
+    macs: float | None = None,
+    params: float | None = None,
+    sensitivity: Sensitivity | None = None,
     example_inputs: Inputs | None = None,
     calibration: Calibration | None = None,
     groups: Groups | Mapping[str, Groups] = "auto",
@@ -75,7 +79,11 @@ def compile(
     Args:
         model: any traceable module, on any device, in any floating-point type.
         ratio: share of kernel groups to remove from each convolution, in `[0, 1)`, or a mapping from module-name
-            pattern to share.
+            pattern to share; 0.5 if no budget is given either.
+        macs: instead of a ratio, the share of the network's MACs that may remain, in `(0, 1]`. The ratio of each layer
+            follows from its sensitivity, in overlap form, so that the total is met within 1 %.
+        params: the same for the parameters.
+        sensitivity: a table from `measure_sensitivity` for the budget; measured anew if absent.
         example_inputs: positional arguments of forward. With them shapes and MACs are exact and the result is verified;
             without, the first calibration batch serves, or else a usual image size is probed.
         calibration: a few hundred typical inputs: a tensor `(N, ...)`, a `DataLoader`, or any iterable of batches;
@@ -114,6 +122,9 @@ def compile(
         model,
         data,
         ratio,
+        macs,
+        params,
+        sensitivity,
         groups=groups,
         method=method,
         form=form,
@@ -135,8 +146,11 @@ def compile(
 
 def make_plan(
     model: nn.Module,
-    ratio: float | Mapping[str, float] = 0.5,
+    ratio: float | Mapping[str, float] | None = None,
     *,
+    macs: float | None = None,
+    params: float | None = None,
+    sensitivity: Sensitivity | None = None,
     example_inputs: Inputs | None = None,
     calibration: Calibration | None = None,
     groups: Groups | Mapping[str, Groups] = "auto",
@@ -159,6 +173,9 @@ def make_plan(
         model,
         _Data(model, example_inputs, calibration),
         ratio,
+        macs,
+        params,
+        sensitivity,
         groups=groups,
         method=method,
         form=form,
@@ -214,6 +231,20 @@ class _Data:
                     argument[:2] if isinstance(argument, Tensor) else argument for argument in self.batches[0]
                 )
 
+    def sensitivity(
+        self,
+        model: nn.Module,
+        groups: Groups | Mapping[str, Groups],
+        ignore: str | Iterable[str],
+        seed: int,
+        progress: bool,
+    ) -> Sensitivity:
+        """The sensitivity of all convolutions that can be pruned."""
+        planner = Planner(model, groups=groups, form="overlap", ignore=ignore, obstacles=_obstacles(model, self.trace))
+        shapes = {name: shape.groups for name, shape in planner.shapes.items()}
+        costs = layer_costs(self.trace.module, self.trace.values)
+        return measure(self.trace.module, shapes, costs, self.batches, seed=seed, progress=progress)
+
     def reconstruct(
         self, masked: nn.Module, layers: Collection[str], choose: Choose, seed: int, progress: bool
     ) -> dict[str, GroupedKernels]:
@@ -228,12 +259,40 @@ class _Data:
 
 
 def _plan(
-    model: nn.Module, data: _Data, ratio: float | Mapping[str, float], *, seed: int, progress: bool, **options: Any
+    model: nn.Module,
+    data: _Data,
+    ratio: float | Mapping[str, float] | None,
+    macs: float | None,
+    params: float | None,
+    sensitivity: Sensitivity | None,
+    *,
+    groups: Groups | Mapping[str, Groups],
+    form: str,
+    ignore: str | Iterable[str],
+    seed: int,
+    progress: bool,
+    **options: Any,
 ) -> tuple[PrunePlan, nn.Module | None]:
     """The plan, and the masked model if it was refitted on the way."""
+    budgets: dict[Cost, float] = {}
+    if macs is not None:
+        budgets["macs"] = macs
+    if params is not None:
+        budgets["params"] = params
+    if len(budgets) + (ratio is not None) > 1:
+        raise PlanError("ratio, macs and params exclude one another; pass one of them")
+    if budgets and form == "partition":
+        raise PlanError("a budget needs ratios of any value, which the partition form has not; leave form out")
+    for cost, share in budgets.items():
+        if sensitivity is None:
+            sensitivity = data.sensitivity(model, groups, ignore, seed, progress)
+        ratio, form = sensitivity.ratios(share, cost), "overlap"
     planner = Planner(
         model,
-        ratio,
+        0.5 if ratio is None else ratio,
+        groups=groups,
+        form=form,
+        ignore=ignore,
         seed=seed,
         calibrated=data.batches is not None,
         obstacles=_obstacles(model, data.trace),
@@ -243,6 +302,35 @@ def _plan(
         return planner.from_weights(progress), None
     masked = copy.deepcopy(model)
     return planner.plan(data.reconstruct(masked, planner.shapes, planner.choose, seed, progress)), masked
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    *,
+    example_inputs: Inputs | None = None,
+    calibration: Calibration | None = None,
+    groups: Groups | Mapping[str, Groups] = "auto",
+    ignore: str | Iterable[str] = (),
+    seed: int = 0,
+    progress: bool = False,
+) -> Sensitivity:
+    """Measure how much each convolution suffers as it is pruned alone. `print` the table, `plot` it, and pass it to
+    `compile(..., macs=0.5, sensitivity=table)` for one budget after another.
+
+    Args:
+        model: see `compile`, as for the others.
+        example_inputs: for the MACs.
+        calibration: what the damage is measured on. Without it, only the weights count.
+        groups: number of groups to measure with.
+        ignore: patterns of layers to leave out.
+        seed: of the sampled positions and of the clustering.
+        progress: show a bar on stderr.
+
+    Raises:
+        PlanError: nothing can be pruned, or the MACs are not known.
+        CalibrationError: the calibration data are malformed, or do not fit the model.
+    """
+    return _Data(model, example_inputs, calibration).sensitivity(model, groups, ignore, seed, progress)
 
 
 def rewrite(
@@ -385,4 +473,4 @@ def _own_tensors(gm: fx.GraphModule, masked: nn.Module) -> None:
                 store[name] = copies[id(tensor)]  # type: ignore[assignment]  # a parameter replaces a parameter
 
 
-__all__ = ["Record", "analyze", "compile", "make_plan", "mask", "report", "rewrite"]
+__all__ = ["Record", "analyze", "compile", "make_plan", "mask", "measure_sensitivity", "report", "rewrite"]

@@ -73,7 +73,8 @@ class Lockstep:
 
     Args:
         dense: the reference.
-        pruned: a trace of the same model with other weights; they may change while the networks are paused.
+        pruned: a trace of the same model with other weights; they may change while the networks are paused. If it is
+            `dense` itself, that one network is run once.
         batches: arguments of forward. They are not changed.
         progress: show a bar on stderr.
         memory_limit: see `MEMORY_LIMIT`.
@@ -99,15 +100,18 @@ class Lockstep:
         self._writers = {node.name for node in self._graph if is_mutating(dense, node)}
         self._last_use = {source.name: i for i, node in enumerate(self._graph) for source in node.all_input_nodes}
         self._position = 0
-        self.samples = [(Sample(self._networks[0]), Sample(self._networks[1])) for _ in batches]
+        self.samples: list[tuple[Sample, Sample]] = []
+        for _ in batches:
+            first = Sample(self._networks[0])
+            self.samples.append((first, first if pruned is dense else Sample(self._networks[1])))
         placeholders = [node for node in self._graph if node.op == "placeholder"]
         for batch, pair in zip(batches, self.samples, strict=True):
-            for sample in pair:
+            for sample in _distinct(pair):
                 # Each has its own copy: a network may write into its input.
                 for node, argument in zip(placeholders, batch, strict=False):
                     sample.values[sample.network.nodes[node.name]] = _copy(argument, sample.network.device)
         self._limit = memory_limit
-        self._resident = sum(sample.resident() for pair in self.samples for sample in pair)
+        self._resident = sum(sample.resident() for pair in self.samples for sample in _distinct(pair))
         self._progress = tqdm(total=len(self._graph), desc="calibrating", unit="node", disable=not progress)
         self._folder = tempfile.TemporaryDirectory(prefix="fxprune-", ignore_cleanup_errors=True)
 
@@ -131,7 +135,7 @@ class Lockstep:
         """
         stop = next(i for i, node in enumerate(self._graph) if node.name == name)
         for number, pair in enumerate(self.samples):
-            for sample in pair:
+            for sample in _distinct(pair):
                 self._advance(sample, stop, number)
         self._progress.update(stop - self._position)
         self._position = stop
@@ -194,6 +198,10 @@ class Lockstep:
         path.unlink()  # the mapping keeps the contents until the tensor goes
         # The same order in memory: operators may round otherwise in another one.
         return kept.as_strided(value.shape, torch.empty_like(value, device="meta").stride()).copy_(value)
+
+
+def _distinct(pair: tuple[Sample, Sample]) -> Sequence[Sample]:
+    return pair[:1] if pair[0] is pair[1] else pair
 
 
 def _copy(argument: Any, device: torch.device) -> Any:

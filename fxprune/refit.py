@@ -28,8 +28,10 @@ from fxprune.plans import GroupedKernels
 from fxprune.rewriting import call_sites
 from fxprune.samples import Samples, draw
 
-# Weight of the pull toward the dense weights, relative to the mean diagonal of the Gram matrix.
-RIDGE = 1e-3
+# Weights of the pull toward the dense weights, relative to the mean diagonal of the Gram matrix. With PLENTY of rows
+# for each unknown the first is right; with fewer the one that does best on images that it was not fitted to.
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+PLENTY = 64
 # Rounds of the one-sided problem, and the relative gain below which they end.
 ROUNDS = 24
 ENOUGH = 1e-3
@@ -136,8 +138,10 @@ def solve(weight: Tensor, kernels: GroupedKernels, samples: Samples, bounds: Bou
     """
     prior = weight.detach().double().flatten(1)
     parts = columns_of(kernels, weight[0, 0].numel(), weight.device)
-    problem = GroupedRidge(samples.gram(), parts, prior)
-    cross = samples.cross()
+    gram, cross, ridge = samples.gram(), samples.cross(), RIDGES[0]
+    if len(samples.inputs) < PLENTY * len(gram):
+        ridge = _best_ridge(parts, prior, *samples.halves())
+    problem = GroupedRidge(gram, parts, prior, ridge)
     new, mean = problem.solve(cross), samples.target_mean
     energy = float(samples.energy().sum())
     masked = problem.error(problem.mask(prior), cross, energy)
@@ -169,7 +173,7 @@ class GroupedRidge:
     """
 
     def __init__(
-        self, gram: Tensor, parts: Sequence[tuple[Tensor, Tensor]], prior: Tensor, ridge: float = RIDGE
+        self, gram: Tensor, parts: Sequence[tuple[Tensor, Tensor]], prior: Tensor, ridge: float = RIDGES[0]
     ) -> None:
         self._gram, self._parts, self._prior = gram, parts, prior
         scale = float(gram.diagonal().mean())
@@ -200,6 +204,28 @@ class GroupedRidge:
         """Mean squared error relative to `energy`, the mean square of all targets."""
         explained = 2 * (weights * cross).sum() - ((weights @ self._gram) * weights).sum()
         return max(0.0, 1 - float(explained) / energy) if energy > 0 else 0.0
+
+
+def _best_ridge(
+    parts: Sequence[tuple[Tensor, Tensor]], prior: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
+) -> float:
+    """The ridge that does best when one half of the images is fitted and the other one predicted.
+
+    Args:
+        parts: see `GroupedRidge`, as for `prior`.
+        prior: the dense weights.
+        first: Gram matrix and cross products of one half.
+        second: those of the other.
+    """
+
+    def error(ridge: float) -> float:
+        total = 0.0
+        for (gram, cross), (gram_seen, cross_seen) in ((first, second), (second, first)):
+            weights = GroupedRidge(gram_seen, parts, prior, ridge).solve(cross_seen)
+            total += float((((weights @ gram) - 2 * cross) * weights).sum())
+        return total
+
+    return min(RIDGES, key=error)
 
 
 def _one_sided(problem: GroupedRidge, weight: Tensor, samples: Samples, bounds: Bounds) -> tuple[Tensor, Tensor]:

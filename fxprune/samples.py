@@ -57,6 +57,18 @@ class Samples:
         """`(O, D)` float64, mean of `t^T u`; the mean of the targets does not matter where the inputs have none."""
         return self._mean_product(self.targets if targets is None else targets, self.inputs)
 
+    def halves(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Gram matrix and cross products of the first and the second half of the rows, which are different images."""
+        half = (len(self.inputs) + 1) // 2
+        first, second = (
+            (self._mean_product(inputs, inputs), self._mean_product(targets - self.target_mean.float(), inputs))
+            for inputs, targets in (
+                (self.inputs[:half], self.targets[:half]),
+                (self.inputs[half:], self.targets[half:]),
+            )
+        )
+        return first, second
+
     def energy(self) -> Tensor:
         """`(O,)` float64, mean square of the targets about `target_mean`."""
         return (self.targets - self.target_mean.float()).square().mean(0, dtype=torch.float64)

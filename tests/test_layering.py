@@ -36,7 +36,7 @@ ORDER = (
     ("following", "lockstep"),
     ("samples", "shapes"),
     ("planning",),
-    ("refit",),
+    ("refit", "sensitivity"),
     ("verification",),
     (
         "passes.absorb_gathers",

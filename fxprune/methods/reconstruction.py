@@ -56,11 +56,10 @@ def reconstruction(
         seed: see `cocluster`.
 
     Returns:
-        The clustering. Its history holds the mean squared error of the outputs after each half-step, negated, so that
-        it rises.
+        The clustering. Its history holds the mean squared error of the outputs, negated, so that it rises: for the
+        channels of the start, then after each round of both half-steps.
     """
-    damped = gram.clone()
-    damped.diagonal().add_(DAMPING * float(gram.diagonal().mean()) or 1.0)
+    damped = _damped(gram)
     inverse = torch.linalg.inv(damped)
     start = cocluster(kernel_energy(weight, gram), groups, kept, form, seed)
     labels: Labels = np.empty(len(weight), dtype=np.intp)
@@ -82,6 +81,28 @@ def reconstruction(
         best = labels, chosen
         history.append(reached)
     return Clustering.from_labels(*best, tuple(history))
+
+
+def error_path(weight: Tensor, gram: Tensor, cross: Tensor, groups: int, seed: int = 0) -> Matrix:
+    """By how much the squared error grows as fewer channels are kept, in overlap form: `(C,)` for 1 to `C` channels.
+
+    The groups are those that `cocluster` finds where half of the channels stay; each gives up one channel after the
+    other. Arguments are those of `reconstruction`.
+    """
+    channels, area = weight.shape[1], weight[0, 0].numel()
+    inverse = torch.linalg.inv(_damped(gram))
+    start = cocluster(kernel_energy(weight, gram), groups, max(1, channels // 2), seed=seed)
+    lost = np.zeros(channels)
+    for filters in np.array(start.out_order).reshape(groups, -1):
+        group = Elimination(inverse, cross[torch.from_numpy(filters).to(cross.device)], area)
+        before = group.explained()
+        left = channels
+        while left > 1:
+            count = min(left - 1, _at_once(group))
+            group.drop(group.costs().argsort(stable=True)[:count])
+            lost[left - count - 1 : left - 1] += before - group.explained()
+            left -= count
+    return lost
 
 
 def kernel_energy(weight: Tensor, gram: Tensor) -> Matrix:
@@ -114,7 +135,7 @@ class Elimination:
     """
 
     def __init__(self, inverse: Tensor, cross: Tensor, area: int) -> None:
-        self._inverse, self._weight, self._area = inverse.clone(), cross @ inverse, area
+        self._inverse, self._weight, self._cross, self._area = inverse.clone(), cross @ inverse, cross, area
         self.alive = torch.ones(len(inverse) // area, dtype=torch.bool, device=inverse.device)
 
     def costs(self) -> Tensor:
@@ -124,6 +145,10 @@ class Elimination:
         weight = self._weight.view(-1, *shape).permute(1, 2, 0)  # (C, a, d)
         costs = (weight * torch.linalg.solve(diagonal, weight)).sum((1, 2))
         return torch.where(self.alive, costs, torch.inf)
+
+    def explained(self) -> float:
+        """Energy of the targets that the present weights explain; it falls as channels go."""
+        return float((self._weight * self._cross).sum())
 
     def drop(self, channels: Tensor) -> None:
         """Remove channels and adapt the weights of those that stay."""
@@ -169,6 +194,12 @@ def _deal(eliminations: Sequence[Elimination], kept: int) -> Mask:
         dealt = assign_balanced(worth.T, np.arange(alive.shape[1]) * len(alive) // alive.shape[1])
         alive = np.equal.outer(np.arange(len(alive)), dealt)
     return alive
+
+
+def _damped(gram: Tensor) -> Tensor:
+    damped = gram.clone()
+    damped.diagonal().add_(DAMPING * float(gram.diagonal().mean()) or 1.0)
+    return damped
 
 
 def _at_once(group: Elimination) -> int:

@@ -1,0 +1,251 @@
+"""How much each convolution suffers as it is pruned, measured on calibration data, and the ratios that meet a budget.
+
+The damage of pruning one layer is the squared error that a refit leaves (`fxprune.methods.reconstruction`), relative to
+the variance of what the next layer reads: after the BatchNorm and the addition that follow. Two convolutions with the
+same error of their own differ by far in what they do to a residual stream, and only the latter counts.
+
+A budget is met by taking channels from the layer where the damage for each multiply-accumulate saved is least, again
+and again: the greedy solution of the Lagrangian, optimal where the damage is convex.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import fx, nn
+from tqdm import tqdm
+
+from fxprune.calibration import Batch
+from fxprune.errors import PlanError
+from fxprune.following import follow
+from fxprune.lockstep import Lockstep
+from fxprune.methods import Matrix, cocluster
+from fxprune.methods.reconstruction import error_path
+from fxprune.rewriting import call_sites
+from fxprune.samples import draw
+
+Cost = Literal["macs", "params"]
+
+# How close a budget is met, relative to it.
+TOLERANCE = 0.01
+# Channels are taken in steps of this share of a layer, but at least one at a time.
+STEP = 1 / 32
+SHOWN = (0.25, 0.5, 0.75)
+"""Ratios that the printed table shows."""
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What pruning does to one convolution, the rest of the network dense.
+
+    Attributes:
+        name: module path.
+        groups: number of groups that the damage was measured with.
+        macs, params: of the dense layer, one image.
+        damage: `(C,)` entry `k - 1` is the squared error of the output if each group keeps `k` channels, relative to
+            the variance of what the next layer reads.
+    """
+
+    name: str
+    groups: int
+    macs: int
+    params: int
+    damage: tuple[float, ...]
+
+    def at(self, ratio: float) -> float:
+        """The damage at a ratio in `[0, 1)`."""
+        channels = len(self.damage)
+        return self.damage[max(1, round((1 - ratio) * channels)) - 1]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The sensitivity of each convolution of a network. `str()` is a table, `plot` a picture, `to_json` keeps it.
+
+    Attributes:
+        layers: the convolutions that can be pruned.
+        macs, params: of the whole network, as `fxprune.report` counts them.
+    """
+
+    layers: tuple[LayerSensitivity, ...]
+    macs: int
+    params: int
+
+    def __str__(self) -> str:
+        """One line for each layer: its share of the MACs, and the damage at a few ratios."""
+        width = max([5, *(len(layer.name) for layer in self.layers)])
+        header = "".join(f"{f'at {ratio:.2f}':>10}" for ratio in SHOWN)
+        lines = [f"{'layer':{width}}  groups     MACs  params{header}"]
+        for layer in self.layers:
+            shares = f"{layer.macs / max(1, self.macs):>8.1%}{layer.params / max(1, self.params):>8.1%}"
+            damage = "".join(f"{layer.at(ratio):>10.2%}" for ratio in SHOWN)
+            lines.append(f"{layer.name:{width}}  {layer.groups:>6} {shares}{damage}")
+        return "\n".join(lines)
+
+    def ratios(self, share: float, cost: Cost = "macs") -> dict[str, float]:
+        """The ratio of each layer with which `share` of the cost of the whole network remains, at the least damage.
+
+        Args:
+            share: in `(0, 1]`, of the MACs or parameters of the dense network.
+            cost: which of the two.
+
+        Raises:
+            PlanError: `share` is out of range, or cannot be reached within 1 %; the message says how near one comes.
+        """
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise PlanError(f"{cost} is {share!r}; it must be a share in (0, 1] of the dense network's")
+        total = self.macs if cost == "macs" else self.params
+        price = {layer.name: getattr(layer, cost) / len(layer.damage) for layer in self.layers}
+        kept = {layer.name: len(layer.damage) for layer in self.layers}
+        spent = float(total)
+        while spent > share * total:
+            moves = [(*_cheapest(layer, kept[layer.name], price[layer.name]), layer.name) for layer in self.layers]
+            damage, count, name = min(moves)
+            if damage == float("inf"):
+                break
+            # The last step is as small as will do.
+            surplus = max(1, round((spent - share * total) / price[name]))
+            count = min(count, surplus)
+            kept[name] -= count
+            spent -= count * price[name]
+        if abs(spent / (share * total) - 1) > TOLERANCE:
+            raise PlanError(
+                f"{cost}={share:.4g} is out of reach: the nearest share is {spent / total:.4g}, because "
+                f"{len(self.layers)} convolutions can be pruned; prune more layers, or ask for that"
+            )
+        return {layer.name: 1 - kept[layer.name] / len(layer.damage) for layer in self.layers}
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the damage of each layer against its ratio into a picture file; needs matplotlib.
+
+        Raises:
+            PlanError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise PlanError("a plot needs matplotlib; pip install matplotlib") from error
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot(xlabel="ratio", ylabel="relative squared error", yscale="log")
+        for layer in self.layers:
+            channels = len(layer.damage)
+            axes.plot([1 - k / channels for k in range(1, channels)], layer.damage[:-1], label=layer.name)
+        if len(self.layers) <= 24:
+            axes.legend(fontsize="x-small", ncols=2)
+        figure.savefig(path)
+
+    def to_json(self) -> str:
+        """The table as JSON text; `from_json` gives an equal one back."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Sensitivity":
+        """Undo `to_json`.
+
+        Raises:
+            PlanError: the text is not a sensitivity table.
+        """
+        try:
+            data: dict[str, Any] = json.loads(text)
+            layers = [LayerSensitivity(**{**layer, "damage": tuple(layer["damage"])}) for layer in data["layers"]]
+            return cls(tuple(layers), int(data["macs"]), int(data["params"]))
+        except (TypeError, ValueError, KeyError) as error:
+            raise PlanError(
+                f"the text is no sensitivity table: {error!r}; write it with Sensitivity.to_json"
+            ) from error
+
+
+def measure(
+    dense: fx.GraphModule,
+    groups: Mapping[str, int],
+    costs: Mapping[str, tuple[int, int | None]],
+    batches: Sequence[Batch] | None,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+) -> Sensitivity:
+    """Measure the sensitivity of convolutions, each with the rest of the network dense.
+
+    Args:
+        dense: the network, traced.
+        groups: number of groups of each convolution to measure, by module path.
+        costs: parameters and MACs of all layers, as `fxprune.report.layer_costs` counts them.
+        batches: calibration data. Without them the damage is the share of weight energy lost, a poor substitute: it
+            knows nothing of what the network does with the output.
+        seed: of the positions and of the clustering.
+        progress: show a bar on stderr.
+
+    Raises:
+        PlanError: the MACs are not known, for lack of an example input.
+        CalibrationError: the data do not fit the model.
+    """
+    if any(macs is None for _, macs in costs.values()):
+        raise PlanError("the MACs of the model are not known: no usual input size fits it; pass example_inputs")
+    damages = (
+        _from_weights(dense, groups, seed, progress)
+        if batches is None
+        else _from_data(dense, groups, batches, seed, progress)
+    )
+    layers = (
+        LayerSensitivity(name, groups[name], costs[name][1] or 0, costs[name][0], damage)
+        for name, damage in damages.items()
+    )
+    return Sensitivity(
+        tuple(layers),
+        macs=sum(macs or 0 for _, macs in costs.values()),
+        params=sum(p.numel() for p in dense.parameters()),
+    )
+
+
+def _from_data(
+    dense: fx.GraphModule, groups: Mapping[str, int], batches: Sequence[Batch], seed: int, progress: bool
+) -> dict[str, tuple[float, ...]]:
+    damages = {}
+    with torch.no_grad(), Lockstep(dense, dense, batches, progress=progress) as network:
+        for node, *_ in call_sites(dense).values():
+            name = str(node.target)
+            if name not in groups:
+                continue
+            conv = dense.get_submodule(name)
+            assert isinstance(conv, nn.Conv2d)
+            following = follow(dense, node)
+            if following.other and not network.can_look_ahead(node.name, following.other, frozenset()):
+                following = following.without_other()
+            samples = draw(name, node.name, conv, following, network.pause_before(node.name), seed)
+            read = samples.targets * samples.scale + samples.offset
+            variance = max(float(read.var(0, correction=0).sum()), torch.finfo(torch.float32).tiny)
+            weights = samples.scale.double().abs() / variance**0.5
+            lost = error_path(conv.weight, samples.gram(), samples.cross() * weights[:, None], groups[name], seed)
+            damages[name] = _falling(lost)
+    return damages
+
+
+def _from_weights(
+    dense: fx.GraphModule, groups: Mapping[str, int], seed: int, progress: bool
+) -> dict[str, tuple[float, ...]]:
+    damages = {}
+    for name in tqdm(groups, desc="measuring", unit="conv", disable=not progress):
+        weight = dense.get_parameter(f"{name}.weight").detach().double().cpu()
+        energy = weight.square().sum((2, 3)).numpy()
+        found = cocluster(energy, groups[name], max(1, energy.shape[1] // 2), seed=seed)
+        totals = energy[np.array(found.out_order).reshape(groups[name], -1)].sum(1)  # (n, C)
+        kept = np.sort(totals, axis=1)[:, ::-1].sum(0).cumsum()
+        damages[name] = _falling(1 - kept / max(kept[-1], np.finfo(np.float64).tiny))
+    return damages
+
+
+def _falling(damage: Matrix) -> tuple[float, ...]:
+    """The damage as it must be, 0 or more and never rising with the channels kept: rounding may make it otherwise."""
+    return tuple(np.maximum.accumulate(np.maximum(damage, 0)[::-1])[::-1].tolist())
+
+
+def _cheapest(layer: LayerSensitivity, kept: int, price: float) -> tuple[float, int]:
+    """Damage for each unit of cost saved by the next step, and its channels; infinite if there is none."""
+    count = max(1, int(STEP * len(layer.damage)))
+    if kept - count < 1 or not price:
+        return float("inf"), 0
+    return (layer.damage[kept - count - 1] - layer.damage[kept - 1]) / (count * price), count
