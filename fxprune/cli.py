@@ -17,20 +17,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 import fxprune
 from fxprune import demo
 from fxprune.compiler import record_of
-from fxprune.errors import FxpruneError, VerificationError
+from fxprune.criteria import CRITERIA
+from fxprune.errors import CalibrationError, FxpruneError, VerificationError
 from fxprune.exports import save_onnx, save_torchscript
 from fxprune.models import default_input_size, example_inputs, load_model
+from fxprune.planning import METHODS
+from fxprune.variety import VARIETIES
 
 EPILOG = """\
 examples:
   fxprune demo                                             train, compile and compare a small network
   fxprune compile resnet50 --ratio 0.5 -o resnet50.pt      prune half of the kernel groups of a torchvision model
+  fxprune compile resnet50 --weights resnet50.pth --calibration images.pt --macs 0.5 -o resnet50.pt
   fxprune compile mynets:small --weights small.pt --input-size 2,3,32,32 -o small-pruned.pt
   fxprune report resnet50.pt resnet50                      what became of each convolution
   fxprune verify resnet50.pt resnet50                      does the file still compute what it should?
@@ -42,6 +48,8 @@ examples:
   fxprune compile resnet50 --ratio 0.5 -o resnet50.pt
   fxprune compile resnet18 --ratio 0.75 --form partition --ignore 'layer4.*' --torchscript resnet18.ts.pt
   fxprune compile timm:resnest14d --weights resnest14d.pth --json -o resnest.pt
+  fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --macs 0.5 -o resnet50.pt
+  fxprune compile mynets:small --weights last.pt --method tmi --snapshots epoch1.pt epoch2.pt --calibration images.pt
 """
 
 MODEL_HELP = "a torchvision model, a timm model (timm:NAME), or module:callable"
@@ -125,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check a saved file against the masked model it came from")
     verify.add_argument("file", metavar="FILE", type=Path, help=FILE_HELP)
     verify.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    verify.add_argument(
+        "--calibration", type=Path, metavar="DATA", help="the data that FILE was compiled with, if it was with any"
+    )
     _add_model_options(verify)
     _add_output_options(verify)
     verify.set_defaults(run=_verify)
@@ -146,11 +157,38 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_pruning_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ratio", type=float, default=0.5, help="share of kernel groups to prune (%(default)s)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--ratio", type=float, help="share of kernel groups to prune from each convolution (0.5)")
+    size.add_argument(
+        "--macs",
+        type=float,
+        metavar="SHARE",
+        help="instead: share of multiply-accumulates to keep, in (0, 1]; sensitive layers are pruned less",
+    )
+    size.add_argument("--params", type=float, metavar="SHARE", help="instead: share of parameters to keep, in (0, 1]")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="a few hundred typical inputs (N, ...) as the model reads them, normalized, on which the kept weights are "
+        "refitted: a tensor in a .pt or .pth file, or an array in a .npy file",
+    )
     parser.add_argument("--groups", type=_groups, default="auto", metavar="N|auto", help="groups per convolution")
     parser.add_argument("--form", choices=("auto", "partition", "overlap"), default="auto", help="default: %(default)s")
-    parser.add_argument("--method", default="cocluster", help="how kernels are chosen (default: %(default)s)")
-    parser.add_argument("--criterion", default="l2", help="importance of a kernel, l1 or l2 (default: %(default)s)")
+    parser.add_argument(
+        "--method", default="auto", help=f"how kernels are chosen: {', '.join(METHODS)} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--criterion", help=f"importance of a kernel for method cocluster: {', '.join(CRITERIA)} (default: l2)"
+    )
+    parser.add_argument("--variety", help=f"make the criterion keep rare kernels: {', '.join(VARIETIES)}")
+    parser.add_argument(
+        "--snapshots",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="state dicts from earlier in the same training run, oldest first; for method tmi and some criteria",
+    )
     parser.add_argument(
         "--ignore", action="append", default=[], metavar="PATTERN", help="module names to leave dense; may be repeated"
     )
@@ -191,12 +229,13 @@ def _size(text: str) -> tuple[int, ...]:
 def _compile(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     model = _model(options.model, options)
-    inputs = _inputs(model, options)
+    calibration = _calibration(options)
+    inputs = _inputs(model, options, calibration)
     with _steps(4, options) as step:
         step("planning")
-        plan = fxprune.make_plan(model, example_inputs=inputs, **_pruning(options))
+        plan = fxprune.make_plan(model, example_inputs=inputs, calibration=calibration, **_pruning(options))
         step("masking")
-        masked = fxprune.mask(model, plan)
+        masked = fxprune.mask(model, plan, calibration, progress=_progress(options))
         step("rewriting")
         pruned = fxprune.rewrite(masked, plan, inputs)
         step("checking")
@@ -206,6 +245,7 @@ def _compile(options: argparse.Namespace) -> int:
     document = {
         "model": options.model,
         "weights": None if options.weights is None else str(options.weights),
+        "calibration": None if options.calibration is None else str(options.calibration),
         "files": written,
         "report": report.to_dict(),
         "verification": None if check is None else asdict(check),
@@ -225,21 +265,31 @@ def _report(options: argparse.Namespace) -> int:
             pruned = fxprune.load(options.target, model)
         else:
             step("compiling")
-            inputs = _inputs(model, options)
-            pruned = fxprune.compile(model, example_inputs=inputs, verify=False, **_pruning(options))
+            calibration = _calibration(options)
+            inputs = _inputs(model, options, calibration)
+            pruned = fxprune.compile(
+                model, example_inputs=inputs, calibration=calibration, verify=False, **_pruning(options)
+            )
     report = fxprune.report(pruned)
     return _show(options, report.to_dict(), str(report))
 
 
 def _verify(options: argparse.Namespace) -> int:
     model = _model(options.model, options)
-    with _steps(2, options) as step:
+    calibration = _calibration(options)
+    with _steps(3, options) as step:
         step("loading")
         pruned = fxprune.load(options.file, model)
-        record = record_of(pruned)
-        masked = fxprune.mask(model, record.plan)
+        step("masking")
+        masked = fxprune.mask(model, record_of(pruned).plan, calibration, progress=_progress(options))
         step("checking")
-        check = fxprune.verify(pruned, masked, _inputs(model, options))
+        try:
+            check = fxprune.verify(pruned, masked, _inputs(model, options, calibration))
+        except VerificationError as error:
+            if calibration is not None:
+                raise
+            hint = "if it was compiled with --calibration, give the same data"
+            raise VerificationError(f"{error}; {hint}") from error
     return _show(options, asdict(check), _verdict(check))
 
 
@@ -268,13 +318,48 @@ def _model(name: str, options: argparse.Namespace) -> nn.Module:
     return load_model(name, options.weights, options.seed)
 
 
-def _inputs(model: nn.Module, options: argparse.Namespace) -> tuple[Tensor]:
+def _inputs(model: nn.Module, options: argparse.Namespace, calibration: Tensor | None = None) -> tuple[Tensor]:
+    if calibration is not None and options.input_size is None:
+        return (calibration[:2],)
     return example_inputs(options.input_size or default_input_size(model), options.seed)
 
 
+def _calibration(options: argparse.Namespace) -> Tensor | None:
+    """The inputs in the file that `--calibration` names, `(N, ...)` float32.
+
+    Raises:
+        CalibrationError: the file cannot be read, or holds something else.
+    """
+    path: Path | None = options.calibration
+    if path is None:
+        return None
+    try:
+        if path.suffix == ".npy":
+            content = torch.from_numpy(np.load(path, allow_pickle=False))
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # foreign bytes: UnpicklingError, ValueError, EOFError, ...
+        opener = "numpy.load" if path.suffix == ".npy" else "torch.load(weights_only=True)"
+        raise CalibrationError(f"{path}: is no file that {opener} opens; save one tensor or array (N, ...)") from error
+    if not isinstance(content, Tensor):
+        raise CalibrationError(f"{path}: holds a {type(content).__name__}; save one tensor or array (N, ...)")
+    if not content.is_floating_point():
+        raise CalibrationError(
+            f"{path}: holds {str(content.dtype).removeprefix('torch.')}; save the inputs as the model reads them, "
+            "floating-point and normalized"
+        )
+    if content.dim() < 2 or not content.numel():
+        raise CalibrationError(f"{path}: has shape {tuple(content.shape)}; it must hold at least one input, (N, ...)")
+    return content.detach().float()
+
+
 def _pruning(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("ratio", "groups", "form", "method", "criterion", "ignore", "seed")
-    return {name: getattr(options, name) for name in names} | {"progress": _progress(options)}
+    """Arguments of `fxprune.make_plan`; what was not asked for is left to its defaults."""
+    names = ("ratio", "macs", "params", "groups", "form", "method", "criterion", "variety", "snapshots", "ignore")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return given | {"seed": options.seed, "progress": _progress(options)}
 
 
 def _progress(options: argparse.Namespace) -> bool:

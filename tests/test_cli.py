@@ -1,11 +1,13 @@
 """The command line: what each subcommand prints and writes, its exit codes, and its one-line errors."""
 
+import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -34,6 +36,9 @@ def small():
 
 def wide():
     return nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), Residual(32))
+
+def deep():
+    return nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), *(Residual(32) for _ in range(4)))
 
 def linear():
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
@@ -102,6 +107,168 @@ def test_the_options_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert grouped[0]["reached_ratio"] == 0.75
 
 
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Calibration images, also in `images.pt`."""
+    images = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.save(images, "images.pt")
+    return images
+
+
+COMPILE = ("compile", "handmade_nets:small")
+
+
+def difference(path: str, images: torch.Tensor) -> float:
+    """Mean squared difference of a compiled file from its dense model."""
+    model = load_model("handmade_nets:small")
+    with torch.no_grad():
+        return float((fxprune.load(path, model).eval()(images) - model(images)).square().mean())
+
+
+def test_calibration_refits_the_weights(capsys: pytest.CaptureFixture[str], images: torch.Tensor) -> None:
+    run_json(capsys, *COMPILE, *SIZE, "-o", "masks.pt")
+    document = run_json(capsys, *COMPILE, "--calibration", "images.pt", "-o", "refitted.pt")
+    assert document["calibration"] == "images.pt"
+    assert document["report"]["input_shapes"] == [[2, 3, 8, 8]], "the size of the images, without --input-size"
+    assert document["verification"]["max_abs"] < 1e-9
+    layers = [layer for layer in document["report"]["layers"] if layer["form"] != "dense"]
+    assert len(layers) == 4
+    assert all(layer["error"] is not None for layer in layers)
+    assert difference("refitted.pt", images) < 0.5 * difference("masks.pt", images)
+    masked = fxprune.compile(load_model("handmade_nets:small"), 0.5, calibration=images, verify=False).eval()
+    file = fxprune.load("refitted.pt", load_model("handmade_nets:small")).eval()
+    torch.testing.assert_close(file(images), masked(images))
+
+
+@pytest.mark.parametrize("kind", ["npy", "npy float64", "pth with gradient"])
+def test_calibration_files(capsys: pytest.CaptureFixture[str], images: torch.Tensor, kind: str) -> None:
+    name = f"other.{kind.split()[0]}"
+    if "npy" in kind:
+        np.save(name, images.numpy().astype(np.float64 if "64" in kind else np.float32))
+    else:
+        torch.save(images.clone().requires_grad_(), name)
+    documents = [run_json(capsys, *COMPILE, "--calibration", path)["report"] for path in ("images.pt", name)]
+    assert documents[0] == documents[1]
+
+
+def test_the_input_size_may_differ_from_that_of_the_images(
+    capsys: pytest.CaptureFixture[str], images: torch.Tensor
+) -> None:
+    document = run_json(capsys, *COMPILE, "--calibration", "images.pt", "--input-size", "4,3,16,16")
+    assert document["report"]["input_shapes"] == [[4, 3, 16, 16]]
+
+
+@pytest.mark.parametrize(
+    "name,content,message",
+    [
+        ("absent.pt", None, "cannot be read: No such file"),
+        ("absent.npy", None, "cannot be read: No such file"),
+        ("text.pt", b"no tensor", "torch.load(weights_only=True)"),
+        ("text.npy", b"no array", "numpy.load"),
+        ("dict.pt", {"images": torch.zeros(2, 3, 8, 8)}, "holds a dict"),
+        ("list.pt", [torch.zeros(2, 3, 8, 8)], "holds a list"),
+        ("objects.npy", np.array([None, 1]), "numpy.load"),
+        ("bytes.npy", np.zeros((2, 3, 8, 8), np.uint8), "holds uint8"),
+        ("labels.pt", torch.zeros(2, dtype=torch.int64), "holds int64"),
+        ("flat.pt", torch.zeros(8), "(8,)"),
+        ("empty.pt", torch.zeros(0, 3, 8, 8), "(0, 3, 8, 8)"),
+        ("channels.pt", torch.zeros(2, 7, 8, 8), "7"),
+        ("nan.npy", np.full((2, 3, 8, 8), np.nan), "NaN"),
+    ],
+)
+def test_bad_calibration_files(capsys: pytest.CaptureFixture[str], name: str, content: Any, message: str) -> None:
+    if isinstance(content, bytes):
+        Path(name).write_bytes(content)
+    elif isinstance(content, np.ndarray):
+        np.save(name, content)
+    elif content is not None:
+        torch.save(content, name)
+    assert message in error_of(capsys, *COMPILE, "--calibration", name)
+
+
+def test_calibration_images_with_other_channels_than_the_input_size(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(torch.zeros(2, 7, 8, 8), "channels.pt")
+    assert "does not fit the model" in error_of(capsys, *COMPILE, *SIZE, "--calibration", "channels.pt")
+
+
+@pytest.mark.usefixtures("images")
+def test_verify_a_refitted_file(capsys: pytest.CaptureFixture[str]) -> None:
+    run_json(capsys, *COMPILE, "--calibration", "images.pt", "-o", "small.pt")
+    arguments = ("verify", "small.pt", "handmade_nets:small", *SIZE)
+    assert "give the same data" in error_of(capsys, *arguments, code=1)
+    assert run_json(capsys, *arguments, "--calibration", "images.pt")["max_abs"] < 1e-9
+    torch.save(torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1)), "other.pt")
+    assert "give the same data" not in error_of(capsys, *arguments, "--calibration", "other.pt", code=1)
+
+
+def plan_of(path: str) -> fxprune.PrunePlan:
+    plan = fxprune.load(path, load_model("handmade_nets:small")).meta["fxprune"].plan
+    assert isinstance(plan, fxprune.PrunePlan)
+    return plan
+
+
+@pytest.mark.usefixtures("images")
+@pytest.mark.parametrize(
+    "arguments,method,criterion",
+    [
+        ([], "cocluster", "l2"),
+        (["--calibration", "images.pt"], "reconstruction", "reconstruction"),
+        (["--calibration", "images.pt", "--method", "cocluster"], "cocluster", "l2"),
+        (["--calibration", "images.pt", "--criterion", "activation"], "cocluster", "activation"),
+        (["--criterion", "l1", "--variety", "soft"], "cocluster", "l1, variety soft"),
+        (["--criterion", "movement", "--snapshots", "first.pt", "second.pt"], "cocluster", "movement"),
+        (["--method", "tmi", "--snapshots", "first.pt", "second.pt"], "tmi", "tmi"),
+    ],
+)
+def test_methods_and_criteria(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], method: str, criterion: str
+) -> None:
+    for seed, name in ((5, "first.pt"), (6, "second.pt")):
+        torch.save(load_model("handmade_nets:small", seed=seed).state_dict(), name)
+    run_json(capsys, *COMPILE, *SIZE, "--ratio", "0.25", "--no-verify", *arguments, "-o", "small.pt")
+    plan = plan_of("small.pt")
+    assert (plan.method, plan.criterion) == (method, criterion)
+
+
+def test_snapshots_come_in_the_order_of_the_command_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def stop(model: nn.Module, **options: Any) -> None:
+        given.update(options)
+        raise fxprune.PlanError("enough")
+
+    monkeypatch.setattr(fxprune, "make_plan", stop)
+    error_of(capsys, *COMPILE, *SIZE, "--snapshots", "b.pt", "a.pt", "--variety", "pairs")
+    assert given["snapshots"] == [Path("b.pt"), Path("a.pt")]
+    assert given["variety"] == "pairs"
+    assert given.keys().isdisjoint({"ratio", "macs", "params", "criterion"}), "left to the defaults of make_plan"
+
+
+budgets = pytest.mark.skipif(
+    "macs" not in inspect.signature(fxprune.compile).parameters, reason="this version has no budgets"
+)
+
+
+@budgets
+@pytest.mark.usefixtures("images")
+@pytest.mark.parametrize("what", ["macs", "params"])
+def test_a_budget(capsys: pytest.CaptureFixture[str], what: str) -> None:
+    kept = []
+    for share in ("0.8", "0.6"):
+        arguments = ("compile", "handmade_nets:deep", "--calibration", "images.pt", "--no-verify")
+        report = run_json(capsys, *arguments, f"--{what}", share)["report"]
+        kept.append(report[f"{what}_pruned"] / report[f"{what}_dense"])
+    assert kept == pytest.approx([0.8, 0.6], abs=0.02)  # kernels come in whole channels
+
+
+@budgets
+@pytest.mark.parametrize("share", ["0", "1.5"])
+def test_a_budget_that_cannot_be(capsys: pytest.CaptureFixture[str], share: str) -> None:
+    assert "macs" in error_of(capsys, *COMPILE, *SIZE, "--macs", share)
+
+
 def test_compile_is_deterministic_in_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
     for name, seed in (("a.pt", "1"), ("b.pt", "1"), ("c.pt", "2")):
         run_json(capsys, "compile", "handmade_nets:small", *SIZE, "--seed", seed, "-o", name)
@@ -163,6 +330,13 @@ def test_report_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1.conv1" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("images")
+def test_report_with_calibration(capsys: pytest.CaptureFixture[str]) -> None:
+    document = run_json(capsys, "report", "handmade_nets:small", "--calibration", "images.pt")
+    assert [layer["error"] is not None for layer in document["layers"]] == [False, True, True, True, True]
+    error_of(capsys, "report", "handmade_nets:small", "--calibration", "absent.pt")
+
+
 def test_report_of_a_file_needs_its_model(capsys: pytest.CaptureFixture[str], saved: str) -> None:
     assert "fxprune report small.pt MODEL" in error_of(capsys, "report", saved)
 
@@ -202,6 +376,12 @@ def test_analyze(capsys: pytest.CaptureFixture[str]) -> None:
         (["compile", "handmade_nets:small", *SIZE, "--ratio", "1.5"], "1.5"),
         (["compile", "handmade_nets:small", *SIZE, "--groups", "3"], "3 groups"),
         (["compile", "handmade_nets:small", *SIZE, "--method", "magic"], "magic"),
+        (["compile", "handmade_nets:small", *SIZE, "--criterion", "l3"], "l3"),
+        (["compile", "handmade_nets:small", *SIZE, "--variety", "hard"], "hard"),
+        (["compile", "handmade_nets:small", *SIZE, "--method", "tmi"], "snapshots"),
+        (["compile", "handmade_nets:small", *SIZE, "--method", "reconstruction"], "calibration"),
+        (["compile", "handmade_nets:small", *SIZE, "--snapshots", "absent.pt"], "absent.pt"),
+        (["verify", "absent.pt", "handmade_nets:small", "--calibration", "absent.npy"], "absent.npy"),
         (["compile", "handmade_nets:small", "--input-size", "2,7,8,8"], "7"),
         (["compile", "handmade_nets:small", "--weights", "absent.pth"], "absent.pth"),
         (["verify", "absent.pt", "handmade_nets:small"], "absent.pt"),
@@ -248,6 +428,9 @@ def test_an_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
         [],
         ["compile"],
         ["compile", "m", "--groups", "x"],
+        ["compile", "m", "--snapshots"],
+        ["compile", "m", "--ratio", "0.5", "--macs", "0.5"],
+        ["compile", "m", "--params", "0.5", "--macs", "0.5"],
         ["compile", "m", "--input-size", "2,a"],
         ["compile", "m", "--input-size", "0"],
     ],
