@@ -218,7 +218,9 @@ class Planner:
         """The clustering, and the share of redundant kernel groups if variety looked for them."""
         if self._method == "reconstruction":
             assert samples is not None
-            moments = samples.gram(), samples.cross(), samples.energy()
+            # Each filter counts by what the next layer reads of it, after the BatchNorm.
+            scale = samples.scale.double()
+            moments = samples.gram(), samples.cross() * scale[:, None], samples.energy() * scale.square()
             return reconstruction(conv.weight, *moments, shape.groups, shape.kept, shape.form, self._seed), None
         # One thread: the matrices are small, and on a busy machine threads that wait for each other cost ten times the
         # work.

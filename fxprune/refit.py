@@ -44,7 +44,7 @@ class LayerFit:
     Attributes:
         rows: positions of the calibration data that were used.
         masked: mean squared error of the output with the dense weights, masked, relative to the variance of the target.
-        refitted: the same with the new weights.
+        refitted: the same with the weights of least squares, before a rectifier that follows allows to do better.
     """
 
     rows: int
@@ -139,7 +139,9 @@ def solve(weight: Tensor, kernels: GroupedKernels, samples: Samples, bounds: Bou
     prior = weight.detach().double().flatten(1)
     parts = columns_of(kernels, weight[0, 0].numel(), weight.device)
     gram, cross, ridge = samples.gram(), samples.cross(), RIDGES[0]
-    if len(samples.inputs) < PLENTY * len(gram):
+    if len(samples.inputs) < 2:
+        ridge = RIDGES[-1]
+    elif len(samples.inputs) < PLENTY * len(gram):
         ridge = _best_ridge(parts, prior, *samples.halves())
     problem = GroupedRidge(gram, parts, prior, ridge)
     new, mean = problem.solve(cross), samples.target_mean
@@ -233,7 +235,6 @@ def _one_sided(problem: GroupedRidge, weight: Tensor, samples: Samples, bounds: 
     low, high = bounds
     scale = torch.where(samples.scale == 0, 1, samples.scale)
     wanted = samples.targets * scale + samples.offset  # what the rectifier should read
-    centered = bool(samples.target_mean.any())
     best = ahead = weight, samples.target_mean
     momentum, before = 1.0, float("inf")
     for _ in range(ROUNDS):
@@ -243,7 +244,7 @@ def _one_sided(problem: GroupedRidge, weight: Tensor, samples: Samples, bounds: 
         forgiven = torch.where(wanted >= high, reads.clamp(min=high), forgiven)
         targets = (forgiven - samples.offset) / scale
         loss = float((targets - answer).square().sum(dtype=torch.float64))
-        mean = targets.mean(0, dtype=torch.float64) if centered else samples.target_mean
+        mean = targets.mean(0, dtype=torch.float64) if samples.centered else samples.target_mean
         new = problem.solve(samples.cross(targets)), mean
         if loss > before * (1 - ENOUGH):
             if momentum == 1.0:

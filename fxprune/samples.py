@@ -35,11 +35,12 @@ class Samples:
 
     Attributes:
         inputs: `(N, D)` float32, patches that the pruned network feeds it, less their mean.
-        input_mean: `(D,)` float64, zero if the layer has no place for an intercept.
+        input_mean: `(D,)` float64, zero unless `centered`.
         targets: `(N, O)` float32, what it should give.
-        target_mean: `(O,)` float64, zero if the layer has no place for an intercept.
+        target_mean: `(O,)` float64, zero unless `centered`.
         scale: `(O,)` float32; a rectifier that follows reads `scale * output + offset`. Zero if it is next to nothing.
         offset: `(N, O)` or `(1, O)` float32.
+        centered: whether the layer has a place for an intercept: a bias, or a BatchNorm that follows.
     """
 
     inputs: Tensor
@@ -48,6 +49,7 @@ class Samples:
     target_mean: Tensor
     scale: Tensor
     offset: Tensor
+    centered: bool = True
 
     def gram(self) -> Tensor:
         """`(D, D)` float64, mean of `u^T u` over the rows `u` of `inputs`."""
@@ -151,7 +153,7 @@ def draw(
     inputs -= input_mean.float()
     target_mean = wanted.mean(0, dtype=torch.float64) * centered
     offset = torch.cat(offsets) if offsets else shift[None]
-    return Samples(inputs, input_mean, wanted, target_mean, scale, offset)
+    return Samples(inputs, input_mean, wanted, target_mean, scale, offset, centered)
 
 
 def patches(conv: nn.Conv2d, value: Tensor, image: Tensor, row: Tensor, column: Tensor) -> Tensor:
