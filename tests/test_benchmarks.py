@@ -413,13 +413,17 @@ def test_runs_of_every_variant_with_every_seed(variants: Sequence[planning.Varia
 
 
 def test_a_run_counts_right_and_agreeing_predictions() -> None:
+    given: list[Mapping[str, Any]] = []
+
     def worse(model: nn.Module, calibration: torch.Tensor, options: Mapping[str, Any]) -> fx.GraphModule:
+        given.append(options)
         return fx.symbolic_trace(First(0.7))
 
     variant = planning.Variant("worse", worse)
-    dense, run = planning.runs([variant], First(), lambda seed: (five_images(),) * 2, NOT_NORMALIZED, {}, [0], batch=2)
+    dense, run = planning.runs([variant], First(), lambda seed: (five_images(),) * 2, NOT_NORMALIZED, {}, [4], batch=2)
     assert [dense.accuracy, dense.agreement] == pytest.approx([3 / 5, 1])
     assert [run.accuracy, run.agreement] == pytest.approx([2 / 5, 4 / 5])
+    assert given == [{"seed": 4}]
 
 
 def test_summaries_and_their_table() -> None:
