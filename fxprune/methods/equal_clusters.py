@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from scipy.linalg import eigh
 from scipy.spatial.distance import cdist
-from sklearn.cluster import kmeans_plusplus
-from sklearn.metrics.pairwise import cosine_distances
 
 from fxprune.methods.clustering import Labels, Matrix
 from fxprune.methods.same_size_dbscan import same_size_dbscan
@@ -73,6 +71,8 @@ def spectral(weight: Matrix, groups: int, seed: int = 0) -> Labels:
     Args, returns and errors as in `kernel_pca`.
     """
     filters = len(weight)
+    from sklearn.metrics.pairwise import cosine_distances  # scikit-learn takes most of a second to load
+
     distance = cosine_distances(weight.reshape(filters, -1))  # 1 from a filter of zeros to any other
     neighbours = NEIGHBOURS if filters > NEIGHBOURS + 1 else max(1, filters // 2)
     near = np.zeros((filters, filters), dtype=np.bool_)
@@ -114,6 +114,8 @@ def equal_size_kmeans(points: Matrix, groups: int, seed: int = 0) -> Labels:
     check_divisible(len(points), groups)
     points = points - points.mean(axis=0)
     tolerance = TOLERANCE * float(points.var(axis=0).mean())
+    from sklearn.cluster import kmeans_plusplus
+
     random = np.random.RandomState(seed)  # what kmeans_plusplus takes
     best, best_inertia = np.arange(len(points)) * groups // len(points), np.inf
     for _ in range(RESTARTS):

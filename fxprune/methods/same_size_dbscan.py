@@ -11,7 +11,6 @@ import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import cdist, pdist, squareform
 from scipy.stats import rankdata
-from sklearn.manifold import TSNE
 
 from fxprune.methods.clustering import Labels, Matrix
 from fxprune.plans import check_divisible
@@ -81,6 +80,8 @@ def same_size_dbscan(weight: Matrix, groups: int, seed: int = 0) -> Labels:
 
 
 def _trials(directions: Matrix, groups: int, seed: int) -> Iterator[Trial]:
+    from sklearn.manifold import TSNE  # takes most of a second to load
+
     width = len(directions) // groups
     exact = len(directions) <= EXACT_FILTERS
     for dimension in DIMENSIONS if exact else BARNES_HUT_DIMENSIONS:
