@@ -294,6 +294,26 @@ def test_accuracy_with_calibration(album: Path, tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.usefixtures("tiny_model")
+@pytest.mark.parametrize(
+    "arguments,expected",
+    [(["--macs", "0.6"], {"macs": 0.6}), ([], {"ratio": 0.5}), (["--ratio", "0.3"], {"ratio": 0.3})],
+)
+def test_a_budget_replaces_the_ratio(
+    album: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: dict[str, float]
+) -> None:
+    given: dict[str, Any] = {}
+
+    def stop(model: nn.Module, **options: Any) -> None:
+        given.update(options)
+        raise fxprune.PlanError("enough")
+
+    monkeypatch.setattr(fxprune, "make_plan", stop)
+    assert accuracy.main(["--model", "tiny", "--data", f"photos:{album}", *arguments]) == 2
+    assert {name: given[name] for name in ("ratio", "macs", "params") if name in given} == expected
+    assert given.keys().isdisjoint({"method", "criterion", "variety", "snapshots"}), "left to the defaults of make_plan"
+
+
+@pytest.mark.usefixtures("tiny_model")
 @pytest.mark.parametrize("only,grouped", [("1x1", ["6"]), ("3", ["3"]), ("[0-5]", ["3"])])
 def test_only_some_convolutions(album: Path, tmp_path: Path, only: str, grouped: list[str]) -> None:
     record = tmp_path / "record.json"
