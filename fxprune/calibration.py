@@ -42,7 +42,9 @@ def read_batches(calibration: Calibration, arguments: int = 1) -> list[Batch]:
         raise CalibrationError(
             f"calibration is a {type(calibration).__name__}; it must be a tensor or an iterable of batches"
         )
-    batches = [_arguments(f"calibration batch {i}", batch, arguments) for i, batch in enumerate(calibration)]
+    # Drawing from a loader advances the global generator, even where nothing is shuffled.
+    with torch.random.fork_rng(devices=[]):
+        batches = [_arguments(f"calibration batch {i}", batch, arguments) for i, batch in enumerate(calibration)]
     if not batches:
         raise CalibrationError("calibration holds no batch; pass at least one (an iterator can be read only once)")
     return batches
