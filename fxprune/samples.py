@@ -56,8 +56,15 @@ class Samples:
         return self._mean_product(self.inputs, self.inputs)
 
     def cross(self, targets: Tensor | None = None) -> Tensor:
-        """`(O, D)` float64, mean of `t^T u`; the mean of the targets does not matter where the inputs have none."""
-        return self._mean_product(self.targets if targets is None else targets, self.inputs)
+        """`(O, D)` float64, mean of `t^T u` for rows `t` of `targets`, by default those of the samples.
+
+        If centered, `t` is less its mean too. In exact arithmetic that changes nothing; but in float32 a rest of the
+        mean stays in `inputs`, and times a large target it exceeds what inputs that hardly vary have to say.
+        """
+        targets = self.targets if targets is None else targets
+        if self.centered:
+            targets = targets - targets.mean(0, dtype=torch.float64).float()
+        return self._mean_product(targets, self.inputs)
 
     def halves(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Gram matrix and cross products of the first and the second half of the rows, which are different images."""

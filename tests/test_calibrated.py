@@ -23,7 +23,7 @@ from fxprune.compiler import record_of
 from fxprune.plans import PrunePlan
 from fxprune.refit import FITS, LayerFit
 
-Batches = list[tuple[Tensor, ...]]
+Batches = Sequence[tuple[Tensor, ...]]
 
 # A convolution at several sites is masked and not refitted. In these nets little or nothing else is pruned.
 ONLY_SHARED = {"SharedConvInARow", "ResidualSharedConv"}
@@ -269,6 +269,40 @@ def test_random_state_and_gradient_mode_are_left_alone() -> None:
     assert all(parameter.requires_grad for parameter in pruned.parameters())
     pruned(images()).sum().backward()
     assert all(parameter.grad is not None for parameter in pruned.parameters())
+
+
+# --- what hardly varies ---------------------------------------------------------------------------------------------
+
+
+class NearlyConstant(nn.Module):
+    """Convolutions on a pooled image, whose values vary by a millionth of what they are."""
+
+    def __init__(self, variation: float = 1e-6) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 1)
+        self.conv1 = nn.Conv2d(32, 32, 1)
+        self.conv2 = nn.Conv2d(32, 32, 1)
+        self.head = nn.Conv2d(32, 4, 1)
+        self.variation = variation
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = 1 + self.variation * self.stem(x).relu().mean((2, 3), keepdim=True)
+        return self.head(self.conv2(self.conv1(pooled).relu()).relu())
+
+
+@pytest.mark.parametrize("variation", [1.0, 1e-3, 1e-6, 0.0])
+@pytest.mark.parametrize("count", [4, 64])
+def test_weights_stay_in_range_where_the_input_hardly_varies(count: int, variation: float) -> None:
+    # Means are taken off in float32: what rounding leaves of them must not be taken for signal.
+    model = NearlyConstant(variation).eval()
+    plan = fxprune.make_plan(model, calibration=images(count))
+    masked = fxprune.mask(model, plan, images(count))
+    for name in ("conv1", "conv2"):
+        growth = masked.get_parameter(f"{name}.weight").abs().max() / model.get_parameter(f"{name}.weight").abs().max()
+        assert growth < 5
+    if variation:
+        held_out = [(images(128)[64:],)]
+        assert output_error(masked, model, held_out) < output_error(fxprune.mask(model, plan), model, held_out)
 
 
 # --- networks of torchvision and timm -------------------------------------------------------------------------------
