@@ -13,6 +13,7 @@ from tqdm import tqdm
 from fxprune.criteria import Criterion, Evidence, ScoreFunction, kernel_scores, resolve
 from fxprune.eligibility import check_model, check_weight, parameters_of_several_modules, skip_reason
 from fxprune.errors import PlanError
+from fxprune.least_squares import regularized
 from fxprune.methods import Clustering, Matrix, cocluster, reconstruction, srgkp, tmi_gkp
 from fxprune.methods.cocluster import choose_channels
 from fxprune.plans import GroupedKernels, PrunePlan, freeze_ratio, near_matches
@@ -218,9 +219,7 @@ class Planner:
         """The clustering, and the share of redundant kernel groups if variety looked for them."""
         if self._method == "reconstruction":
             assert samples is not None
-            # Each filter counts by what the next layer reads of it, after the BatchNorm.
-            scale = samples.scale.double()
-            moments = samples.gram(), samples.cross() * scale[:, None], samples.energy() * scale.square()
+            moments = regularized(samples, conv.weight)
             return reconstruction(conv.weight, *moments, shape.groups, shape.kept, shape.form, self._seed), None
         # One thread: the matrices are small, and on a busy machine threads that wait for each other cost ten times the
         # work.

@@ -23,15 +23,12 @@ from torch import Tensor, fx, nn
 
 from fxprune.calibration import Batch
 from fxprune.following import Bounds, Following, follow
+from fxprune.least_squares import GroupedRidge, choose_ridge, columns_of
 from fxprune.lockstep import Lockstep
 from fxprune.plans import GroupedKernels
 from fxprune.rewriting import call_sites
 from fxprune.samples import Samples, draw
 
-# Weights of the pull toward the dense weights, relative to the mean diagonal of the Gram matrix. With PLENTY of rows
-# for each unknown the first is right; with fewer the one that does best on images that it was not fitted to.
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
-PLENTY = 64
 # Rounds of the one-sided problem, and the relative gain below which they end.
 ROUNDS = 24
 ENOUGH = 1e-3
@@ -138,12 +135,8 @@ def solve(weight: Tensor, kernels: GroupedKernels, samples: Samples, bounds: Bou
     """
     prior = weight.detach().double().flatten(1)
     parts = columns_of(kernels, weight[0, 0].numel(), weight.device)
-    gram, cross, ridge = samples.gram(), samples.cross(), RIDGES[0]
-    if len(samples.inputs) < 2:
-        ridge = RIDGES[-1]
-    elif len(samples.inputs) < PLENTY * len(gram):
-        ridge = _best_ridge(parts, prior, *samples.halves())
-    problem = GroupedRidge(gram, parts, prior, ridge)
+    cross = samples.cross()
+    problem = GroupedRidge(samples.gram(), parts, prior, choose_ridge(samples, parts, prior))
     new, mean = problem.solve(cross), samples.target_mean
     energy = float(samples.energy().sum())
     masked = problem.error(problem.mask(prior), cross, energy)
@@ -152,82 +145,6 @@ def solve(weight: Tensor, kernels: GroupedKernels, samples: Samples, bounds: Bou
         new, mean = _one_sided(problem, new, samples, bounds)
     fit = LayerFit(len(samples.inputs), masked, refitted)
     return Solution(new.view_as(weight), mean - new @ samples.input_mean, fit)
-
-
-def columns_of(kernels: GroupedKernels, area: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Filters of each group, and the columns of the flattened weight that it keeps; `area` is `kh * kw`."""
-    filters = torch.tensor(kernels.out_order, device=device).reshape(kernels.groups, -1)
-    kept = torch.tensor(kernels.kept, device=device)
-    columns = (kept[:, :, None] * area + torch.arange(area, device=device)).flatten(1)
-    return list(zip(filters, columns, strict=True))
-
-
-class GroupedRidge:
-    """Least squares of several groups of outputs, each from its own columns, with a pull toward given weights.
-
-    Minimizes `mean |u w - t|^2 + ridge |w - w0|^2` for each output `t` over rows `u`.
-
-    Args:
-        gram: `(D, D)` float64, mean of `u^T u`.
-        parts: for each group its outputs and its columns.
-        prior: `(O, D)` float64, the weights `w0`.
-        ridge: relative to the mean diagonal of `gram`.
-    """
-
-    def __init__(
-        self, gram: Tensor, parts: Sequence[tuple[Tensor, Tensor]], prior: Tensor, ridge: float = RIDGES[0]
-    ) -> None:
-        self._gram, self._parts, self._prior = gram, parts, prior
-        scale = float(gram.diagonal().mean())
-        self._pull = ridge * scale if scale > 0 else 1.0  # all inputs are zero: keep the prior
-        self._factors = []
-        for _, columns in parts:
-            system = gram[columns[:, None], columns]
-            system.diagonal().add_(self._pull)
-            self._factors.append(torch.linalg.cholesky(system))
-
-    def solve(self, cross: Tensor) -> Tensor:
-        """Return the weights `(O, D)`, zero outside the columns of each group, for `cross (O, D)`, mean of `t^T u`."""
-        weights = torch.zeros_like(self._prior)
-        for (outputs, columns), factor in zip(self._parts, self._factors, strict=True):
-            index = outputs[:, None], columns
-            right = cross[index] + self._pull * self._prior[index]
-            weights[index] = torch.cholesky_solve(right.T, factor).T
-        return weights
-
-    def mask(self, weights: Tensor) -> Tensor:
-        """Return a copy that is zero outside the columns of each group."""
-        masked = torch.zeros_like(weights)
-        for outputs, columns in self._parts:
-            masked[outputs[:, None], columns] = weights[outputs[:, None], columns]
-        return masked
-
-    def error(self, weights: Tensor, cross: Tensor, energy: float) -> float:
-        """Mean squared error relative to `energy`, the mean square of all targets."""
-        explained = 2 * (weights * cross).sum() - ((weights @ self._gram) * weights).sum()
-        return max(0.0, 1 - float(explained) / energy) if energy > 0 else 0.0
-
-
-def _best_ridge(
-    parts: Sequence[tuple[Tensor, Tensor]], prior: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
-) -> float:
-    """The ridge that does best when one half of the images is fitted and the other one predicted.
-
-    Args:
-        parts: see `GroupedRidge`, as for `prior`.
-        prior: the dense weights.
-        first: Gram matrix and cross products of one half.
-        second: those of the other.
-    """
-
-    def error(ridge: float) -> float:
-        total = 0.0
-        for (gram, cross), (gram_seen, cross_seen) in ((first, second), (second, first)):
-            weights = GroupedRidge(gram_seen, parts, prior, ridge).solve(cross_seen)
-            total += float((((weights @ gram) - 2 * cross) * weights).sum())
-        return total
-
-    return min(RIDGES, key=error)
 
 
 def _one_sided(problem: GroupedRidge, weight: Tensor, samples: Samples, bounds: Bounds) -> tuple[Tensor, Tensor]:

@@ -114,8 +114,9 @@ class Sensitivity:
             spent -= count * price[name]
         if abs(spent / (share * total) - 1) > TOLERANCE:
             raise PlanError(
-                f"{cost}={share:.4g} is out of reach: the nearest share is {spent / total:.4g}, because "
-                f"{len(self.layers)} convolutions can be pruned; prune more layers, or ask for that"
+                f"{cost}={share:.4g} cannot be met within {TOLERANCE:.0%} by removing whole channels from the "
+                f"{len(self.layers)} convolutions that can be pruned; the nearest share is {spent / total:.4g}: "
+                "ask for that, or let more layers be pruned"
             )
         return {layer.name: 1 - kept[layer.name] / len(layer.damage) for layer in self.layers}
 

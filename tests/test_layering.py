@@ -35,6 +35,7 @@ ORDER = (
     ("calibration", "rewriting"),
     ("following", "lockstep"),
     ("samples", "shapes"),
+    ("least_squares",),
     ("planning",),
     ("refit", "sensitivity"),
     ("verification",),

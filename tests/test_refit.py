@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fxprune.calibration import Batch, read_batches
 from fxprune.following import Bounds
+from fxprune.least_squares import GroupedRidge, columns_of
 from fxprune.plans import GroupedKernels
-from fxprune.refit import GroupedRidge, LayerFit, columns_of, reconstruct, solve
+from fxprune.refit import LayerFit, reconstruct, solve
 from fxprune.samples import Samples
 from fxprune.tracing import trace
 
