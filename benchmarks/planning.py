@@ -22,10 +22,10 @@ import fxprune
 from benchmarks._environment import environment
 from benchmarks._images import Images, Normalization
 from benchmarks.accuracy import add_options, build, left_out, open_sources, settings_of, write
-from fxprune.calibration import read_batches
-from fxprune.following import Following
+from fxprune.calibration.batches import read_batches
+from fxprune.calibration.following import Following
+from fxprune.calibration.refit import reconstruct
 from fxprune.planning import Planner
-from fxprune.refit import reconstruct
 from fxprune.shapes import Shape
 from fxprune.tracing import trace
 

@@ -10,17 +10,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from fxprune.calibration import Calibration, read_batches
+from fxprune.calibration import FITS, Calibration, Choose, read_batches, reconstruct
 from fxprune.channels import ChannelAnalysis, analyze_channels
 from fxprune.criteria import Criterion, ScoreFunction
 from fxprune.errors import FxpruneError, NothingRewrittenWarning, PlanError
 from fxprune.pipeline import default_pipeline, run
 from fxprune.planning import Planner
 from fxprune.plans import GroupedKernels, PrunePlan
-from fxprune.refit import FITS, Choose, reconstruct
 from fxprune.report import Report, layer_costs, make_report
 from fxprune.rewriting import calls, first_reader, read_by_name
-from fxprune.sensitivity import Cost, Sensitivity, measure
+from fxprune.sensitivity import Cost, Sensitivity, check_share, measure
 from fxprune.shapes import Groups
 from fxprune.snapshots import Snapshot
 from fxprune.tracing import Inputs, Trace, meta_values, trace
@@ -88,7 +87,7 @@ def compile(
             without, the first calibration batch serves, or else a usual image size is probed.
         calibration: a few hundred typical inputs: a tensor `(N, ...)`, a `DataLoader`, or any iterable of batches;
             labels are ignored. With it the kept weights are solved anew so that each layer gives what the dense one
-            gave (`fxprune.refit`), which is worth far more than any choice of groups. It is read once.
+            gave (`fxprune.calibration.refit`), which is worth far more than any choice of groups. It is read once.
         groups: number of groups, `"auto"`, or a mapping from pattern to either.
         method: how the groups are chosen, see `fxprune.planning.METHODS`.
         form: `"partition"`, `"overlap"` or `"auto"`.
@@ -234,14 +233,17 @@ class _Data:
     def sensitivity(
         self,
         model: nn.Module,
+        table: Sensitivity | None,
         groups: Groups | Mapping[str, Groups],
         ignore: str | Iterable[str],
         seed: int,
         progress: bool,
     ) -> Sensitivity:
-        """The sensitivity of all convolutions that can be pruned."""
+        """The sensitivity of all convolutions that can be pruned, from `table` if there is one."""
         planner = Planner(model, groups=groups, form="overlap", ignore=ignore, obstacles=_obstacles(model, self.trace))
         shapes = {name: shape.groups for name, shape in planner.shapes.items()}
+        if table is not None:
+            return table.among(model, shapes)
         costs = layer_costs(self.trace.module, self.trace.values)
         return measure(self.trace.module, shapes, costs, self.batches, seed=seed, progress=progress)
 
@@ -283,10 +285,17 @@ def _plan(
         raise PlanError("ratio, macs and params exclude one another; pass one of them")
     if budgets and form == "partition":
         raise PlanError("a budget needs ratios of any value, which the partition form has not; leave form out")
+    if sensitivity is not None and not isinstance(sensitivity, Sensitivity):
+        raise PlanError(
+            f"sensitivity is a {type(sensitivity).__name__}; pass what fxprune.measure_sensitivity returned, or "
+            "Sensitivity.from_json"
+        )
+    if sensitivity is not None and not budgets:
+        raise PlanError("sensitivity is for a budget; pass macs= or params= with it, or leave it out")
     for cost, share in budgets.items():
-        if sensitivity is None:
-            sensitivity = data.sensitivity(model, groups, ignore, seed, progress)
-        ratio, form = sensitivity.ratios(share, cost), "overlap"
+        check_share(share, cost)
+        ratio = data.sensitivity(model, sensitivity, groups, ignore, seed, progress).ratios(share, cost)
+        form = "overlap"
     planner = Planner(
         model,
         0.5 if ratio is None else ratio,
@@ -330,7 +339,7 @@ def measure_sensitivity(
         PlanError: nothing can be pruned, or the MACs are not known.
         CalibrationError: the calibration data are malformed, or do not fit the model.
     """
-    return _Data(model, example_inputs, calibration).sensitivity(model, groups, ignore, seed, progress)
+    return _Data(model, example_inputs, calibration).sensitivity(model, None, groups, ignore, seed, progress)
 
 
 def rewrite(
@@ -356,7 +365,7 @@ def rewrite(
     traced = trace(masked, example_inputs)
     gm = traced.module
     dense = layer_costs(gm, traced.values)
-    params_dense = sum(p.numel() for p in masked.parameters())
+    params_dense = sum(p.numel() for p in gm.parameters())  # auxiliary heads that are never called are not pruned away
     run(gm, default_pipeline(plan, traced.inputs, fold_batch_norm=fold_batch_norm), traced.inputs)
     _own_tensors(gm, masked)
     notes = list(traced.notes)

@@ -10,14 +10,14 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fxprune.calibration.least_squares import regularized
+from fxprune.calibration.samples import Samples
 from fxprune.criteria import Criterion, Evidence, ScoreFunction, kernel_scores, resolve
 from fxprune.eligibility import check_model, check_weight, parameters_of_several_modules, skip_reason
 from fxprune.errors import PlanError
-from fxprune.least_squares import regularized
 from fxprune.methods import Clustering, Matrix, cocluster, reconstruction, srgkp, tmi_gkp
 from fxprune.methods.cocluster import choose_channels
 from fxprune.plans import GroupedKernels, PrunePlan, freeze_ratio, near_matches
-from fxprune.samples import Samples
 from fxprune.shapes import FORMS, Groups, Shape, choose_shape
 from fxprune.snapshots import Snapshot, load_snapshots
 from fxprune.variety import Variety, cosine_similarity, functional_similarity, vary

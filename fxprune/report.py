@@ -62,7 +62,7 @@ class Report:
     Attributes:
         layers: every `Conv2d`, in model order.
         gathers: the gathers that remain, in graph order.
-        params_dense, params_pruned: parameters of the whole model.
+        params_dense, params_pruned: parameters of the whole model, as far as forward uses them.
         macs_dense, macs_pruned: multiply-accumulates of all convolutions and linear layers for one image; None if
             shapes are unknown.
         input_shapes: shapes of the inputs that the MACs are counted for, batch included.
@@ -143,7 +143,7 @@ def make_report(
         dense: parameters and MACs of each layer before, by module path (`layer_costs`).
         gm: the rewritten graph, and `values` what its nodes give on meta tensors.
         errors: of each refitted layer.
-        params_dense: of the whole model before.
+        params_dense: of the whole graph before.
         input_shapes: shapes that the MACs are counted for.
         notes: passed on.
     """

@@ -9,9 +9,10 @@ and again: the greedy solution of the Lagrangian, optimal where the damage is co
 """
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,19 +20,21 @@ import torch
 from torch import fx, nn
 from tqdm import tqdm
 
-from fxprune.calibration import Batch
+from fxprune.calibration.batches import Batch
+from fxprune.calibration.following import follow
+from fxprune.calibration.lockstep import Lockstep
+from fxprune.calibration.samples import draw
 from fxprune.errors import PlanError
-from fxprune.following import follow
-from fxprune.lockstep import Lockstep
 from fxprune.methods import Matrix, cocluster
 from fxprune.methods.reconstruction import error_path
 from fxprune.rewriting import call_sites
-from fxprune.samples import draw
+from fxprune.shapes import kept_channels
 
 Cost = Literal["macs", "params"]
 
-# How close a budget is met, relative to it.
+# How close a budget is met, relative to it, and how far above it the search goes on.
 TOLERANCE = 0.01
+ENOUGH = 0.001
 # Channels are taken in steps of this share of a layer, but at least one at a time.
 STEP = 1 / 32
 SHOWN = (0.25, 0.5, 0.75)
@@ -45,9 +48,12 @@ class LayerSensitivity:
     Attributes:
         name: module path.
         groups: number of groups that the damage was measured with.
-        macs, params: of the dense layer, one image.
+        macs, params: of the weight of the dense layer, one image; a bias stays whatever is pruned.
         damage: `(C,)` entry `k - 1` is the squared error of the output if each group keeps `k` channels, relative to
             the variance of what the next layer reads.
+
+    Raises:
+        PlanError: a number is none, negative or not finite.
     """
 
     name: str
@@ -56,10 +62,22 @@ class LayerSensitivity:
     params: int
     damage: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        """Check the rules above."""
+        if not isinstance(self.name, str):
+            raise PlanError(f"sensitivity: the name of a layer is {self.name!r}; it must be the path of a module")
+        for what, least in (("groups", 1), ("macs", 0), ("params", 0)):
+            _check_count(f"sensitivity of {self.name}: {what}", getattr(self, what), least)
+        for value in self.damage or (None,):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise PlanError(
+                    f"sensitivity of {self.name}: a damage is {value!r}; there must be a finite number, 0 or more, for "
+                    "each number of channels"
+                )
+
     def at(self, ratio: float) -> float:
         """The damage at a ratio in `[0, 1)`."""
-        channels = len(self.damage)
-        return self.damage[max(1, round((1 - ratio) * channels)) - 1]
+        return self.damage[kept_channels(len(self.damage), ratio) - 1]
 
 
 @dataclass(frozen=True)
@@ -69,11 +87,19 @@ class Sensitivity:
     Attributes:
         layers: the convolutions that can be pruned.
         macs, params: of the whole network, as `fxprune.report` counts them.
+
+    Raises:
+        PlanError: `macs` or `params` is no count.
     """
 
     layers: tuple[LayerSensitivity, ...]
     macs: int
     params: int
+
+    def __post_init__(self) -> None:
+        """Check the rules above."""
+        for what in ("macs", "params"):
+            _check_count(f"sensitivity: {what}", getattr(self, what), 0)
 
     def __str__(self) -> str:
         """One line for each layer: its share of the MACs, and the damage at a few ratios."""
@@ -86,6 +112,26 @@ class Sensitivity:
             lines.append(f"{layer.name:{width}}  {layer.groups:>6} {shares}{damage}")
         return "\n".join(lines)
 
+    def among(self, model: nn.Module, names: Collection[str]) -> "Sensitivity":
+        """The same table if only the convolutions `names` of `model` can be pruned.
+
+        Raises:
+            PlanError: the table was measured on another model.
+        """
+        convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+        for layer in self.layers:
+            conv = convs.get(layer.name)
+            found = None if conv is None else (conv.in_channels, conv.weight.numel())
+            if found != (len(layer.damage), layer.params):
+                has = (
+                    "no such Conv2d" if found is None else "a Conv2d of {} channels and {} weights there".format(*found)
+                )
+                raise PlanError(
+                    f"sensitivity: {layer.name} has {len(layer.damage)} channels and {layer.params} weights, but "
+                    f"{type(model).__name__} has {has}; measure this model with fxprune.measure_sensitivity"
+                )
+        return replace(self, layers=tuple(layer for layer in self.layers if layer.name in names))
+
     def ratios(self, share: float, cost: Cost = "macs") -> dict[str, float]:
         """The ratio of each layer with which `share` of the cost of the whole network remains, at the least damage.
 
@@ -96,20 +142,20 @@ class Sensitivity:
         Raises:
             PlanError: `share` is out of range, or cannot be reached within 1 %; the message says how near one comes.
         """
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-            raise PlanError(f"{cost} is {share!r}; it must be a share in (0, 1] of the dense network's")
+        check_share(share, cost)
         total = self.macs if cost == "macs" else self.params
         price = {layer.name: getattr(layer, cost) / len(layer.damage) for layer in self.layers}
         kept = {layer.name: len(layer.damage) for layer in self.layers}
         spent = float(total)
-        while spent > share * total:
-            moves = [(*_cheapest(layer, kept[layer.name], price[layer.name]), layer.name) for layer in self.layers]
-            damage, count, name = min(moves)
-            if damage == float("inf"):
+        while (surplus := spent - share * total) > ENOUGH * share * total:
+            moves = [
+                (*move, layer.name)
+                for layer in self.layers
+                if (move := _step(layer, kept[layer.name], price[layer.name], surplus)) is not None
+            ]
+            if not moves:
                 break
-            # The last step is as small as will do.
-            surplus = max(1, round((spent - share * total) / price[name]))
-            count = min(count, surplus)
+            _, count, name = min(moves)
             kept[name] -= count
             spent -= count * price[name]
         if abs(spent / (share * total) - 1) > TOLERANCE:
@@ -153,11 +199,21 @@ class Sensitivity:
         try:
             data: dict[str, Any] = json.loads(text)
             layers = [LayerSensitivity(**{**layer, "damage": tuple(layer["damage"])}) for layer in data["layers"]]
-            return cls(tuple(layers), int(data["macs"]), int(data["params"]))
-        except (TypeError, ValueError, KeyError) as error:
+            return cls(tuple(layers), data["macs"], data["params"])
+        except (TypeError, ValueError, KeyError, PlanError) as error:
             raise PlanError(
                 f"the text is no sensitivity table: {error!r}; write it with Sensitivity.to_json"
             ) from error
+
+
+def check_share(share: object, cost: Cost) -> None:
+    """See that a budget is one.
+
+    Raises:
+        PlanError: it is no number in `(0, 1]`.
+    """
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise PlanError(f"{cost} is {share!r}; it must be a share in (0, 1] of the dense network's")
 
 
 def measure(
@@ -192,7 +248,7 @@ def measure(
         else _from_data(dense, groups, batches, seed, progress)
     )
     layers = (
-        LayerSensitivity(name, groups[name], costs[name][1] or 0, costs[name][0], damage)
+        LayerSensitivity(name, groups[name], costs[name][1] or 0, dense.get_parameter(f"{name}.weight").numel(), damage)
         for name, damage in damages.items()
     )
     return Sensitivity(
@@ -244,9 +300,18 @@ def _falling(damage: Matrix) -> tuple[float, ...]:
     return tuple(np.maximum.accumulate(np.maximum(damage, 0)[::-1])[::-1].tolist())
 
 
-def _cheapest(layer: LayerSensitivity, kept: int, price: float) -> tuple[float, int]:
-    """Damage for each unit of cost saved by the next step, and its channels; infinite if there is none."""
-    count = max(1, int(STEP * len(layer.damage)))
-    if kept - count < 1 or not price:
-        return float("inf"), 0
+def _step(layer: LayerSensitivity, kept: int, price: float, surplus: float) -> tuple[float, int] | None:
+    """Damage for each unit of cost saved by the next step, and its channels; None if a layer has none to give, or if
+    even one is more than twice the surplus.
+    """
+    if not price:
+        return None
+    count = min(max(1, int(STEP * len(layer.damage))), kept - 1, round(surplus / price))
+    if count < 1:
+        return None
     return (layer.damage[kept - count - 1] - layer.damage[kept - 1]) / (count * price), count
+
+
+def _check_count(what: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise PlanError(f"{what} is {value!r}; it must be an integer, {least} or more")

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from zoo import CASES, Case
 
 import fxprune
+from fxprune.calibration.refit import FITS, LayerFit
 from fxprune.compiler import record_of
 from fxprune.plans import PrunePlan
-from fxprune.refit import FITS, LayerFit
 
 Batches = Sequence[tuple[Tensor, ...]]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from fxprune.calibration import BATCH_SIZE, read_batches
+from fxprune.calibration.batches import BATCH_SIZE, read_batches
 from fxprune.errors import CalibrationError
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from fxprune.following import Following, follow
+from fxprune.calibration.following import Following, follow
 from fxprune.rewriting import Memory
 from fxprune.tracing import trace
 

@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from zoo import CASES, Case, conv3
 
-from fxprune.calibration import Batch
+from fxprune.calibration.batches import Batch
+from fxprune.calibration.lockstep import MEMORY_LIMIT, Lockstep
 from fxprune.errors import CalibrationError
-from fxprune.lockstep import MEMORY_LIMIT, Lockstep
 from fxprune.rewriting import Memory
 from fxprune.tracing import trace
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune.calibration import Batch, read_batches
-from fxprune.following import Bounds
-from fxprune.least_squares import GroupedRidge, columns_of
+from fxprune.calibration.batches import Batch, read_batches
+from fxprune.calibration.following import Bounds
+from fxprune.calibration.least_squares import GroupedRidge, columns_of
+from fxprune.calibration.refit import LayerFit, reconstruct, solve
+from fxprune.calibration.samples import Samples
 from fxprune.plans import GroupedKernels
-from fxprune.refit import LayerFit, reconstruct, solve
-from fxprune.samples import Samples
 from fxprune.tracing import trace
 
 RELU = (0.0, math.inf)
@@ -480,7 +480,7 @@ def test_of_two_branches_the_later_repairs_the_earlier(monkeypatch: pytest.Monke
     masked, new, _ = refitted(model, data, layers=layers)
     together = output_error(new, model, held_out)
     assert together < 0.7 * output_error(masked, model, held_out)
-    monkeypatch.setattr("fxprune.lockstep.Lockstep.can_look_ahead", lambda *_: False)
+    monkeypatch.setattr("fxprune.calibration.lockstep.Lockstep.can_look_ahead", lambda *_: False)
     _, apart, _ = refitted(model, data, layers=layers)
     assert together < 0.95 * output_error(apart, model, held_out)
 

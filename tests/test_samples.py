@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from equality import randomize
 from torch import Tensor, nn
 
-import fxprune.samples
-from fxprune.calibration import Batch
+import fxprune.calibration.samples
+from fxprune.calibration.batches import Batch
+from fxprune.calibration.following import Following, follow
+from fxprune.calibration.lockstep import Lockstep
+from fxprune.calibration.samples import MAX_ROWS, Samples, affine, draw, patches, rows_for
 from fxprune.errors import CalibrationError
-from fxprune.following import Following, follow
-from fxprune.lockstep import Lockstep
-from fxprune.samples import MAX_ROWS, Samples, affine, draw, patches, rows_for
 from fxprune.tracing import trace
 
 
@@ -267,7 +267,7 @@ def test_scale_and_shift_are_those_of_batch_norm(affine_parameters: bool) -> Non
 def test_rows_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomize(Block("norm +"))
     every, _, _ = drawn(model, images(3, 2, 4))
-    monkeypatch.setattr(fxprune.samples, "MAX_ROWS", 40)
+    monkeypatch.setattr(fxprune.calibration.samples, "MAX_ROWS", 40)
     some, _, _ = drawn(model, images(3, 2, 4))
     assert len(every.inputs) == 9 * 6 * 5
     assert abs(len(some.inputs) - 40) <= 1
@@ -281,7 +281,7 @@ def test_rows_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_stay_bounded_with_many_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fxprune.samples, "MAX_ROWS", 12)
+    monkeypatch.setattr(fxprune.calibration.samples, "MAX_ROWS", 12)
     samples, _, _ = drawn(randomize(Block()), images(*[1] * 9))
     assert 9 <= len(samples.inputs) <= 12
 
@@ -294,7 +294,7 @@ def test_a_layer_with_many_inputs_still_gets_rows_for_each_unknown() -> None:
 
 
 def test_a_seed_gives_one_draw_and_global_random_state_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fxprune.samples, "MAX_ROWS", 40)
+    monkeypatch.setattr(fxprune.calibration.samples, "MAX_ROWS", 40)
     model = randomize(Block("norm +"))
     state = torch.get_rng_state()
     first, _, _ = drawn(model, images(3, 2), seed=3)
@@ -311,7 +311,7 @@ def test_a_seed_gives_one_draw_and_global_random_state_is_not_used(monkeypatch: 
 
 
 def test_moments_are_means_over_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fxprune.samples, "CHUNK", 64)
+    monkeypatch.setattr(fxprune.calibration.samples, "CHUNK", 64)
     samples, _, values = drawn(randomize(Block("norm +")), images(3, 2))
     u, t = samples.inputs.double(), samples.targets.double()
     assert torch.allclose(samples.gram(), u.T @ u / len(u), atol=1e-6)

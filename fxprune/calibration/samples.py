@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxprune.calibration.following import Following
+from fxprune.calibration.lockstep import Sample
 from fxprune.errors import CalibrationError
-from fxprune.following import Following
-from fxprune.lockstep import Sample
 
 # Rows: at most MAX_ROWS, and fewer if they would take more than MAX_BYTES in float32, but then still ROWS_PER_UNKNOWN
 # for each unknown of an output.

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from fxprune.calibration import Batch
+from fxprune.calibration.batches import Batch
 from fxprune.errors import CalibrationError
 from fxprune.rewriting import Memory, is_mutating
 

@@ -6,8 +6,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fxprune.calibration.samples import Samples
 from fxprune.plans import GroupedKernels
-from fxprune.samples import Samples
 
 Part: TypeAlias = tuple[Tensor, Tensor]
 """Indices of the outputs of one group, and of the columns of the flattened weight that it keeps."""

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.calibration import Batch
-from fxprune.following import Bounds, Following, follow
-from fxprune.least_squares import GroupedRidge, choose_ridge, columns_of
-from fxprune.lockstep import Lockstep
+from fxprune.calibration.batches import Batch
+from fxprune.calibration.following import Bounds, Following, follow
+from fxprune.calibration.least_squares import GroupedRidge, choose_ridge, columns_of
+from fxprune.calibration.lockstep import Lockstep
+from fxprune.calibration.samples import Samples, draw
 from fxprune.plans import GroupedKernels
 from fxprune.rewriting import call_sites
-from fxprune.samples import Samples, draw
 
 # Rounds of the one-sided problem, and the relative gain below which they end.
 ROUNDS = 24

@@ -1,0 +1,11 @@
+"""What calibration data are used for: two networks run in step, layers sampled, and the kept weights solved anew.
+
+`batches` reads the data, `lockstep` runs the dense and the pruned network over them, `following` sees what comes after
+a layer, `samples` draws the rows of its least squares problem, `least_squares` solves it, `refit` does so for one layer
+after the other.
+"""
+
+from fxprune.calibration.batches import Batch, Calibration, read_batches
+from fxprune.calibration.refit import FITS, Choose, LayerFit, reconstruct
+
+__all__ = ["FITS", "Batch", "Calibration", "Choose", "LayerFit", "read_batches", "reconstruct"]
