@@ -1,6 +1,7 @@
 """The steps of compilation: plan, mask, rewrite, verify. Only `mask` changes the function."""
 
 import copy
+import inspect
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -8,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from fxprune.calibration import FITS, Calibration, Choose, read_batches, reconstruct
+from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct
 from fxprune.channels import ChannelAnalysis, analyze_channels
 from fxprune.criteria import Criterion, ScoreFunction
-from fxprune.errors import FxpruneError, NothingRewrittenWarning, PlanError
+from fxprune.errors import CalibrationError, FxpruneError, NothingRewrittenWarning, PlanError, TraceError
 from fxprune.pipeline import default_pipeline, run
 from fxprune.planning import Planner
 from fxprune.plans import GroupedKernels, PrunePlan
@@ -22,7 +23,7 @@ from fxprune.rewriting import calls, first_reader, read_by_name
 from fxprune.sensitivity import Cost, Sensitivity, check_share, measure
 from fxprune.shapes import Groups
 from fxprune.snapshots import Snapshot
-from fxprune.tracing import Inputs, Trace, meta_values, trace
+from fxprune.tracing import Inputs, Trace, as_inputs, meta_values, trace
 from fxprune.variety import Variety
 from fxprune.verification import RECORD
 from fxprune.verification import verify as verify_models
@@ -220,15 +221,19 @@ class _Data:
     """The trace of a model, with the inputs that it was given: an example, calibration data, both or none."""
 
     def __init__(self, model: nn.Module, example_inputs: Inputs | None, calibration: Calibration | None) -> None:
-        self.trace = trace(model, example_inputs)
         self.example_inputs, self.batches = example_inputs, None
         if calibration is not None:
-            arguments = sum(node.op == "placeholder" for node in self.trace.module.graph.nodes)
-            self.batches = read_batches(calibration, arguments)
+            given = _arguments_needed(model) if example_inputs is None else len(as_inputs(example_inputs))
+            self.batches = read_batches(calibration, given)
             if example_inputs is None:
-                self.example_inputs = tuple(
-                    argument[:2] if isinstance(argument, Tensor) else argument for argument in self.batches[0]
-                )
+                self.example_inputs = _first_two(self.batches[0])
+        try:
+            self.trace = trace(model, self.example_inputs)
+        except TraceError as error:
+            if example_inputs is None and calibration is not None:
+                trace(model)  # it fails too if the model is at fault
+                raise CalibrationError(f"calibration batch 0 does not fit the model: {error}") from error
+            raise
 
     def sensitivity(
         self,
@@ -295,7 +300,7 @@ def _plan(
     for cost, share in budgets.items():
         check_share(share, cost)
         ratio = data.sensitivity(model, sensitivity, groups, ignore, seed, progress).ratios(share, cost)
-        form = "overlap"
+        form = "overlap" if form == "auto" else form
     planner = Planner(
         model,
         0.5 if ratio is None else ratio,
@@ -443,6 +448,21 @@ def _obstacles(model: nn.Module, traced: Trace) -> dict[str, str]:
         elif reader := first_reader(called[name].parameters(), named):
             obstacles[name] = f"its parameters are also read by {reader}, which needs them dense"
     return obstacles
+
+
+def _arguments_needed(model: nn.Module) -> int:
+    """How many positional arguments of forward have no default."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters)
+
+
+def _first_two(batch: Batch) -> Batch:
+    """Two samples are enough of an example, where all tensors agree on what a sample is."""
+    sizes = {leaf.shape[:1] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
+    if len(sizes) != 1 or torch.Size() in sizes:
+        return batch
+    first: Batch = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) else leaf, batch)
+    return first
 
 
 def record_of(pruned: nn.Module) -> Record:

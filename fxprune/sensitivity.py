@@ -177,11 +177,13 @@ class Sensitivity:
         except ImportError as error:
             raise PlanError("a plot needs matplotlib; pip install matplotlib") from error
         figure = Figure(figsize=(8, 5), layout="constrained")
-        axes = figure.add_subplot(xlabel="ratio", ylabel="relative squared error", yscale="log")
+        visible = any(layer.damage[0] > 0 for layer in self.layers)
+        scale = "log" if visible else "linear"
+        axes = figure.add_subplot(xlabel="ratio", ylabel="relative squared error", yscale=scale)
         for layer in self.layers:
             channels = len(layer.damage)
             axes.plot([1 - k / channels for k in range(1, channels)], layer.damage[:-1], label=layer.name)
-        if len(self.layers) <= 24:
+        if 0 < len(self.layers) <= 24:
             axes.legend(fontsize="x-small", ncols=2)
         figure.savefig(path)
 
