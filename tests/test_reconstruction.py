@@ -183,9 +183,9 @@ def test_many_channels_go_several_at_a_time_and_few_one_by_one(monkeypatch: pyte
     sizes: list[int] = []
     drop = Elimination.drop
 
-    def counting(self: Elimination, channels: Tensor) -> None:
+    def counting(self: Elimination, channels: Tensor, adapt: bool = True) -> None:
         sizes.append(len(channels))
-        drop(self, channels)
+        drop(self, channels, adapt)
 
     monkeypatch.setattr(Elimination, "drop", counting)
     _eliminate(eliminations(problem(2, 200), 1), 100)
@@ -435,3 +435,20 @@ def test_filters_without_a_target_do_not_disturb() -> None:
     given = problem(6, 12)
     silent = Problem(given.weight, given.inputs, given.targets * (torch.arange(6) > 1))
     assert len(silent.solve(3, 4, "partition").kept) == 3
+
+
+def test_large_layers_are_estimated_and_right_where_half_of_the_channels_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("fxprune.methods.reconstruction")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 32, 1, 1, generator=generator, dtype=torch.double)
+    inputs = torch.randn(500, 32, generator=generator, dtype=torch.double)  # uncorrelated: costs do not change
+    gram, cross = inputs.T @ inputs / 500, weight.flatten(1) @ inputs.T @ inputs / 500
+    exact = module.error_path(weight, gram, cross, 2)
+    monkeypatch.setattr(module, "LARGE", 16)
+    summed = module.error_path(weight, gram, cross, 2)
+    assert np.all(np.diff(summed) <= 0)
+    assert summed[-1] == 0
+    assert abs(summed[15] / exact[15] - 1) < 0.03
+    assert np.abs(summed - exact).max() < 0.15 * exact[0]
+    chosen = module.reconstruction(weight, gram, cross, (weight.flatten(1) @ gram * weight.flatten(1)).sum(1), 2, 16)
+    assert [len(kept) for kept in chosen.kept] == [16, 16]
