@@ -221,14 +221,14 @@ class _Data:
     """The trace of a model, with the inputs that it was given: an example, calibration data, both or none."""
 
     def __init__(self, model: nn.Module, example_inputs: Inputs | None, calibration: Calibration | None) -> None:
-        self.example_inputs, self.batches = example_inputs, None
+        self.batches, self._inputs, self.example_inputs = None, example_inputs, example_inputs
         if calibration is not None:
             given = _arguments_needed(model) if example_inputs is None else len(as_inputs(example_inputs))
             self.batches = read_batches(calibration, given)
             if example_inputs is None:
-                self.example_inputs = _first_two(self.batches[0])
+                self._inputs, self.example_inputs = self.batches[0], _first_two(self.batches[0])
         try:
-            self.trace = trace(model, self.example_inputs)
+            self.trace = trace(model, self._inputs)
         except TraceError as error:
             if example_inputs is None and calibration is not None:
                 trace(model)  # it fails too if the model is at fault
@@ -257,7 +257,7 @@ class _Data:
     ) -> dict[str, GroupedKernels]:
         """Prune and refit `masked`, a copy of the model, in place."""
         assert self.batches is not None
-        twin = trace(masked, self.example_inputs)
+        twin = trace(masked, self._inputs)
         kernels, fits = reconstruct(
             self.trace.module, twin.module, self.batches, layers, choose, seed=seed, progress=progress
         )

@@ -148,11 +148,12 @@ class Sensitivity:
         kept = {layer.name: len(layer.damage) for layer in self.layers}
         spent = float(total)
         while (surplus := spent - share * total) > ENOUGH * share * total:
-            moves = [
-                (*move, layer.name)
-                for layer in self.layers
-                if (move := _step(layer, kept[layer.name], price[layer.name], surplus)) is not None
-            ]
+            # The last step is as small as will do. Where the channels of one layer are too dear, those of another fill
+            # the gap; where all are, the nearest is the best.
+            beyond = TOLERANCE * share * total
+            moves = self._steps(kept, price, surplus, surplus + beyond / 2)
+            if not moves and surplus > beyond:
+                moves = self._steps(kept, price, surplus, 2 * surplus)
             if not moves:
                 break
             _, count, name = min(moves)
@@ -165,6 +166,23 @@ class Sensitivity:
                 "ask for that, or let more layers be pruned"
             )
         return {layer.name: 1 - kept[layer.name] / len(layer.damage) for layer in self.layers}
+
+    def _steps(
+        self, kept: Mapping[str, int], price: Mapping[str, float], surplus: float, most: float
+    ) -> list[tuple[float, int, str]]:
+        """For each layer that has a next step: the damage for each unit of cost that it saves, its channels, and the
+        layer. A step saves about `surplus` if it can, but never more than `most`.
+        """
+        steps = []
+        for layer in self.layers:
+            left, cost, size = kept[layer.name], price[layer.name], len(layer.damage)
+            if not cost:
+                continue
+            count = min(max(1, int(STEP * size)), max(1, round(surplus / cost)), int(most / cost), left - 1)
+            if count >= 1:
+                damage = layer.damage[left - count - 1] - layer.damage[left - 1]
+                steps.append((damage / (count * cost), count, layer.name))
+        return steps
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the damage of each layer against its ratio into a picture file; needs matplotlib.
@@ -300,18 +318,6 @@ def _from_weights(
 def _falling(damage: Matrix) -> tuple[float, ...]:
     """The damage as it must be, 0 or more and never rising with the channels kept: rounding may make it otherwise."""
     return tuple(np.maximum.accumulate(np.maximum(damage, 0)[::-1])[::-1].tolist())
-
-
-def _step(layer: LayerSensitivity, kept: int, price: float, surplus: float) -> tuple[float, int] | None:
-    """Damage for each unit of cost saved by the next step, and its channels; None if a layer has none to give, or if
-    even one is more than twice the surplus.
-    """
-    if not price:
-        return None
-    count = min(max(1, int(STEP * len(layer.damage))), kept - 1, round(surplus / price))
-    if count < 1:
-        return None
-    return (layer.damage[kept - count - 1] - layer.damage[kept - 1]) / (count * price), count
 
 
 def _check_count(what: str, value: object, least: int) -> None:

@@ -354,6 +354,19 @@ def test_a_budget_between_two_channels_is_out_of_reach() -> None:
     assert 0 < ratios["fine"] < 1
 
 
+def test_small_networks_meet_every_budget_that_small_channels_can_fill() -> None:
+    dear = [0.0] * 16  # a channel is 5 % of the network, and costs nothing
+    cheap = [1 - k / 128 for k in range(1, 129)]
+    layers = LayerSensitivity("dear", 2, 800, 800, tuple(dear)), LayerSensitivity("cheap", 2, 128, 128, tuple(cheap))
+    table = Sensitivity(layers, 1000, 1000)
+    for percent in range(25, 100):
+        share = percent / 100
+        ratios = table.ratios(share)
+        left = 72 + sum(layer.macs * (1 - ratios[layer.name]) for layer in layers)
+        assert left == pytest.approx(1000 * share, rel=TOLERANCE)
+        assert ratios["cheap"] < 0.5  # no more than fills the gap
+
+
 def test_layers_without_cost_are_left_alone() -> None:
     free = LayerSensitivity("free", 2, 0, 0, (0.0, 0.0))
     table = table_of({"a": [1 - k / 100 for k in range(1, 101)]})
