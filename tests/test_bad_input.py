@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import fxprune
-from fxprune.errors import FxpruneError, NothingRewrittenWarning, PassError, PlanError, TraceError
+from fxprune.errors import CalibrationError, FxpruneError, NothingRewrittenWarning, PassError, PlanError, TraceError
 
 
 class Net(nn.Module):
@@ -263,6 +264,248 @@ def test_a_type_of_its_own_for_the_norm() -> None:
     pruned = fxprune.compile(model, example_inputs=image(torch.bfloat16))
     assert pruned.get_parameter("norm.weight").dtype == torch.float32
     assert pruned.get_parameter("conv1.weight").dtype == torch.bfloat16
+
+
+# --- calibration data -----------------------------------------------------------------------------------------------
+
+
+def other_channels(x: Tensor) -> Tensor:
+    return x[:, [0, 1]]
+
+
+CALIBRATIONS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "no batch": (lambda x: [], "calibration holds no batch; pass at least one"),
+    "a used iterator": (lambda x: iter(()), r"holds no batch.*an iterator can be read only once"),
+    "no image": (lambda x: x[:0], r"batch 0 is empty: its shape is \(0, 3, 8, 8\)"),
+    "no image in a later batch": (lambda x: [x, x[:0]], "batch 1 is empty"),
+    "text": (lambda x: "images", "calibration is a str; it must be a tensor or an iterable of batches"),
+    "a number": (lambda x: 3, "calibration is a int; it must be"),
+    "a dict": (lambda x: {"x": x}, "calibration is a dict; it must be"),
+    "a batch of None": (lambda x: [None], "batch 0 is a NoneType; it must be a tensor, or a tuple"),
+    "a batch as dict": (lambda x: [{"x": x}], "batch 0 is a dict; it must be a tensor, or a tuple"),
+    "an array": (lambda x: x.numpy(), "batch 0 is a ndarray; it must be a tensor"),
+    "one dimension": (lambda x: x.flatten(), r"a tensor of shape \(1536,\); the first dimension must count samples"),
+    "one image without batch": (lambda x: x[0], "batch 0 does not fit the model: .*expected 4D input"),
+    "other channels": (lambda x: other_channels(x), r"batch 0 does not fit the model: .*shape \(8, 2, 8, 8\)"),
+    "other channels later": (lambda x: [x, other_channels(x)], "batch 1 does not fit the model: stem fails"),
+    "labels first": (lambda x: [(torch.arange(8), x)], "batch 0 does not fit the model"),
+    "another type": (lambda x: x.double(), "batch 0 does not fit the model: .*double"),
+    "bytes": (lambda x: x.byte(), "batch 0 does not fit the model: .*char"),
+    "NaN": (lambda x: torch.where(x > 2, torch.nan, x), "batch 0 holds NaN or infinity; drop or repair"),
+    "infinity later": (lambda x: [x, x / 0], "batch 1 holds NaN or infinity"),
+    "out of scale": (lambda x: x * 1e30, r"conv1: .* reads values beyond 1e\+17.*check the scale"),
+}
+
+
+@pytest.mark.parametrize("name", CALIBRATIONS)
+@pytest.mark.parametrize("budget", [{}, {"macs": 0.7}], ids=["ratio", "macs"])
+def test_calibration_data_that_make_no_sense(name: str, budget: dict[str, Any]) -> None:
+    make, match = CALIBRATIONS[name]
+    refuse(net(), CalibrationError, match, calibration=make(image(batch=8)), **budget)
+    if not budget:
+        with pytest.raises(CalibrationError, match=match):
+            fxprune.mask(net(), fxprune.make_plan(net()), make(image(batch=8)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x[:1],
+        lambda x: x[:1, :, :1, :1],
+        lambda x: [x[:1], x[1:]],
+        lambda x: [x, x[:, :, :5, 2:]],
+        lambda x: torch.zeros_like(x),
+        lambda x: x[:1].expand(8, -1, -1, -1),
+        lambda x: [(x, None, "label")],
+    ],
+    ids=["one image", "one pixel", "batches of 1 and 7", "two sizes", "zeros", "one image eight times", "labels"],
+)
+@pytest.mark.parametrize("form", ["partition", "overlap"])
+def test_poor_calibration_data_are_taken(make: Callable[[Tensor], Any], form: str) -> None:
+    model, data = net(), make(image(batch=8))
+    pruned = fxprune.compile(model, calibration=data, form=form, verify=True, example_inputs=image())
+    assert grouped(pruned) == ["conv1", "conv2"]
+    assert_sound(pruned, model)
+    for layer in fxprune.measure_sensitivity(model, calibration=data).layers:
+        assert layer.damage[-1] == 0
+
+
+def assert_sound(pruned: nn.Module, model: nn.Module) -> None:
+    """No weight has grown out of bounds."""
+    for name in ("conv1", "conv2"):
+        ours, theirs = pruned.get_parameter(f"{name}.weight"), model.get_parameter(f"{name}.weight")
+        assert torch.isfinite(ours).all()
+        assert ours.abs().max() < 10 * theirs.abs().max()
+
+
+def test_an_argument_that_the_batches_lack() -> None:
+    class TwoInputs(Net):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]  # a net of its own
+            return super().forward(x + y)
+
+    refuse(TwoInputs(), CalibrationError, "batch 0 has 1 entries, but forward takes 2", calibration=image())
+    pair = (image(), image())
+    assert grouped(fxprune.compile(TwoInputs(), calibration=[pair])) == ["conv1", "conv2"]
+
+
+def test_arguments_that_are_no_batches() -> None:
+    class Scaled(Net):
+        def forward(self, x: Tensor, offset: Tensor, factor: Tensor) -> Tensor:  # type: ignore[override]  # see above
+            return super().forward((x + offset) * factor)
+
+    batch = (image(), torch.randn(3, 8, 8), torch.tensor(2.0))
+    assert grouped(fxprune.compile(Scaled(), calibration=[batch])) == ["conv1", "conv2"]
+
+
+@pytest.mark.parametrize("budget", [{}, {"macs": 0.7}], ids=["ratio", "macs"])
+@pytest.mark.parametrize("where, layer", [("before conv1", "conv1"), ("before conv2", "conv2")])
+def test_a_model_that_makes_nan(where: str, layer: str, budget: dict[str, Any]) -> None:
+    class MakesNaN(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            x = self.conv1(x.log() if where == "before conv1" else x)
+            x = self.conv2(x.sqrt() if where == "before conv2" else self.norm(x))
+            return self.head(x.mean((2, 3)))
+
+    model = randomize(MakesNaN())
+    refuse(model, CalibrationError, f"{layer}: .* reads NaN or infinity", calibration=image(), **budget)
+
+
+def test_a_norm_that_makes_nan() -> None:
+    model = net()
+    assert model.norm.running_var is not None
+    model.norm.running_var[3] = float("nan")
+    refuse(model, CalibrationError, "conv2: .* reads NaN or infinity", calibration=image())
+
+
+# --- layers without information -------------------------------------------------------------------------------------
+
+
+class Repeated(Net):
+    """conv1 reads each channel twice: its Gram matrix is singular."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :8]] * 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(self.stem(x))
+        return self.head(self.conv2(self.norm(self.conv1(x)).relu()).mean((2, 3)))
+
+
+class Constant(Repeated):
+    """conv1 reads the same everywhere."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return 0 * x + 3
+
+
+class Silent(Repeated):
+    """conv1 reads zeros."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return 0 * x
+
+
+@pytest.mark.parametrize("kind", [Repeated, Constant, Silent])
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "cocluster"}, {"variety": "soft"}, {"criterion": "activation"}], ids=str
+)
+@pytest.mark.parametrize("form", ["partition", "overlap"])
+def test_singular_gram_matrices(kind: type[Net], options: dict[str, Any], form: str) -> None:
+    model = randomize(kind()).eval()
+    data = image(batch=8)
+    pruned = fxprune.compile(model, calibration=data, form=form, verify=True, example_inputs=data, **options)
+    assert grouped(pruned) == ["conv1", "conv2"]
+    assert_sound(pruned, model)
+    with torch.no_grad():
+        error = float((pruned(data) - model(data)).square().sum() / model(data).square().sum())
+    # Half of what conv1 reads is superfluous, or all of it.
+    assert error < (0.05 if kind is Repeated else 1e-9)
+    damage = fxprune.measure_sensitivity(model, calibration=data, groups=1).layers[0].damage
+    assert damage[7] < 1e-3
+
+
+def test_filters_that_the_norm_switches_off() -> None:
+    model = net().eval()
+    with torch.no_grad():
+        model.norm.weight[:16] = 0
+        model.norm.weight[16:20] = 1e-30
+    pruned = fxprune.compile(model, calibration=image(batch=8), verify=True, example_inputs=image())
+    assert grouped(pruned) == ["conv1", "conv2"]
+    assert_sound(pruned, model)
+    with torch.no_grad():
+        model.norm.weight.zero_()
+    pruned = fxprune.compile(model, calibration=image(batch=8), verify=False)
+    assert_sound(pruned, model)
+    assert all(math.isfinite(d) for d in fxprune.measure_sensitivity(model, calibration=image()).layers[0].damage)
+
+
+# --- snapshots and budgets ------------------------------------------------------------------------------------------
+
+
+def spoiled(key: str, value: Tensor | None) -> dict[str, Tensor]:
+    """A state of another net of the same kind, with one entry changed, or removed."""
+    state = dict(randomize(Net(), seed=1).state_dict())
+    if value is None:
+        del state[key]
+    else:
+        state[key] = value
+    return state
+
+
+SNAPSHOTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "a key less": (lambda: [spoiled("conv1.weight", None)], "snapshot 0 has no 'conv1.weight', which the model has"),
+    "another shape": (
+        lambda: [net(), spoiled("conv2.weight", torch.ones(8, 32, 1, 1))],
+        r"snapshot 1: 'conv2\.weight' has shape \(8, 32, 1, 1\), in the model \(16, 32, 1, 1\)",
+    ),
+    "NaN": (
+        lambda: [spoiled("conv2.weight", torch.full((16, 32, 1, 1), torch.nan))],
+        r"snapshot 0: 'conv2\.weight' holds NaN",
+    ),
+    "another model": (
+        lambda: [Renamed()],
+        r"snapshot 0 has no 'conv1\.weight', which the model has \(near: .*convolut",
+    ),
+    "a wider model": (
+        lambda: [Wider()],
+        r"'conv2\.weight' has shape \(32, 32, 1, 1\).*earlier states of the same model",
+    ),
+    "none": (list, "snapshots is empty"),
+    "one, bare": (lambda: net().state_dict(), "snapshots is a OrderedDict; pass a list"),
+    "a missing file": (lambda: ["epoch_1.pt"], "snapshot 0: .*epoch_1.pt"),
+    "numbers": (lambda: [1], "snapshot 0 is a int"),
+}
+
+
+@pytest.mark.parametrize("name", SNAPSHOTS)
+@pytest.mark.parametrize("use", [{"method": "tmi"}, {"criterion": "movement"}], ids=["tmi", "movement"])
+def test_snapshots_that_do_not_fit(name: str, use: dict[str, Any]) -> None:
+    make, match = SNAPSHOTS[name]
+    refuse(net(), PlanError, match, snapshots=make(), example_inputs=image(), **use)
+
+
+def test_a_snapshot_that_is_the_model_itself() -> None:
+    model = net()
+    refuse(model, PlanError, "shares 'stem.weight' with the model", method="tmi", snapshots=[model.state_dict()])
+    copied = copy.deepcopy(model.state_dict())  # no movement: all scores are 0, and any choice is as good
+    assert grouped(fxprune.compile(model, criterion="movement", snapshots=[copied])) == ["conv1", "conv2"]
+
+
+@pytest.mark.parametrize("data", [{}, {"calibration": image(batch=8)}], ids=["weights", "calibrated"])
+def test_a_budget_out_of_reach(data: dict[str, Any]) -> None:
+    match = r"macs=0\.01 cannot be met within 1% by removing whole channels from the 2 convolutions.* nearest share is"
+    refuse(net(), PlanError, match, example_inputs=image(), macs=0.01, **data)
+    refuse(net(), PlanError, "params=0.01 cannot be met", example_inputs=image(), params=0.01, **data)
+    refuse(
+        net(),
+        PlanError,
+        r"the 0 convolutions that can be pruned; the nearest share is 1:",
+        example_inputs=image(),
+        macs=0.5,
+        ignore="conv*",
+        **data,
+    )
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ ROWS_PER_UNKNOWN = 4
 SILENT = 1e-4
 CHUNK = 8_192
 """Rows that are multiplied in float32 before the product is added up in float64."""
+LARGEST = 1e17
+"""Values of which that many squares add up in float32."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,11 @@ def draw(
         if not torch.isfinite(values).all():
             raise CalibrationError(
                 f"{name}: on the calibration data the layer {what} NaN or infinity; check the data and the model"
+            )
+        if values.abs().max() > LARGEST:
+            raise CalibrationError(
+                f"{name}: on the calibration data the layer {what} values beyond {LARGEST:g}, whose squares are too "
+                "large to add up; check the scale of the data"
             )
     centered = conv.bias is not None or following.norm is not None
     input_mean = inputs.mean(0, dtype=torch.float64) * centered
