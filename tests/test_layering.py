@@ -15,7 +15,7 @@ PACKAGE = Path(fxprune.__file__).parent
 # Each module may import from the lines above its own only; those on one line know nothing of one another.
 ORDER = (
     ("errors",),
-    ("checkpoints", "layers"),
+    ("checkpoints", "layers", "timing"),
     ("tracing",),
     ("channels.atoms",),
     ("channels.interpreter",),
