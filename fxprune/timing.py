@@ -86,7 +86,7 @@ def _cpu_seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def _cuda_seconds(call: Callable[[], object], repeats: int) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     for _ in range(repeats):
         call()
