@@ -30,6 +30,7 @@ from fxprune.errors import CalibrationError, FxpruneError, VerificationError
 from fxprune.exports import save_onnx, save_torchscript
 from fxprune.models import default_input_size, example_inputs, load_model
 from fxprune.planning import METHODS
+from fxprune.shapes import TARGETS
 from fxprune.variety import VARIETIES
 
 EPILOG = """\
@@ -123,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_.set_defaults(run=_compile)
 
     report = commands.add_parser("report", help="show what became of each convolution")
-    report.add_argument("target", metavar="FILE|MODEL", help=f"{FILE_HELP}, or {MODEL_HELP}")
+    report.add_argument("source", metavar="FILE|MODEL", help=f"{FILE_HELP}, or {MODEL_HELP}")
     report.add_argument("model", nargs="?", metavar="MODEL", help="the model that FILE was made from")
     _add_pruning_options(report)
     _add_model_options(report)
@@ -175,6 +176,13 @@ def _add_pruning_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--groups", type=_groups, default="auto", metavar="N|auto", help="groups per convolution")
     parser.add_argument("--form", choices=("auto", "partition", "overlap"), default="auto", help="default: %(default)s")
+    parser.add_argument(
+        "--block",
+        type=int,
+        metavar="N",
+        help="keep input channels in aligned blocks of N, for wide loads (default: 8 for target cuda, else 1)",
+    )
+    parser.add_argument("--target", choices=TARGETS, help="kind of device to plan groups and blocks for")
     parser.add_argument(
         "--method", default="auto", help=f"how kernels are chosen: {', '.join(METHODS)} (default: %(default)s)"
     )
@@ -256,13 +264,13 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    if options.model is None and Path(options.target).is_file():
-        raise FxpruneError(f"{options.target}: is a file; name its model too: fxprune report {options.target} MODEL")
-    model = _model(options.model or options.target, options)
+    if options.model is None and Path(options.source).is_file():
+        raise FxpruneError(f"{options.source}: is a file; name its model too: fxprune report {options.source} MODEL")
+    model = _model(options.model or options.source, options)
     with _steps(1, options) as step:
         if options.model:
             step("loading")
-            pruned = fxprune.load(options.target, model)
+            pruned = fxprune.load(options.source, model)
         else:
             step("compiling")
             calibration = _calibration(options)
@@ -357,7 +365,8 @@ def _calibration(options: argparse.Namespace) -> Tensor | None:
 
 def _pruning(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `fxprune.make_plan`; what was not asked for is left to its defaults."""
-    names = ("ratio", "macs", "params", "groups", "form", "method", "criterion", "variety", "snapshots", "ignore")
+    sizes = ("ratio", "macs", "params", "groups", "form", "block", "target")
+    names = (*sizes, "method", "criterion", "variety", "snapshots", "ignore")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     return given | {"seed": options.seed, "progress": _progress(options)}
 

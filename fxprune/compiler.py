@@ -16,7 +16,7 @@ from fxprune.channels import ChannelAnalysis, analyze_channels
 from fxprune.criteria import Criterion, ScoreFunction
 from fxprune.errors import CalibrationError, FxpruneError, NothingRewrittenWarning, PlanError, TraceError
 from fxprune.pipeline import default_pipeline, run
-from fxprune.planning import Planner
+from fxprune.planning import Planner, resolve_block
 from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.report import Report, layer_costs, make_report
 from fxprune.rewriting import calls, first_reader, read_by_name
@@ -62,6 +62,8 @@ def compile(
     groups: Groups | Mapping[str, Groups] = "auto",
     method: str = "auto",
     form: str = "auto",
+    block: int | None = None,
+    target: str | None = None,
     criterion: str | Criterion | ScoreFunction | None = None,
     variety: str | Variety | None = None,
     snapshots: Iterable[Snapshot] | None = None,
@@ -92,6 +94,11 @@ def compile(
         groups: number of groups, `"auto"`, or a mapping from pattern to either.
         method: how the groups are chosen, see `fxprune.planning.METHODS`.
         form: `"partition"`, `"overlap"` or `"auto"`.
+        block: keep input channels in aligned blocks of this many, so that one load of a fused kernel brings a block: 8
+            are 16 bytes in half precision. What it costs is in the report, as are layers that do not divide into
+            blocks; these are pruned channel by channel. None is 8 for target `"cuda"`, else 1.
+        target: `"cpu"` or `"cuda"`: plan for this kind of device. On `"cuda"` groups are wide enough for the tensor
+            cores where their number is `"auto"`, and blocks are 8; None is as `"cpu"`.
         criterion: importance of a kernel for method `"cocluster"`: a name in `fxprune.criteria.CRITERIA`, a
             `Criterion`, or a function `(name, conv) -> (O, C)`.
         variety: make the criterion keep rare kernels: a name in `fxprune.variety.VARIETIES` or a `Variety`.
@@ -128,6 +135,8 @@ def compile(
         groups=groups,
         method=method,
         form=form,
+        block=block,
+        target=target,
         criterion=criterion,
         variety=variety,
         snapshots=snapshots,
@@ -156,6 +165,8 @@ def make_plan(
     groups: Groups | Mapping[str, Groups] = "auto",
     method: str = "auto",
     form: str = "auto",
+    block: int | None = None,
+    target: str | None = None,
     criterion: str | Criterion | ScoreFunction | None = None,
     variety: str | Variety | None = None,
     snapshots: Iterable[Snapshot] | None = None,
@@ -179,6 +190,8 @@ def make_plan(
         groups=groups,
         method=method,
         form=form,
+        block=block,
+        target=target,
         criterion=criterion,
         variety=variety,
         snapshots=snapshots,
@@ -240,12 +253,14 @@ class _Data:
         model: nn.Module,
         table: Sensitivity | None,
         groups: Groups | Mapping[str, Groups],
+        target: str | None,
         ignore: str | Iterable[str],
         seed: int,
         progress: bool,
     ) -> Sensitivity:
         """The sensitivity of all convolutions that can be pruned, from `table` if there is one."""
-        planner = Planner(model, groups=groups, form="overlap", ignore=ignore, obstacles=_obstacles(model, self.trace))
+        obstacles = _obstacles(model, self.trace)
+        planner = Planner(model, groups=groups, form="overlap", ignore=ignore, obstacles=obstacles, target=target)
         shapes = {name: shape.groups for name, shape in planner.shapes.items()}
         if table is not None:
             return table.among(model, shapes)
@@ -274,7 +289,10 @@ def _plan(
     sensitivity: Sensitivity | None,
     *,
     groups: Groups | Mapping[str, Groups],
+    method: str,
     form: str,
+    block: int | None,
+    target: str | None,
     ignore: str | Iterable[str],
     seed: int,
     progress: bool,
@@ -299,13 +317,18 @@ def _plan(
         raise PlanError("sensitivity is for a budget; pass macs= or params= with it, or leave it out")
     for cost, share in budgets.items():
         check_share(share, cost)
-        ratio = data.sensitivity(model, sensitivity, groups, ignore, seed, progress).ratios(share, cost)
+        together = resolve_block(block, target, method)
+        table = data.sensitivity(model, sensitivity, groups, target, ignore, seed, progress)
+        ratio = table.ratios(share, cost, together)
         form = "overlap" if form == "auto" else form
     planner = Planner(
         model,
         0.5 if ratio is None else ratio,
         groups=groups,
+        method=method,
         form=form,
+        block=block,
+        target=target,
         ignore=ignore,
         seed=seed,
         calibrated=data.batches is not None,
@@ -324,6 +347,7 @@ def measure_sensitivity(
     example_inputs: Inputs | None = None,
     calibration: Calibration | None = None,
     groups: Groups | Mapping[str, Groups] = "auto",
+    target: str | None = None,
     ignore: str | Iterable[str] = (),
     seed: int = 0,
     progress: bool = False,
@@ -336,6 +360,7 @@ def measure_sensitivity(
         example_inputs: for the MACs.
         calibration: what the damage is measured on. Without it, only the weights count.
         groups: number of groups to measure with.
+        target: see `compile`; it decides how many `"auto"` is.
         ignore: patterns of layers to leave out.
         seed: of the sampled positions and of the clustering.
         progress: show a bar on stderr.
@@ -344,7 +369,7 @@ def measure_sensitivity(
         PlanError: nothing can be pruned, or the MACs are not known.
         CalibrationError: the calibration data are malformed, or do not fit the model.
     """
-    return _Data(model, example_inputs, calibration).sensitivity(model, None, groups, ignore, seed, progress)
+    return _Data(model, example_inputs, calibration).sensitivity(model, None, groups, target, ignore, seed, progress)
 
 
 def rewrite(
@@ -373,7 +398,7 @@ def rewrite(
     params_dense = sum(p.numel() for p in gm.parameters())  # auxiliary heads that are never called are not pruned away
     run(gm, default_pipeline(plan, traced.inputs, fold_batch_norm=fold_batch_norm), traced.inputs)
     _own_tensors(gm, masked)
-    notes = list(traced.notes)
+    notes = [*traced.notes, *(f"{name}: {note}" for name, note in plan.notes.items())]
     if traced.probed:
         notes.append(
             "no example_inputs: MACs are for an assumed input size, and the result was not verified"

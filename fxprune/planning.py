@@ -15,10 +15,10 @@ from fxprune.calibration.samples import Samples
 from fxprune.criteria import Criterion, Evidence, ScoreFunction, kernel_scores, resolve
 from fxprune.eligibility import check_model, check_weight, parameters_of_several_modules, skip_reason
 from fxprune.errors import PlanError
-from fxprune.methods import Clustering, Matrix, cocluster, reconstruction, srgkp, tmi_gkp
-from fxprune.methods.cocluster import choose_channels
+from fxprune.methods import Clustering, Labels, Mask, Matrix, cocluster, reconstruction, srgkp, tmi_gkp
+from fxprune.methods.cocluster import choose_channels, in_blocks, share_lost
 from fxprune.plans import GroupedKernels, PrunePlan, freeze_ratio, near_matches
-from fxprune.shapes import FORMS, Groups, Shape, choose_shape
+from fxprune.shapes import BLOCKS, FORMS, TARGETS, Groups, Shape, choose_shape
 from fxprune.snapshots import Snapshot, load_snapshots
 from fxprune.variety import Variety, cosine_similarity, functional_similarity, vary
 
@@ -60,6 +60,8 @@ class Planner:
         seed: of all random numbers. Global random state is neither read nor changed.
         calibrated: whether `choose` will be given samples.
         obstacles: convolutions that the graph does not allow to be grouped, with the reason.
+        block: see `resolve_block`.
+        target: `"cpu"`, `"cuda"` or None: what device `groups="auto"` and the blocks should suit.
 
     Attributes:
         shapes: what becomes of each convolution that is pruned.
@@ -85,6 +87,8 @@ class Planner:
         seed: int = 0,
         calibrated: bool = False,
         obstacles: Mapping[str, str] = MappingProxyType({}),
+        block: int | None = None,
+        target: str | None = None,
     ) -> None:
         self._ratio = freeze_ratio(ratio)
         for count in groups.values() if isinstance(groups, Mapping) else (groups,):
@@ -99,6 +103,8 @@ class Planner:
         free = criterion is None and variety is None
         self._method = method if method != "auto" else "reconstruction" if calibrated and free else "cocluster"
         self._check_method(criterion, form, snapshots, calibrated)
+        self._block, self._target = resolve_block(block, target, self._method), target
+        self._gave_up_blocks = block is None and self._block != resolve_block(None, target, "cocluster")
         check_model(model)
         convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
         if not convs:
@@ -139,14 +145,25 @@ class Planner:
         """
         check_weight(name, conv.weight)
         clustering, redundancy = self._cluster(name, conv, self.shapes[name], samples)
-        return GroupedKernels(clustering.out_order, clustering.kept, conv.in_channels, self._ratios[name], redundancy)
+        return GroupedKernels(
+            clustering.out_order,
+            clustering.kept,
+            conv.in_channels,
+            self._ratios[name],
+            redundancy,
+            self.shapes[name].block,
+            clustering.block_cost,
+        )
 
     def plan(self, layers: Mapping[str, GroupedKernels]) -> PrunePlan:
         """Put the chosen layers together."""
         criterion = self._criterion if self._method == "cocluster" else self._method
         if self._variety is not None:
             criterion = f"{criterion}, variety {self._variety.rule}"
-        return PrunePlan(layers, self.skipped, self._ratio, self._method, criterion, self._seed)
+        notes = {name: note for name, shape in self.shapes.items() if (note := shape.note)}
+        if self._gave_up_blocks:
+            notes = dict.fromkeys(layers, f"method {self._method!r} keeps channels one by one, not in aligned blocks")
+        return PrunePlan(layers, self.skipped, self._ratio, self._method, criterion, self._seed, notes)
 
     def _check_method(self, criterion: object, form: str, snapshots: object, calibrated: bool) -> None:
         for what, value in (("criterion", criterion), ("variety", self._variety)):
@@ -204,7 +221,9 @@ class Planner:
             if count == "auto" and self._method in PUBLISHED and conv.out_channels % PUBLISHED_GROUPS == 0:
                 count = PUBLISHED_GROUPS
             try:
-                shape = choose_shape(conv.out_channels, conv.in_channels, ratios[name], count, form)
+                shape = choose_shape(
+                    conv.out_channels, conv.in_channels, ratios[name], count, form, self._block, self._target
+                )
             except PlanError as error:
                 raise PlanError(f"{name}: {error}") from error
             if isinstance(shape, str):
@@ -220,7 +239,10 @@ class Planner:
         if self._method == "reconstruction":
             assert samples is not None
             moments = regularized(samples, conv.weight)
-            return reconstruction(conv.weight, *moments, shape.groups, shape.kept, shape.form, self._seed), None
+            clustering = reconstruction(
+                conv.weight, *moments, shape.groups, shape.kept, shape.form, self._seed, shape.block
+            )
+            return clustering, None
         # One thread: the matrices are small, and on a busy machine threads that wait for each other cost ten times the
         # work.
         with threadpool_limits(1):
@@ -233,7 +255,7 @@ class Planner:
             if samples is not None and self._moments is not None:
                 self._moments[name] = samples.second_moment(conv.in_channels)
             scores = kernel_scores(name, conv, self._score, self._criterion)
-            clustering = cocluster(scores, shape.groups, shape.kept, shape.form, self._seed)
+            clustering = cocluster(scores, shape.groups, shape.kept, shape.form, self._seed, block=shape.block)
             if self._variety is None:
                 return clustering, None
             return self._varied(clustering, weight, scores, shape, samples)
@@ -244,18 +266,57 @@ class Planner:
         """Keep the groups and choose their channels anew, so that rare ones stay."""
         assert self._variety is not None
         groups = np.array(clustering.out_order).reshape(shape.groups, -1)  # (n, d)
+        labels = np.empty(len(scores), dtype=np.intp)
+        labels[groups] = np.arange(shape.groups)[:, None]
         totals = scores[groups].sum(1)  # (n, C)
+        chosen, redundancy = self._vary(totals, weight, groups, shape, samples)
+        if shape.block == 1:
+            return Clustering.from_labels(labels, chosen), redundancy
+        blocks, _ = self._vary(totals, weight, groups, shape, samples, shape.block)
+        cost = share_lost(float(totals[blocks].sum()), float(totals[chosen].sum()))
+        return Clustering.from_labels(labels, blocks, block_cost=cost), redundancy
+
+    def _vary(
+        self, totals: Matrix, weight: Matrix, groups: Labels, shape: Shape, samples: Samples | None, block: int = 1
+    ) -> tuple[Mask, float]:
+        """The channels `(n, C)` of each group, in blocks that are told apart as channels are, and the redundancy."""
+        assert self._variety is not None
+        filters, channels, height, width = weight.shape
+        weight = weight.reshape(filters, channels // block, block * height, width)  # a block as a channel of many taps
         if self._variety.similarity_for(samples is not None) == "functional":
             assert samples is not None
             gram = samples.gram().cpu().numpy()
-            similarity = np.stack([functional_similarity(weight[filters], gram) for filters in groups])
+            similarity = np.stack([functional_similarity(weight[members], gram) for members in groups])
         else:
-            kernels = weight[groups].swapaxes(1, 2)  # (n, C, d, kh, kw)
+            kernels = weight[groups].swapaxes(1, 2)  # (n, C / block, d, block * kh, kw)
             similarity = cosine_similarity(kernels.reshape(*kernels.shape[:2], -1))
-        remapped, redundancy = vary(totals, shape.kept, similarity, self._variety)
-        labels = np.empty(len(scores), dtype=np.intp)
-        labels[groups] = np.arange(shape.groups)[:, None]
-        return Clustering.from_labels(labels, choose_channels(remapped, shape.kept, shape.form)), redundancy.share
+        kept = shape.kept // block
+        remapped, redundancy = vary(in_blocks(totals, block), kept, similarity, self._variety)
+        return choose_channels(remapped, kept, shape.form).repeat(block, axis=1), redundancy.share
+
+
+def resolve_block(block: int | None, target: str | None, method: str) -> int:
+    """How many channels are kept together.
+
+    Args:
+        block: 1 or more; None is what suits the target: 8 on `"cuda"`, else 1.
+        target: one of `TARGETS`, or None.
+        method: one of `METHODS`. Those of papers choose single channels: None is 1 for them.
+
+    Raises:
+        PlanError: a value is not legal, or the method knows no blocks.
+    """
+    if target is not None:
+        _check_choice("target", target, TARGETS)
+    if block is None:
+        return 1 if target is None or method in PUBLISHED else BLOCKS[target]
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise PlanError(
+            f"block is {block!r}; it must be a positive integer, such as 8, or None for what suits the target"
+        )
+    if block > 1 and method in PUBLISHED:
+        raise PlanError(f"method {method!r} chooses channels one by one; leave block out, or use 'cocluster'")
+    return block
 
 
 def match_patterns(what: str, patterns: Mapping[str, Value], names: Collection[str]) -> dict[str, Value]:

@@ -8,7 +8,7 @@ import itertools
 import json
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -33,10 +33,13 @@ class GroupedKernels:
         in_channels: `C`, the input channels of the dense convolution.
         asked_ratio: the share of kernel groups that was asked to go, in `[0, 1)`; `ratio` is the share that goes.
         redundancy: the share of kernel groups that resemble another of their group, if the planner looked for them.
+        block: every kept set is a union of runs of this many channels that start at its multiples, so that one wide
+            load brings a run; 1 is no rule.
+        block_cost: the share of the importance that the same groups of filters could keep, but for the blocks.
 
     Raises:
-        PlanError: `out_order` is no permutation, the groups differ in size, or a kept set is empty, unordered or
-            out of range. The message does not name the layer: a `GroupedKernels` does not know it.
+        PlanError: `out_order` is no permutation, the groups differ in size, or a kept set is empty, unordered, out of
+            range or no union of blocks. The message does not name the layer: a `GroupedKernels` does not know it.
 
     >>> kernels = GroupedKernels(out_order=(0, 2, 1, 3), kept=((0, 1), (2, 3)), in_channels=4, asked_ratio=0.5)
     >>> print(kernels)
@@ -48,6 +51,8 @@ class GroupedKernels:
     in_channels: int
     asked_ratio: float
     redundancy: float | None = None
+    block: int = 1
+    block_cost: float | None = None
 
     def __post_init__(self) -> None:
         """Turn lists into tuples and check the rules above."""
@@ -55,8 +60,10 @@ class GroupedKernels:
         _set(self, "kept", tuple(_integers(f"kept[{g}]", channels) for g, channels in enumerate(_rows(self.kept))))
         _set(self, "in_channels", _integer("in_channels", self.in_channels))
         _set(self, "asked_ratio", check_ratio(self.asked_ratio))
-        if self.redundancy is not None:
-            _set(self, "redundancy", _share("redundancy", self.redundancy))
+        _set(self, "block", _integer("block", self.block))
+        for name in ("redundancy", "block_cost"):
+            if getattr(self, name) is not None:
+                _set(self, name, _share(name, getattr(self, name)))
         filters = len(self.out_order)
         if not filters:
             raise PlanError("out_order is empty; it must list every filter of the convolution once")
@@ -67,6 +74,8 @@ class GroupedKernels:
                 f"it must hold each of 0..{filters - 1} once"
             )
         check_divisible(filters, len(self.kept))
+        if self.in_channels % self.block:
+            raise PlanError(f"{self.in_channels} channels do not divide into blocks of {self.block}; use block=1")
         for group, channels in enumerate(self.kept):
             self._check_kept(group, channels)
 
@@ -86,12 +95,21 @@ class GroupedKernels:
                 f"group {group} keeps channel {outside}, which is outside 0..{self.in_channels - 1}: "
                 f"the convolution has {self.in_channels} input channels"
             )
+        starts = channels[:: self.block]
+        whole = tuple(channel for start in starts for channel in range(start, start + self.block))
+        if any(start % self.block for start in starts) or channels != whole:
+            raise PlanError(
+                f"the channels of group {group} are no union of blocks of {self.block} that start at its multiples; "
+                "use block=1 for channels of any order"
+            )
 
     def __str__(self) -> str:
         """One line: form, groups, and what they keep."""
         return (
             f"{self.form}: {self.groups} groups of {self.group_width} filters, "
-            f"each keeps {self.kept_channels} of {self.in_channels} channels (ratio {self.ratio:.4g})"
+            f"each keeps {self.kept_channels} of {self.in_channels} channels"
+            + (f" in blocks of {self.block}" if self.block > 1 else "")
+            + f" (ratio {self.ratio:.4g})"
         )
 
     @property
@@ -140,6 +158,8 @@ class GroupedKernels:
             "in_channels": self.in_channels,
             "asked_ratio": self.asked_ratio,
             "redundancy": self.redundancy,
+            "block": self.block,
+            "block_cost": self.block_cost,
         }
 
     @classmethod
@@ -149,8 +169,9 @@ class GroupedKernels:
         Raises:
             PlanError: a field is missing, unknown or invalid.
         """
-        data = {"redundancy": None} | data if isinstance(data, dict) else data
-        return cls(**_fields(data, "out_order", "kept", "in_channels", "asked_ratio", "redundancy"))
+        names = tuple(field.name for field in fields(cls))
+        later = {"redundancy": None, "block": 1, "block_cost": None}  # plans of earlier versions have no such fields
+        return cls(**_fields(later | data if isinstance(data, dict) else data, *names))
 
 
 @dataclass(frozen=True)
@@ -164,11 +185,12 @@ class PrunePlan:
         method: how the groups were chosen.
         criterion: how a kernel's importance was measured.
         seed: of the random numbers that the method drew.
+        notes: module name of a planned layer, to what the user should know of how it was planned.
 
     Two plans are equal when all fields are. A plan can be copied and pickled, but not hashed.
 
     Raises:
-        PlanError: a field has the wrong type, or a layer is both planned and skipped.
+        PlanError: a field has the wrong type, a layer is both planned and skipped, or a note is about no planned layer.
     """
 
     layers: Mapping[str, GroupedKernels]
@@ -177,11 +199,13 @@ class PrunePlan:
     method: str = "manual"
     criterion: str = "manual"
     seed: int = 0
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Make the mappings read-only and check them."""
         _set(self, "layers", _frozen("layers", self.layers, GroupedKernels))
         _set(self, "skipped", _frozen("skipped", self.skipped, str))
+        _set(self, "notes", _frozen("notes", self.notes, str))
         _set(self, "ratio", freeze_ratio(self.ratio))
         _set(self, "seed", _integer("seed", self.seed))
         for name in ("method", "criterion"):
@@ -189,24 +213,34 @@ class PrunePlan:
                 raise PlanError(f"{name} is {getattr(self, name)!r}; it must be a string")
         for name in self.layers.keys() & self.skipped.keys():
             raise PlanError(f"{name}: the layer is both planned and skipped; list it once")
+        for name in self.notes.keys() - self.layers.keys():
+            raise PlanError(
+                f"notes: {name!r} is no planned layer; notes are about these, reasons for others in skipped"
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle and deepcopy by the constructor: neither knows the mapping proxies that keep the plan constant."""
         ratio = dict(self.ratio) if isinstance(self.ratio, Mapping) else self.ratio
-        return PrunePlan, (dict(self.layers), dict(self.skipped), ratio, self.method, self.criterion, self.seed)
+        layers, skipped, notes = dict(self.layers), dict(self.skipped), dict(self.notes)
+        return PrunePlan, (layers, skipped, ratio, self.method, self.criterion, self.seed, notes)
 
     def __str__(self) -> str:
         """A table: one line for each planned layer, then one for each skipped layer with its reason."""
         width = max((len(name) for name in (*self.layers, *self.skipped)), default=5)
         lines = [f"{len(self.layers)} convolutions to prune, {len(self.skipped)} left dense"]
+        blocks = any(kernels.block > 1 for kernels in self.layers.values())
         if self.layers:
-            lines.append(f"{'layer':{width}}  {'form':9}  groups x filters  kept/channels  ratio (asked)")
+            header = f"{'layer':{width}}  {'form':9}  groups x filters  kept/channels  {'ratio (asked)':15}"
+            lines.append(f"{header}  blocks (cost)" if blocks else header.rstrip())
         for name, kernels in self.layers.items():
             grouping = f"{kernels.groups} x {kernels.group_width}"
             kept = f"{kernels.kept_channels}/{kernels.in_channels}"
             ratio = f"{kernels.ratio:.4f} ({kernels.asked_ratio:.4g})"
-            lines.append(f"{name:{width}}  {kernels.form:9}  {grouping:>16}  {kept:>13}  {ratio}")
+            line = f"{name:{width}}  {kernels.form:9}  {grouping:>16}  {kept:>13}  {ratio:15}"
+            cost = "" if kernels.block_cost is None else f" ({100 * kernels.block_cost:.1f} %)"
+            lines.append(f"{line}  {kernels.block}{cost}" if blocks else line.rstrip())
         lines += [f"{name:{width}}  dense      {reason}" for name, reason in self.skipped.items()]
+        lines += [f"note: {name}: {note}" for name, note in self.notes.items()]
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -221,6 +255,7 @@ class PrunePlan:
                 "seed": self.seed,
                 "layers": {name: kernels.to_dict() for name, kernels in self.layers.items()},
                 "skipped": dict(self.skipped),
+                "notes": dict(self.notes),
             }
         )
 
@@ -240,7 +275,8 @@ class PrunePlan:
         version = data.pop("version", None)
         if version != VERSION:
             raise PlanError(f"the plan has version {version!r}, but only {VERSION} can be read; make the plan again")
-        values = _fields(data, "ratio", "method", "criterion", "seed", "layers", "skipped")
+        # Plans of earlier versions have no notes.
+        values = _fields({"notes": {}} | data, "ratio", "method", "criterion", "seed", "layers", "skipped", "notes")
         if not isinstance(values["layers"], dict):
             raise PlanError("layers is not a JSON object; it must map module names to groupings")
         layers = {}
@@ -349,8 +385,9 @@ def _integer(what: str, value: object) -> int:
         number = operator.index(value)  # type: ignore[arg-type]  # raises for what is no integer
     except TypeError:
         number = None
-    if number is None or isinstance(value, bool) or (what == "in_channels" and number < 1):
-        rule = "a positive integer" if what == "in_channels" else "an integer"
+    positive = what in ("in_channels", "block")
+    if number is None or isinstance(value, bool) or (positive and number < 1):
+        rule = "a positive integer" if positive else "an integer"
         raise PlanError(f"{what} is {value!r}; it must be {rule}")
     return number
 

@@ -30,6 +30,8 @@ class LayerReport:
         redundancy: share of its kernel groups that resemble another, if the planner looked for them (`variety=`).
         error: squared error of its output on the calibration data, relative to the variance of what the dense network
             gives there; None without calibration.
+        block_cost: share of the importance that the same groups could keep, but for the blocks of channels (`block=`);
+            None if channels are kept one by one.
     """
 
     name: str
@@ -44,6 +46,7 @@ class LayerReport:
     reason: str
     redundancy: float | None = None
     error: float | None = None
+    block_cost: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,13 @@ class Report:
     def __str__(self) -> str:
         width = max([12, *(len(layer.name) for layer in self.layers)])
         extra = [
-            name for name in ("redundancy", "error") if any(getattr(layer, name) is not None for layer in self.layers)
+            name
+            for name in ("redundancy", "error", "block_cost")
+            if any(getattr(layer, name) is not None for layer in self.layers)
         ]
         lines = [
             f"{'convolution':{width}}  {'form':9} {'groups':>6} {'asked':>6} {'reached':>7} {'params':>19} {'MACs':>19}"
-            + "".join(f" {name:>10}" for name in extra)
+            + "".join(f" {name.replace('_', ' '):>10}" for name in extra)
         ]
         for layer in self.layers:
             if layer.reason:
@@ -167,6 +172,7 @@ def make_report(
                 reason=plan.skipped.get(name, ""),
                 redundancy=kernels.redundancy if kernels else None,
                 error=errors.get(name),
+                block_cost=kernels.block_cost if kernels else None,
             )
         )
     order = {name: i for i, name in enumerate(dense)}

@@ -28,7 +28,7 @@ from fxprune.errors import PlanError
 from fxprune.methods import Matrix, cocluster
 from fxprune.methods.reconstruction import error_path
 from fxprune.rewriting import call_sites
-from fxprune.shapes import kept_channels
+from fxprune.shapes import kept_channels, unit_of
 
 Cost = Literal["macs", "params"]
 
@@ -132,12 +132,13 @@ class Sensitivity:
                 )
         return replace(self, layers=tuple(layer for layer in self.layers if layer.name in names))
 
-    def ratios(self, share: float, cost: Cost = "macs") -> dict[str, float]:
+    def ratios(self, share: float, cost: Cost = "macs", block: int = 1) -> dict[str, float]:
         """The ratio of each layer with which `share` of the cost of the whole network remains, at the least damage.
 
         Args:
             share: in `(0, 1]`, of the MACs or parameters of the dense network.
             cost: which of the two.
+            block: channels go in blocks of this many, in the layers that divide into them.
 
         Raises:
             PlanError: `share` is out of range, or cannot be reached within 1 %; the message says how near one comes.
@@ -151,37 +152,41 @@ class Sensitivity:
             # The last step is as small as will do. Where the channels of one layer are too dear, those of another fill
             # the gap; where all are, the nearest is the best.
             beyond = TOLERANCE * share * total
-            moves = self._steps(kept, price, surplus, surplus + beyond / 2)
+            moves = self._steps(kept, price, surplus, surplus + beyond / 2, block)
             if not moves and surplus > beyond:
-                moves = self._steps(kept, price, surplus, 2 * surplus)
+                moves = self._steps(kept, price, surplus, 2 * surplus, block)
             if not moves:
                 break
             _, count, name = min(moves)
             kept[name] -= count
             spent -= count * price[name]
         if abs(spent / (share * total) - 1) > TOLERANCE:
+            whole = "whole channels" if block == 1 else f"blocks of {block} channels"
             raise PlanError(
-                f"{cost}={share:.4g} cannot be met within {TOLERANCE:.0%} by removing whole channels from the "
+                f"{cost}={share:.4g} cannot be met within {TOLERANCE:.0%} by removing {whole} from the "
                 f"{len(self.layers)} convolutions that can be pruned; the nearest share is {spent / total:.4g}: "
                 "ask for that, or let more layers be pruned"
             )
         return {layer.name: 1 - kept[layer.name] / len(layer.damage) for layer in self.layers}
 
     def _steps(
-        self, kept: Mapping[str, int], price: Mapping[str, float], surplus: float, most: float
+        self, kept: Mapping[str, int], price: Mapping[str, float], surplus: float, most: float, block: int
     ) -> list[tuple[float, int, str]]:
         """For each layer that has a next step: the damage for each unit of cost that it saves, its channels, and the
         layer. A step saves about `surplus` if it can, but never more than `most`.
         """
         steps = []
         for layer in self.layers:
-            left, cost, size = kept[layer.name], price[layer.name], len(layer.damage)
+            size = len(layer.damage)
+            unit = unit_of(size, block)
+            left, cost = kept[layer.name], price[layer.name] * unit
             if not cost:
                 continue
-            count = min(max(1, int(STEP * size)), max(1, round(surplus / cost)), int(most / cost), left - 1)
+            step = max(1, int(STEP * size / unit)), max(1, round(surplus / cost))
+            count = unit * min(*step, int(most / cost), left // unit - 1)
             if count >= 1:
                 damage = layer.damage[left - count - 1] - layer.damage[left - 1]
-                steps.append((damage / (count * cost), count, layer.name))
+                steps.append((damage / (count * price[layer.name]), count, layer.name))
         return steps
 
     def plot(self, path: str | os.PathLike[str]) -> None:

@@ -11,6 +11,8 @@ has an exact solution when the other is fixed, so the sum never falls:
 This is block-wise co-clustering by alternating minimization (Banerjee, Dhillon, Ghosh, Merugu, Modha, "A Generalized
 Maximum Entropy Approach to Bregman Co-clustering", JMLR 8, 2007, section 4) with equal-size groups. It finds a local
 optimum, hence the several starts.
+
+Where channels are kept in aligned blocks, a block takes the place of a channel and weighs what its channels weigh.
 """
 
 import numpy as np
@@ -27,7 +29,13 @@ NOISE = 1e-12
 
 
 def cocluster(
-    importance: Matrix, groups: int, kept: int, form: Form = "overlap", seed: int = 0, restarts: int = 4
+    importance: Matrix,
+    groups: int,
+    kept: int,
+    form: Form = "overlap",
+    seed: int = 0,
+    restarts: int = 4,
+    block: int = 1,
 ) -> Clustering:
     """Group the filters and choose the input channels of each group so that the kept importance is large.
 
@@ -38,22 +46,49 @@ def cocluster(
         form: `"overlap"`: kept sets may share channels; `"partition"`: each channel goes to exactly one group.
         seed: of the random starts. Global random state is neither read nor changed.
         restarts: random starts beside the spectral one; the best result wins.
+        block: channels are kept in runs of this many that start at its multiples; it divides `C` and `k`.
 
     Raises:
-        PlanError: the filters, or in partition form the channels, do not divide.
+        PlanError: the filters, the channels of the partition form, or the blocks do not divide.
     """
     filters, channels = importance.shape
     check_divisible(filters, groups)
     if not 1 <= kept <= channels or (form == "partition" and kept * groups != channels):
         raise PlanError(f"{groups} groups cannot keep {kept} of {channels} channels each in {form} form")
+    if channels % block or kept % block:
+        raise PlanError(f"{kept} of {channels} channels cannot be kept in blocks of {block}; use a divisor of both")
+    units = in_blocks(importance, block)
     generator = np.random.default_rng(seed)
     ranks = np.arange(filters) * groups // filters  # balanced labels by rank: 0..0 1..1 ...
-    starts = [ranks[np.argsort(np.argsort(_spectral_coordinate(importance), kind="stable"))]]
+    starts = [ranks[np.argsort(np.argsort(_spectral_coordinate(units), kind="stable"))]]
     if groups > 1:
         starts += [generator.permutation(ranks) for _ in range(restarts)]
-    results = [alternate(importance, labels, kept, form) for labels in starts]
+    results = [alternate(units, labels, kept // block, form) for labels in starts]
     labels, chosen, history = max(results, key=lambda result: result[2][-1])  # the first of equals
-    return Clustering.from_labels(labels, chosen, tuple(history))
+    chosen = chosen.repeat(block, axis=1)
+    cost = None
+    if block > 1:
+        totals = group_totals(importance, labels)
+        free = choose_channels(totals, kept, form, chosen)
+        cost = share_lost(float(totals[chosen].sum()), float(totals[free].sum()))
+    return Clustering.from_labels(labels, chosen, tuple(history), cost)
+
+
+def in_blocks(importance: Matrix, block: int) -> Matrix:
+    """Importance of aligned blocks of channels: `(N, C)` to `(N, C / block)`."""
+    blocks: Matrix = importance.reshape(len(importance), -1, block).sum(axis=2)
+    return blocks
+
+
+def share_lost(kept: float, free: float) -> float:
+    """Share of `free`, what could be kept, that `kept` falls short of; 0 if it does not."""
+    return max(0.0, 1 - kept / free) if free > 0 else 0.0
+
+
+def group_totals(importance: Matrix, labels: Labels) -> Matrix:
+    """Importance `(n, C)` of each channel to each group of filters."""
+    totals: Matrix = np.equal.outer(np.arange(int(labels.max()) + 1), labels).astype(importance.dtype) @ importance
+    return totals
 
 
 def alternate(importance: Matrix, labels: Labels, kept: int, form: Form) -> tuple[Labels, Mask, list[float]]:
@@ -68,11 +103,10 @@ def alternate(importance: Matrix, labels: Labels, kept: int, form: Form) -> tupl
     Returns:
         labels `(O,)`, chosen channels `(n, C)` bool, and the kept importance after each half-step.
     """
-    groups = int(labels.max()) + 1
     chosen: Mask | None = None
     history: list[float] = []
     for _ in range(MAX_ROUNDS):
-        totals = np.equal.outer(np.arange(groups), labels).astype(importance.dtype) @ importance  # (n, C)
+        totals = group_totals(importance, labels)
         chosen = choose_channels(totals, kept, form, chosen)
         history.append(float(totals[chosen].sum()))
         score = importance @ chosen.T.astype(importance.dtype)  # (O, n)

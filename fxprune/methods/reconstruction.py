@@ -9,6 +9,8 @@ problem, as `cocluster` does, but with this error in place of the kept weight:
    `kh * kw` weights of every filter of the group at once). In partition form a channel that only one group still reads
    stays there, and a group that has come down to its share gives up no more.
 2. filters, given the channels: the error of each filter in each group, and a balanced assignment.
+
+Where channels are kept in aligned blocks, a block takes the place of a channel: its weights are given up together.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fxprune.methods.clustering import Clustering, Labels, Mask, Matrix
-from fxprune.methods.cocluster import assign_balanced, cocluster
+from fxprune.methods.cocluster import assign_balanced, cocluster, share_lost
 from fxprune.plans import Form
 
 # Added to the diagonal, relative to its mean: dead and collinear inputs leave a matrix that can be inverted.
@@ -41,6 +43,7 @@ def reconstruction(
     kept: int,
     form: Form = "overlap",
     seed: int = 0,
+    block: int = 1,
 ) -> Clustering:
     """Group the filters and choose the input channels of each group so that the refitted layer errs little.
 
@@ -55,25 +58,25 @@ def reconstruction(
         kept: `k`, input channels of each group.
         form: see `cocluster`.
         seed: see `cocluster`.
+        block: see `cocluster`.
 
     Returns:
         The clustering. Its history holds the mean squared error of the outputs, negated, so that it rises: for the
-        channels of the start, then after each round of both half-steps.
+        channels of the start, then after each round of both half-steps. Its block cost is the share of the energy of
+        the outputs that the same groups of filters explain with single channels, but not with blocks.
     """
     damped = _damped(gram)
     inverse = torch.linalg.inv(damped)
-    start = cocluster(kernel_energy(weight, gram), groups, kept, form, seed)
+    start = cocluster(kernel_energy(weight, gram), groups, kept, form, seed, block=block)
     labels: Labels = np.empty(len(weight), dtype=np.intp)
     labels[list(start.out_order)] = np.arange(len(weight)) * groups // len(weight)
-    chosen: Mask = np.zeros((groups, weight.shape[1]), dtype=np.bool_)
-    np.put_along_axis(chosen, np.array(start.kept), True, axis=1)
+    chosen: Mask = np.zeros((groups, weight.shape[1] // block), dtype=np.bool_)  # (n, C / block)
+    np.put_along_axis(chosen, np.array(start.kept)[:, ::block] // block, True, axis=1)
     best: tuple[Labels, Mask] = labels, chosen
     history: list[float] = []
     for turn in range(1 + (ROUNDS if gram.shape[0] <= LARGE else 1)):
         if turn:
-            members = [torch.from_numpy(np.flatnonzero(labels == group)).to(gram.device) for group in range(groups)]
-            eliminations = [Elimination(inverse, cross[filters], weight[0, 0].numel()) for filters in members]
-            chosen = _deal(eliminations, kept) if form == "partition" else _eliminate(eliminations, kept)
+            chosen = _choose(inverse, cross, labels, block * weight[0, 0].numel(), kept // block, form)
         errors = filter_errors(damped, cross, energy, chosen)  # (O, n)
         labels = assign_balanced(-errors, labels)
         reached = -float(errors[np.arange(len(labels)), labels].sum())
@@ -81,7 +84,13 @@ def reconstruction(
             break
         best = labels, chosen
         history.append(reached)
-    return Clustering.from_labels(*best, tuple(history))
+    labels, chosen = best
+    cost = None
+    if block > 1:
+        free = _choose(inverse, cross, labels, weight[0, 0].numel(), kept, form)
+        error = float(filter_errors(damped, cross, energy, free)[np.arange(len(labels)), labels].sum())
+        cost = share_lost(float(energy.sum()) + history[-1], float(energy.sum()) - error)
+    return Clustering.from_labels(labels, chosen.repeat(block, axis=1), tuple(history), cost)
 
 
 def error_path(weight: Tensor, gram: Tensor, cross: Tensor, groups: int, seed: int = 0) -> Matrix:
@@ -111,7 +120,10 @@ def kernel_energy(weight: Tensor, gram: Tensor) -> Matrix:
 
 
 def filter_errors(gram: Tensor, cross: Tensor, energy: Tensor, chosen: Mask) -> Matrix:
-    """`(O, n)`: mean squared error of each filter if it had the channels of each group, with the best weights."""
+    """`(O, n)`: mean squared error of each filter if it had the channels of each group, with the best weights.
+
+    `chosen` marks channels `(n, C)` or blocks of them `(n, C / block)`.
+    """
     area = gram.shape[0] // chosen.shape[1]
     errors = []
     for channels in chosen:
@@ -129,7 +141,8 @@ class Elimination:
     Args:
         inverse: `(D, D)` float64, of the damped Gram matrix of all inputs. It is not changed.
         cross: `(d, D)` float64, cross products of the wanted outputs of the group.
-        area: weights of a kernel, `kh * kw`.
+        area: weights of a kernel, `kh * kw`; where channels go in blocks, those of the kernels of a block, and all that
+            is said of a channel is said of a block.
     """
 
     def __init__(self, inverse: Tensor, cross: Tensor, area: int) -> None:
@@ -162,6 +175,13 @@ class Elimination:
         self._inverse[gone] = 0
         self._inverse[:, gone] = 0
         self._inverse[gone, gone] = 1
+
+
+def _choose(inverse: Tensor, cross: Tensor, labels: Labels, area: int, kept: int, form: Form) -> Mask:
+    """The first half-step: the channels, or blocks of them, that each group keeps, `(n, D / area)` bool."""
+    members = [torch.from_numpy(np.flatnonzero(labels == group)) for group in range(int(labels.max()) + 1)]
+    eliminations = [Elimination(inverse, cross[filters.to(cross.device)], area) for filters in members]
+    return _deal(eliminations, kept) if form == "partition" else _eliminate(eliminations, kept)
 
 
 def _eliminate(eliminations: Sequence[Elimination], kept: int) -> Mask:
