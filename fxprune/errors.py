@@ -29,5 +29,9 @@ class StorageError(FxpruneError):
     """A saved file is truncated, altered, foreign, or belongs to another model."""
 
 
+class KernelError(FxpruneError):
+    """A kernel was handed tensors that do not fit together, or cannot run where it was asked to."""
+
+
 class NothingRewrittenWarning(UserWarning):
     """The model was compiled, but no convolution could be rewritten."""

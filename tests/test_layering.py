@@ -16,6 +16,9 @@ PACKAGE = Path(fxprune.__file__).parent
 ORDER = (
     ("errors",),
     ("checkpoints", "layers", "timing"),
+    ("kernels.triton_conv",),
+    ("kernels.gather_conv",),
+    ("kernels",),
     ("tracing",),
     ("channels.atoms",),
     ("channels.interpreter",),
