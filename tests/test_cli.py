@@ -107,6 +107,17 @@ def test_the_options_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert grouped[0]["reached_ratio"] == 0.75
 
 
+def test_blocks_and_target_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("report", "handmade_nets:deep", *SIZE, "--ratio", "0.6")
+    plain, blocks, cuda = (
+        run_json(capsys, *arguments, *more)["layers"][1] for more in ((), ("--block", "4"), ("--target", "cuda"))
+    )
+    assert [plain["groups"], blocks["groups"], cuda["groups"]] == [2, 2, 1]
+    assert [plain["reached_ratio"], blocks["reached_ratio"], cuda["reached_ratio"]] == [1 - 13 / 32, 0.625, 0.5]
+    assert [layer["block_cost"] is not None for layer in (plain, blocks, cuda)] == [False, True, True]
+    assert "block is 0" in error_of(capsys, *arguments, "--block", "0")
+
+
 @pytest.fixture
 def images() -> torch.Tensor:
     """Calibration images, also in `images.pt`."""

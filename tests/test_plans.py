@@ -37,12 +37,13 @@ def plan(**changes: Any) -> PrunePlan:
 
 @st.composite
 def grouped_kernels(draw: st.DrawFn) -> GroupedKernels:
-    groups, width, channels = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 8))
-    count = draw(st.integers(1, channels))
+    groups, width, blocks = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 8))
+    block, count = draw(st.integers(1, 3)), draw(st.integers(1, blocks))
     order = draw(st.permutations(range(groups * width)))
-    kept = [draw(st.permutations(range(channels)))[:count] for _ in range(groups)]
-    ratio = draw(st.floats(0, 1, exclude_max=True))
-    return GroupedKernels(tuple(order), tuple(tuple(sorted(k)) for k in kept), channels, ratio)
+    rows = [sorted(draw(st.permutations(range(blocks)))[:count]) for _ in range(groups)]
+    kept = tuple(tuple(block * b + i for b in row for i in range(block)) for row in rows)
+    ratio, cost = draw(st.floats(0, 1, exclude_max=True)), draw(st.none() | st.floats(0, 1))
+    return GroupedKernels(tuple(order), kept, blocks * block, ratio, None, block, cost)
 
 
 ratios = st.floats(0, 1, exclude_max=True)
