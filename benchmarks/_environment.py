@@ -1,16 +1,22 @@
 """Where and when a measurement was made, to stand beside its numbers."""
 
+import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 
+# Instructions that decide how fast a convolution can be, by their names in /proc/cpuinfo.
+CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve")
 
-def environment() -> dict[str, str | int | None]:
-    """Return versions, CPU and CUDA device, threads, commit and date of this process, ready for JSON."""
+
+def environment() -> dict[str, Any]:
+    """Return versions, CPU and CUDA device, threads, load, commit and date of this process, ready for JSON."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -18,19 +24,32 @@ def environment() -> dict[str, str | int | None]:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
+        "cpu": _cpuinfo("model name") or platform.processor() or "unknown",
+        "cpu_flags": [flag for flag in CPU_FLAGS if flag in (_cpuinfo("flags") or _cpuinfo("Features") or "").split()],
+        "cores": os.cpu_count(),
+        "load": [round(average, 2) for average in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "onednn": _onednn(),
         "threads": torch.get_num_threads(),
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,  # type: ignore[no-untyped-call]
     }
 
 
-def _cpu() -> str:
+def _cpuinfo(field: str) -> str | None:
+    """What Linux says of the first core; None elsewhere."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(field):
                 return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+    return None
+
+
+def _onednn() -> str | None:
+    """Version of the library that runs convolutions on the CPU; None if torch was built without it."""
+    found = re.search(r"MKL-DNN v([0-9.]+)", torch.__config__.show())
+    return found.group(1) if found else None
 
 
 def _commit() -> str | None:

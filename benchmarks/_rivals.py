@@ -1,0 +1,341 @@
+"""The networks that race, what runs them, and the check that they still compute what they should.
+
+A network is dense, pruned by fxprune, or pruned by Torch-Pruning (Fang et al. 2023, DepGraph) to as many MACs. All are
+in evaluation mode, and every runtime gets them with BatchNorm folded, so that none is slow for want of that.
+"""
+
+import contextlib
+import copy
+import math
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+import fxprune
+from fxprune import verification
+from fxprune.passes import FoldBatchNorm
+from fxprune.tracing import trace
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+RIVALS = ("dense", "torch-pruning")
+
+MACS_TOLERANCE = 0.01
+"""How near, relative to the target, the search for a channel ratio of equal MACs goes before it stops."""
+MACS_STEPS = 12
+ROUND_TO = 8
+"""Torch-Pruning keeps a multiple of this many channels, as its documentation advises for speed."""
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+"""Largest difference from the oracle in float32, relative to its largest output, by the type a network runs in."""
+TF32_TOLERANCE = 3e-2
+"""The same for float32 on CUDA, whose convolutions may round their factors to as many bits as float16 has."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that races.
+
+    Attributes:
+        name: `"dense"`, `"fxprune"` or `"torch-pruning"`.
+        ratio: that fxprune was asked for; of torch-pruning, that of the network whose MACs it matches; None of dense.
+        macs: of one image, over convolutions and linear layers; None if there is no network.
+        module: in float32 on the CPU; None if it could not be made.
+        folded: the same with BatchNorm folded into the convolutions before it.
+        oracle: computes what it must compute.
+        error: why it could not be made.
+    """
+
+    name: str
+    ratio: float | None
+    macs: int | None = None
+    module: nn.Module | None = None
+    folded: nn.Module | None = None
+    oracle: nn.Module | None = None
+    error: str = ""
+
+
+def dense_network(model: nn.Module, inputs: Tensor) -> Network:
+    """The network as it is."""
+    return Network("dense", None, count_macs(model, inputs), model, folded(model, inputs), model)
+
+
+def fxprune_network(
+    model: nn.Module, inputs: Tensor, ratio: float, options: Mapping[str, Any], random_weights: bool = True
+) -> Network:
+    """The network that fxprune makes; its oracle is the masked model.
+
+    Args:
+        model: the dense one.
+        inputs: `(N, C, H, W)` float32.
+        ratio: share of kernel groups to prune.
+        options: of `fxprune.make_plan`.
+        random_weights: whether statistics of activations mean nothing yet, see `settle`.
+
+    Raises:
+        FxpruneError: it cannot be planned or compiled.
+    """
+    plan = fxprune.make_plan(model, ratio, example_inputs=inputs, **options)
+    masked = fxprune.mask(model, plan).eval()
+    if random_weights:
+        settle(masked, inputs)
+    pruned = fxprune.rewrite(masked, plan, inputs).eval()
+    return Network("fxprune", ratio, count_macs(pruned, inputs), pruned, folded(pruned, inputs), masked)
+
+
+def torch_pruning_network(
+    model: nn.Module, inputs: Tensor, ratio: float, macs: int, random_weights: bool = True
+) -> Network:
+    """The network that Torch-Pruning makes with about `macs` MACs, found by bisection of its ratio of channels.
+
+    With whole multiples of channels it may come no nearer than a few percent; the MACs reached are in the result. Where
+    it crashes the result says so.
+    """
+    try:
+        pruned = _equal_macs(model, inputs, macs)
+        if random_weights:
+            settle(pruned, inputs)
+        return Network("torch-pruning", ratio, count_macs(pruned, inputs), pruned, folded(pruned, inputs), pruned)
+    except Exception as error:  # whatever another library does with a network it does not know is a result
+        return Network("torch-pruning", ratio, error=describe(error))
+
+
+def _equal_macs(model: nn.Module, inputs: Tensor, macs: int) -> nn.Module:
+    low, high = 0.0, 1.0
+    best, best_gap = model, math.inf
+    for _ in range(MACS_STEPS):
+        share = (low + high) / 2
+        pruned = _prune_channels(model, inputs, share)
+        found = count_macs(pruned, inputs)
+        gap = abs(found / macs - 1)
+        if gap < best_gap:
+            best, best_gap = pruned, gap
+        if gap <= MACS_TOLERANCE:
+            break
+        low, high = (share, high) if found > macs else (low, share)
+    return best
+
+
+def _prune_channels(model: nn.Module, inputs: Tensor, share: float) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own imports, and of operators it does not know
+        import torch_pruning
+
+        pruned = copy.deepcopy(model)
+        torch_pruning.pruner.MagnitudePruner(
+            pruned,
+            inputs[:1],
+            importance=torch_pruning.importance.MagnitudeImportance(p=2),
+            pruning_ratio=share,
+            ignored_layers=[_last_layer(pruned, inputs)],
+            round_to=ROUND_TO,
+        ).step()
+    return pruned
+
+
+def _last_layer(model: nn.Module, inputs: Tensor) -> nn.Module:
+    """The layer that gives the classes, which must keep them all."""
+    called: list[nn.Module] = []
+    with _watching(model, lambda name, layer, x, y: called.append(layer), nn.Conv2d | nn.Linear), torch.no_grad():
+        model(inputs[:1])
+    return called[-1]
+
+
+def settle(model: nn.Module, inputs: Tensor) -> None:
+    """Give every BatchNorm of `model` the statistics of `inputs`, in place.
+
+    With random weights and initial statistics the numbers grow or fade from layer to layer until they overflow
+    in half precision, or are so small that processors take their slow path.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model(inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval()
+        norm.momentum = momentum
+
+
+def folded(module: nn.Module, inputs: Tensor) -> nn.Module:
+    """A traced copy of `module`, with BatchNorm folded where it follows a convolution.
+
+    Raises:
+        TraceError: it cannot be traced.
+    """
+    copied = copy.deepcopy(module)
+    gm = copied if isinstance(copied, fx.GraphModule) else trace(copied, inputs).module
+    with torch.no_grad():
+        FoldBatchNorm()(gm)
+    gm.recompile()
+    return gm.eval()
+
+
+def count_macs(module: nn.Module, inputs: Tensor) -> int:
+    """Multiply-accumulates of one image over all convolutions and linear layers that are called as modules."""
+    total = 0
+
+    def add(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        nonlocal total
+        weight = layer.get_parameter("weight")
+        places = x.numel() if isinstance(layer, nn.modules.conv._ConvTransposeNd) else y.numel()
+        total += places * math.prod(weight.shape[1:])
+
+    with _watching(module, add, nn.modules.conv._ConvNd | nn.Linear), torch.no_grad():
+        module(inputs[:1])
+    return total
+
+
+def input_shapes(module: nn.Module, inputs: Tensor, kinds: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of the input of each layer of these classes, by module path, of a layer called twice the last."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    with (
+        _watching(module, lambda name, layer, x, y: shapes.update({name: tuple(x.shape)}), kinds),
+        torch.no_grad(),
+    ):
+        module(inputs)
+    return shapes
+
+
+@contextlib.contextmanager
+def _watching(module: nn.Module, see: Callable[[str, nn.Module, Tensor, Tensor], None], kinds: Any) -> Iterator[None]:
+    """Call `see(name, layer, input, output)` after each call of a layer of these classes."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        return lambda layer, x, y: see(name, layer, x[0], y)
+
+    handles = [
+        layer.register_forward_hook(hook(name)) for name, layer in module.named_modules() if isinstance(layer, kinds)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A way to run a network.
+
+    Attributes:
+        build: makes of a module in its place, type and layout, and its input, what is then called again and again.
+        folds: it folds BatchNorm and picks the layout itself.
+        cuda: it needs a CUDA device.
+    """
+
+    build: Callable[[nn.Module, Tensor], Call]
+    folds: bool = False
+    cuda: bool = False
+
+
+def _eager(module: nn.Module, inputs: Tensor) -> Call:
+    return lambda: module(inputs)
+
+
+def _compiled(module: nn.Module, inputs: Tensor) -> Call:
+    # Freezing makes weights constants that may be laid out beforehand: the best this runtime has.
+    run = torch.compile(module, dynamic=False, options={"freezing": True})
+    return lambda: run(inputs)
+
+
+def _scripted(module: nn.Module, inputs: Tensor) -> Call:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated upstream since torch 2.10, and still used
+        run = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.script(module)))
+    return lambda: run(inputs)
+
+
+def _accelerated(module: nn.Module, inputs: Tensor) -> Call:
+    return _eager(operator.attrgetter("accelerate")(fxprune)(module, inputs), inputs)
+
+
+def _graphed(module: nn.Module, inputs: Tensor) -> Call:
+    """A CUDA graph of the eager calls; it writes the same output each time."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # before a capture libraries must have made their choices, on another stream
+        for _ in range(3):
+            module(inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = module(inputs)
+
+    def replay() -> Any:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def _accelerated_graphed(module: nn.Module, inputs: Tensor) -> Call:
+    return _graphed(operator.attrgetter("accelerate")(fxprune)(module, inputs), inputs)
+
+
+RUNTIMES = {
+    "eager": Runtime(_eager),
+    "compile": Runtime(_compiled),
+    "script": Runtime(_scripted),
+    "accelerate": Runtime(_accelerated, folds=True),
+    "cudagraph": Runtime(_graphed, cuda=True),
+    "accelerate+cudagraph": Runtime(_accelerated_graphed, folds=True, cuda=True),
+}
+
+
+def prepare(network: Network, runtime: Runtime, layout: str | None, inputs: Tensor) -> Call:
+    """Return what runs `network` on `inputs`, in their type and on their device.
+
+    Args:
+        network: one that could be made; it is not changed.
+        runtime: what runs it.
+        layout: one of `LAYOUTS`, or None if the runtime picks it.
+        inputs: `(N, C, H, W)`.
+    """
+    source = network.module if runtime.folds else network.folded
+    assert source is not None
+    module = copy.deepcopy(source).to(device=inputs.device, dtype=inputs.dtype)
+    module.requires_grad_(False)
+    if layout is not None:
+        module = module.to(memory_format=LAYOUTS[layout])
+        inputs = inputs.contiguous(memory_format=LAYOUTS[layout])
+    return runtime.build(module, inputs)
+
+
+def tolerance(inputs: Tensor) -> float:
+    """How far a network that runs on these inputs may be from its oracle, as a share of the largest output."""
+    if inputs.is_cuda and inputs.dtype == torch.float32:
+        return TF32_TOLERANCE
+    return TOLERANCE[inputs.dtype]
+
+
+def difference(found: Any, expected: Any) -> float:
+    """Largest difference of two outputs as a share of the largest expected number; infinite if one is not finite.
+
+    Raises:
+        VerificationError: they do not have the same shapes.
+    """
+    mine, theirs = _tensors(found), _tensors(expected)
+    if not all(bool(tensor.isfinite().all()) for tensor in (*mine, *theirs)):
+        return math.inf
+    return verification.difference(mine, theirs)[1]
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf.detach().float().cpu() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def describe(error: Exception) -> str:
+    """The kind of an error and the first lines of its message, in one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]
