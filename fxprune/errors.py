@@ -33,5 +33,9 @@ class KernelError(FxpruneError):
     """A kernel was handed tensors that do not fit together, or cannot run where it was asked to."""
 
 
+class AccelerationError(FxpruneError):
+    """A model cannot be accelerated here, or was accelerated for another device or type."""
+
+
 class NothingRewrittenWarning(UserWarning):
     """The model was compiled, but no convolution could be rewritten."""

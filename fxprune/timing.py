@@ -25,6 +25,11 @@ class Timing:
         return statistics.median(self.seconds)
 
     @property
+    def fastest(self) -> float:
+        """Shortest round, in seconds: what the thing takes where nothing else disturbs it."""
+        return min(self.seconds)
+
+    @property
     def spread(self) -> float:
         """Distance between the first and the third quartile, in seconds; 0 for fewer than two rounds."""
         if len(self.seconds) < 2:

@@ -5,6 +5,8 @@ W (O, C, kh, kw); b, gamma, beta, mean, var, s (O,). Missing b, gamma, beta coun
 3.2, has the formula).
 
 1. A plain convolution read by one BatchNorm with stored statistics, both called once, becomes one convolution.
+2. A gather that permutes channels may stand between them: bn(gather(y, p)) == gather(bn'(y), p), where bn' has its
+   parameters and statistics in the order of y. The gather stays.
 Left alone, with a reason: shared layers, a convolution with other readers, a BatchNorm without stored statistics,
 transposed convolutions, subclasses, hooks, parameters that the graph reads by name as well.
 The result no longer learns batch statistics: it is exact in evaluation mode only, so the default pipeline leaves this
@@ -16,8 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from fxprune.layers import ChannelGather
 from fxprune.rewriting import Outcome, Skip, call_sites, calls, first_reader, read_by_name
 from fxprune.tracing import is_hooked
 
@@ -35,25 +38,33 @@ class FoldBatchNorm:
             if reason:
                 skipped.append(Skip(node.name, reason))
                 continue
-            source = node.all_input_nodes[0]
+            source, order = _producer(gm, node)
             conv = gm.get_submodule(str(source.target))
             assert isinstance(conv, nn.Conv2d)
             parent, _, child = str(source.target).rpartition(".")
-            setattr(gm.get_submodule(parent), child, folded(conv, norm))
-            node.replace_all_uses_with(source)
+            setattr(gm.get_submodule(parent), child, folded(conv, norm, order))
+            node.replace_all_uses_with(node.all_input_nodes[0])
             gm.graph.erase_node(node)
             gm.delete_submodule(str(node.target))
             rewritten.append(source.name)
         return Outcome(tuple(rewritten), tuple(skipped))
 
 
-def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """Return a convolution that equals `norm(conv(x))` in evaluation mode."""
+def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, order: Tensor | None = None) -> nn.Conv2d:
+    """Return a convolution that equals `norm(conv(x))` in evaluation mode.
+
+    Args:
+        conv: the convolution.
+        norm: the BatchNorm that reads it, with stored statistics.
+        order: `(O,)` int64: the filter that each channel of `norm` comes from; None for all of them in order.
+    """
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = torch.rsqrt(norm.running_var + norm.eps) * (1 if norm.weight is None else norm.weight.detach())
-    bias = torch.zeros_like(norm.running_mean) if conv.bias is None else conv.bias.detach()
-    shifted = (bias - norm.running_mean) * scale + (0 if norm.bias is None else norm.bias.detach())
+    shift = (0 if norm.bias is None else norm.bias.detach()) - norm.running_mean * scale
+    if order is not None:
+        scale, shift = scale[order.argsort()], shift[order.argsort()]
+    shifted = shift if conv.bias is None else conv.bias.detach() * scale + shift
     fused = copy.copy(conv)
     fused._parameters = dict(conv._parameters)
     fused.weight = nn.Parameter(
@@ -63,6 +74,16 @@ def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     return fused
 
 
+def _producer(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, Tensor | None]:
+    """What a BatchNorm normalises, and the order in which it reads the channels if a gather permutes them."""
+    source = node.all_input_nodes[0]
+    if source.op != "call_module" or not isinstance(gather := gm.get_submodule(str(source.target)), ChannelGather):
+        return source, None
+    if gather.dim not in (-3, 1) or not gather.is_permutation or len(source.users) > 1:
+        return source, None
+    return source.all_input_nodes[0], gather.index
+
+
 def _why_not(
     gm: fx.GraphModule,
     node: fx.Node,
@@ -70,7 +91,7 @@ def _why_not(
     sites: Mapping[nn.Module, Sequence[fx.Node]],
     named: Mapping[int, str],
 ) -> str:
-    source = node.all_input_nodes[0]
+    source, _ = _producer(gm, node)
     if type(norm) is not nn.BatchNorm2d:
         return f"{type(norm).__name__} is more than a BatchNorm2d"
     if norm.running_mean is None:

@@ -1,0 +1,60 @@
+"""The fused CUDA kernel, `fxprune::gather_conv2d`."""
+
+import torch
+from torch import Tensor
+
+from fxprune.engines.engine import Engine
+from fxprune.fused import FusedConv2d, gather_channels
+from fxprune.kernels.gather_conv import aligned_block, available, pack
+
+
+class TritonConv2d(Engine):
+    """An implicit GEMM over the channels that each group keeps, channels_last. What reorders the output channels comes
+    after it, and with it the residual.
+    """
+
+    name = "triton"
+
+    weight: Tensor
+    bias: Tensor | None
+    index: Tensor
+    order: Tensor | None
+
+    def __init__(self, conv: FusedConv2d, memory_format: torch.memory_format) -> None:
+        super().__init__(conv, memory_format)
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.minimum, self.maximum = conv.minimum, conv.maximum
+        reads = conv.reads().flatten()
+        self.block = aligned_block(reads, conv.weight.shape[1])
+        self.register_buffer("weight", pack(conv.weight))
+        self.register_buffer("bias", conv.bias)
+        self.register_buffer("index", reads.to(torch.int32))
+        self.register_buffer("order", conv.order)
+
+    @classmethod
+    def obstacle(cls, conv: FusedConv2d, memory_format: torch.memory_format) -> str:
+        if conv.weight.device.type != "cuda":
+            return f"the Triton kernel runs on CUDA, not on {conv.weight.device.type}"
+        if memory_format != torch.channels_last:
+            return "the Triton kernel is for channels_last"
+        if conv.groups == conv.channels > 1:
+            return "one channel a group leaves the tiles of the Triton kernel empty"
+        return available(conv.weight.device)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.order is None:
+            y: Tensor = torch.ops.fxprune.gather_conv2d(
+                x, self.weight, self.bias, self.index, residual, self.stride, self.padding, self.dilation,
+                self.groups, self.block, self.minimum, self.maximum,
+            )  # fmt: skip
+            return y
+        y = torch.ops.fxprune.gather_conv2d(
+            x, self.weight, self.bias, self.index, None, self.stride, self.padding, self.dilation, self.groups,
+            self.block, None, None,
+        )  # fmt: skip
+        y = gather_channels(y, self.order)
+        if residual is not None:
+            y += residual
+        if self.minimum is not None or self.maximum is not None:
+            y = torch.clamp_(y, self.minimum, self.maximum)
+        return y

@@ -1,0 +1,205 @@
+"""The compiled CPU kernel: built once with the system's C++ compiler, kept in a cache, optional.
+
+Where there is no compiler, or the result fails its own test, `obstacle()` says so and everything else works without.
+`FXPRUNE_CACHE` names the folder (default: `~/.cache/fxprune`), `CXX` the compiler, `FXPRUNE_NATIVE=0` turns it off.
+"""
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxprune.errors import KernelError
+
+SOURCES = ("native_conv.cpp", "native_ops.cpp")
+HEADERS = ("native_conv.h",)
+FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-std=c++20", "-fopenmp")
+SECONDS = 300  # a build takes about ten
+TOLERANCE = 1e-4
+
+
+class Packed(NamedTuple):
+    """Weights in the order in which the kernel reads them.
+
+    Attributes:
+        weights: for each panel `(taps, k, width)`, one after another, float32.
+        bias: for each panel `(width,)`, one after another, float32.
+        panels: `(P, 7)` int64, the fields of `fxprune::Panel` in native_conv.h.
+    """
+
+    weights: Tensor
+    bias: Tensor
+    panels: Tensor
+
+
+def cache_directory() -> Path:
+    """Where built kernels and measured times are kept; not made yet."""
+    chosen = os.environ.get("FXPRUNE_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(chosen) if chosen else base / "fxprune"
+
+
+@functools.cache
+def obstacle() -> str:
+    """Why the compiled kernel cannot be used here; empty if it can. Builds it at the first call."""
+    if os.environ.get("FXPRUNE_NATIVE", "1") == "0":
+        return "FXPRUNE_NATIVE=0 turns the compiled kernel off"
+    try:
+        load()
+    except KernelError as error:
+        return str(error)
+    return ""
+
+
+@functools.cache
+def load() -> None:
+    """Build the kernel unless a build is cached, and register `torch.ops.fxprune_native`.
+
+    Raises:
+        KernelError: no compiler, a failed build, or a kernel that fails its test.
+    """
+    library = build()
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise KernelError(f"the compiled kernel {library.name} cannot be loaded: {error}; delete it") from error
+    torch.library.register_fake("fxprune_native::conv2d")(_fake_conv2d)
+    if (error := _test()) > TOLERANCE:
+        raise KernelError(f"the compiled kernel is wrong by {error:.1e} on this processor; it is not used")
+
+
+def build() -> Path:
+    """Compile the kernel for this processor and this torch, unless the cache has it, and return the library.
+
+    Raises:
+        KernelError: there is no compiler, or it fails; the message ends with what it said.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if not compiler:
+        raise KernelError("no C++ compiler for the compiled kernel; install g++ or clang++, or set CXX")
+    here = Path(__file__).parent
+    torch_root = Path(torch.__file__).parent
+    flags = (*FLAGS, f"-I{torch_root}/include", f"-I{torch_root}/include/torch/csrc/api/include")
+    libraries = (f"-L{torch_root}/lib", "-lc10", "-ltorch_cpu")
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    digest = hashlib.sha256()
+    sources = [(here / name).read_text(encoding="utf-8") for name in SOURCES + HEADERS]
+    for part in (compiler, *flags, abi, torch.__version__, processor(), *sources):
+        digest.update(part.encode())
+    target = cache_directory() / f"native-{digest.hexdigest()[:16]}.so"
+    if target.is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            made = Path(scratch) / target.name
+            inputs = [str(here / name) for name in SOURCES]
+            command = [*compiler.split(), *flags, abi, *inputs, "-o", str(made), *libraries]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+            if done.returncode != 0:
+                said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                raise KernelError(f"{compiler} cannot build the compiled kernel: {said}")
+            os.replace(made, target)  # whole or not at all, also if several processes build at once
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelError(
+            f"the compiled kernel cannot be built with {compiler} into {target.parent}: {error}; set CXX or FXPRUNE_CACHE"
+        ) from error
+    return target
+
+
+def pack(weight: Tensor, bias: Tensor | None, groups: int) -> Packed:
+    """Cut the filters of each group into panels that fill the registers.
+
+    Args:
+        weight: `(O, k, kh, kw)` float32.
+        bias: `(O,)` or None.
+        groups: number of groups.
+    """
+    widest = int(torch.ops.fxprune_native.widest_lanes())
+    filters, kept = weight.shape[:2]
+    width = filters // groups
+    rows = weight.flatten(2).permute(2, 1, 0)  # (taps, k, O)
+    panels, weights, biases = [], [], []
+    offset = bias_offset = 0
+    for group in range(groups):
+        first, stop = group * width, (group + 1) * width
+        while first < stop:
+            lanes, vectors = _registers(stop - first, widest)
+            taken = min(stop - first, lanes * vectors)
+            panel = weight.new_zeros(rows.shape[0], kept, lanes * vectors)
+            panel[:, :, :taken] = rows[:, :, first : first + taken]
+            shift = weight.new_zeros(lanes * vectors)
+            if bias is not None:
+                shift[:taken] = bias[first : first + taken]
+            panels.append((group, first, taken, lanes, vectors, offset, bias_offset))
+            weights.append(panel.flatten())
+            biases.append(shift)
+            offset, bias_offset, first = offset + panel.numel(), bias_offset + shift.numel(), first + taken
+    return Packed(torch.cat(weights), torch.cat(biases), torch.tensor(panels))
+
+
+def by_address(weight: Tensor, reads: Tensor) -> tuple[Tensor, Tensor]:
+    """Let each group read its channels in ascending order, for the sake of the caches: weight `(O, k, kh, kw)` and
+    channels `(groups, k)` in that order.
+    """
+    ascending, order = reads.sort(dim=1)
+    columns = order.repeat_interleave(weight.shape[0] // reads.shape[0], dim=0)
+    return weight.gather(1, columns[:, :, None, None].expand_as(weight)), ascending
+
+
+def _registers(filters: int, widest: int) -> tuple[int, int]:
+    """Lanes and number of the registers for the next panel of a group that has `filters` left."""
+    if filters > widest:
+        return widest, 2
+    lanes = widest
+    while lanes > 4 and filters <= lanes // 2:
+        lanes //= 2
+    return lanes, 1
+
+
+def processor() -> str:
+    """Name for the kind of processor, for caches that machines may share: its architecture, and a digest of its model
+    and instruction sets, on which `-march=native` depends.
+    """
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
+    telling = ("model name", "flags", "Features", "CPU part")
+    described = "\n".join(sorted({line for line in lines if line.startswith(telling)}))
+    return f"{platform.machine()}-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
+
+
+def _fake_conv2d(
+    input: Tensor, weights: Tensor, bias: Tensor, panels: Tensor, index: Tensor, out: Tensor, residual: Tensor | None,
+    kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], channels: int,
+    minimum: float | None, maximum: float | None,
+) -> Tensor:  # fmt: skip
+    size = [
+        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    ]
+    return input.new_empty((input.shape[0], out.shape[0], *size)).contiguous(memory_format=torch.channels_last)
+
+
+def _test() -> float:
+    """Largest error on a small convolution with everything in it, relative to the largest output."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 6, 9, 17), (36, 4, 3, 3), (36,)))
+    index = torch.stack([torch.randperm(6, generator=generator)[:4] for _ in range(2)])
+    places = torch.randperm(36, generator=generator)
+    expected = F.conv2d(x[:, index.flatten()], weight, bias, 1, 1, 1, 2)[:, places.argsort()]
+    residual = torch.randn(expected.shape, generator=generator)
+    expected = (expected + residual).clamp(0, 6)
+    packed = pack(weight, bias, 2)
+    found = torch.ops.fxprune_native.conv2d(
+        x, packed.weights, packed.bias, packed.panels, index.int(), places.int(), residual,
+        [3, 3], [1, 1], [1, 1], [1, 1], 6, 0.0, 6.0,
+    )  # fmt: skip
+    return float((found - expected).abs().max() / expected.abs().max())
