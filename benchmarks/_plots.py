@@ -1,5 +1,6 @@
 """Pictures of what was measured."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,21 +9,40 @@ FORMATS = (".png", ".svg")
 MARKERS = "osD^vP*X"
 
 
-def draw_speed_up(records: Sequence[Mapping[str, Any]], path: Path) -> int:
+def read_records(paths: Sequence[Path]) -> dict[str, Any]:
+    """Read JSON files, by their names.
+
+    Raises:
+        OSError: one cannot be read.
+        ValueError: one is not JSON.
+    """
+    records = {}
+    for path in paths:
+        try:
+            records[str(path)] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: is no JSON: {error}") from error
+    return records
+
+
+def draw_speed_up(records: Mapping[str, Any], path: Path) -> int:
     """Draw how much faster than dense each network is against how many times fewer MACs it has; return the number of
     points.
 
     On the dashed line all saved MACs are saved time. A point is a row of a record of `benchmarks.latency` that was
     timed, in its faster layout; colours tell networks apart, marks runtimes, and numbers are batches.
 
+    Args:
+        records: by the names to complain of.
+        path: where the picture goes, one of `FORMATS`.
+
     Raises:
-        ImportError: matplotlib is not installed.
         ValueError: something is no such record.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    points = [point for record in records for point in _points(record)]
+    points = [point for name, record in records.items() for point in _points(name, record)]
     colours = {label: f"C{number % 10}" for number, label in enumerate(dict.fromkeys(p["label"] for p in points))}
     runtimes = dict.fromkeys(p["runtime"] for p in points)
     marks = {runtime: MARKERS[number % len(MARKERS)] for number, runtime in enumerate(runtimes)}
@@ -45,7 +65,7 @@ def draw_speed_up(records: Sequence[Mapping[str, Any]], path: Path) -> int:
     return len(points)
 
 
-def _points(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _points(name: str, record: Any) -> list[dict[str, Any]]:
     try:
         settings = record["settings"]
         where = f"{settings['model']}, {settings['device']} {settings['dtype']}"
@@ -61,6 +81,4 @@ def _points(record: Mapping[str, Any]) -> list[dict[str, Any]]:
             if row["best"] and row["relative"] is not None and row["network"] != "dense"
         ]
     except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"this is no record of benchmarks.latency: {error} is missing or not as it should be"
-        ) from error
+        raise ValueError(f"{name}: is no record of benchmarks.latency ({type(error).__name__}: {error})") from error

@@ -14,7 +14,6 @@ output must equal that of its oracle, for fxprune the masked model. Weights may 
 import argparse
 import contextlib
 import importlib.util
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 import fxprune
 from benchmarks._environment import environment
-from benchmarks._plots import FORMATS, draw_speed_up
+from benchmarks._plots import FORMATS, draw_speed_up, read_records
 from benchmarks._rivals import (
     LAYOUTS,
     RIVALS,
@@ -358,11 +357,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the tables, write the record after each batch; return 1 if a network computed something else."""
     options = _options(arguments)
     try:
-        if options.records:
-            found = [json.loads(path.read_text(encoding="utf-8")) for path in options.records]
-            print(f"{draw_speed_up(found, options.plot)} points in {options.plot}")
-            return 0
         _check_available(options)
+        if options.records:
+            print(f"{draw_speed_up(read_records(options.records), options.plot)} points in {options.plot}")
+            return 0
         if options.threads:
             torch.set_num_threads(options.threads)
         return _run(options)
@@ -431,7 +429,7 @@ def _run(options: argparse.Namespace) -> int:
     if layers:
         print(f"\n{layer_table(layers)}")
     if options.plot:
-        draw_speed_up([record], options.plot)
+        draw_speed_up({str(options.output): record}, options.plot)
     return int(any(row.is_wrong for row in rows))
 
 
