@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.errors import PassError, VerificationError
 from fxprune.layers import ChannelGather
-from fxprune.passes import AbsorbGathers, FoldBatchNorm, GroupConvs, MergeGathers, SinkGathers
+from fxprune.passes import AbsorbGathers, AlignWindows, FoldBatchNorm, GroupConvs, MergeGathers, SinkGathers
 from fxprune.plans import PrunePlan
 from fxprune.rewriting import Outcome, Pass, calls
 from fxprune.verification import TOLERANCE, difference, evaluate
@@ -38,6 +38,9 @@ def default_pipeline(plan: PrunePlan, inputs: tuple[Any, ...], *, fold_batch_nor
         SinkGathers(inputs),
         MergeGathers(),  # a sunk gather meets the one at the end of its space
         AbsorbGathers(),  # only what could not merge
+        AlignWindows(inputs),  # orders what is left; a gather that could still vanish would mislead it
+        AbsorbGathers(),  # the new orders go into the layers at the ends; merged first, they would be undone
+        MergeGathers(),  # what stands in order now
     )
     # Last: only without gathers between them does BatchNorm follow its convolution directly.
     return (*passes, FoldBatchNorm()) if fold_batch_norm else passes

@@ -3,14 +3,15 @@ that remain.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.layers import ChannelGather
+from fxprune.passes.align_windows import runs
 from fxprune.plans import PrunePlan
 from fxprune.rewriting import KEPT_BECAUSE, calls
 
@@ -51,11 +52,22 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class GatherReport:
-    """One gather that remains at run time: module path, number of channels it writes, and why it could not vanish."""
+    """One gather that remains at run time.
+
+    Attributes:
+        name: module path.
+        channels: number of channels it writes.
+        reason: why it could not vanish.
+        runs: number of maximal stretches of consecutive ascending channels in its index: one for each window it copies.
+        bytes: what it writes for one image, over all calls, in the dtype of the model; None if shapes are unknown. It
+            reads as much again.
+    """
 
     name: str
     channels: int
     reason: str
+    runs: int
+    bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ class Report:
     Attributes:
         layers: every `Conv2d`, in model order.
         gathers: the gathers that remain, in graph order.
+        gathered_bytes: what they write for one image; None if shapes are unknown.
         params_dense, params_pruned: parameters of the whole model, as far as forward uses them.
         macs_dense, macs_pruned: multiply-accumulates of all convolutions and linear layers for one image; None if
             shapes are unknown.
@@ -74,6 +87,7 @@ class Report:
 
     layers: tuple[LayerReport, ...]
     gathers: tuple[GatherReport, ...]
+    gathered_bytes: int | None
     params_dense: int
     params_pruned: int
     macs_dense: int | None
@@ -120,11 +134,14 @@ class Report:
             f"  ({_share(self.params_dense, self.params_pruned)})",
             f"MACs        {_change(self.macs_dense, self.macs_pruned)}  ({_share(self.macs_dense, self.macs_pruned)}), "
             f"convolutions and linear layers, one image of {shapes}",
-            f"gathers     {len(self.gathers)} remain",
+            f"gathers     {len(self.gathers)} remain"
+            + (f" and write {_bytes(self.gathered_bytes)} an image" if self.gathers else ""),
         ]
         gather_width = max([0, *(len(gather.name) for gather in self.gathers)])
         lines.extend(
-            f"  {gather.name:{gather_width}}  {gather.channels:>5} channels: {gather.reason}" for gather in self.gathers
+            f"  {gather.name:{gather_width}} {_bytes(gather.bytes):>8} {gather.runs:>5} runs"
+            f" {gather.channels:>5} channels: {gather.reason}"
+            for gather in self.gathers
         )
         lines.extend(f"note: {note}" for note in self.notes)
         return "\n".join(lines)
@@ -179,7 +196,8 @@ def make_report(
     layers.sort(key=lambda layer: order.get(layer.name, len(order)))
     return Report(
         layers=tuple(layers),
-        gathers=_gathers(gm),
+        gathers=(gathers := _gathers(gm, values)),
+        gathered_bytes=_sum(gather.bytes for gather in gathers),
         params_dense=params_dense,
         params_pruned=sum(p.numel() for p in gm.parameters()),
         macs_dense=_total_macs(dense),
@@ -211,8 +229,17 @@ def layer_costs(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> dict[str, 
 
 def _total_macs(costs: Mapping[str, tuple[int, int | None]]) -> int | None:
     """MACs of all layers for one image; None if a shape is unknown."""
-    macs = [macs for _, macs in costs.values()]
-    return None if any(m is None for m in macs) else sum(m for m in macs if m is not None)
+    return _sum(macs for _, macs in costs.values())
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    """The sum; None if a summand is."""
+    total = 0
+    for count in counts:
+        if count is None:
+            return None
+        total += count
+    return total
 
 
 def _macs(layer: nn.Module, node: fx.Node, value: Tensor, values: Mapping[fx.Node, Any]) -> int:
@@ -230,14 +257,17 @@ def _batch(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> int:
     return max(1, tensors[0].shape[0]) if tensors else 1
 
 
-def _gathers(gm: fx.GraphModule) -> tuple[GatherReport, ...]:
+def _gathers(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> tuple[GatherReport, ...]:
     found: dict[str, GatherReport] = {}
+    batch = _batch(gm, values)
     for node, gather in calls(gm, ChannelGather):
-        size = gather.index.numel()
+        size, name, value = gather.index.numel(), str(node.target), values.get(node)
         reason = node.meta.get(KEPT_BECAUSE, "two channel spaces meet that cannot share an order")
         if not gather.is_permutation:
             reason = f"overlap form: the groups read {size} channels out of {gather.in_channels}"
-        found.setdefault(str(node.target), GatherReport(str(node.target), size, reason))
+        written = value.numel() * value.element_size() // batch if isinstance(value, Tensor) else None
+        first = found.setdefault(name, GatherReport(name, size, reason, runs(gather.index), 0))
+        found[name] = replace(first, bytes=_sum((first.bytes, written)))
     return tuple(found.values())
 
 
@@ -251,6 +281,10 @@ def _share(before: int | None, after: int | None) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _bytes(count: int | None) -> str:
+    return "unknown bytes" if count is None else f"{_short(count)}{'' if count >= 1000 else ' '}B"
 
 
 def _short(count: int) -> str:

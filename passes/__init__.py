@@ -7,6 +7,7 @@ from fxprune.passes.group_convs import GroupConvs
 from fxprune.passes.sink_gathers import SinkGathers
 from fxprune.passes.merge_gathers import MergeGathers
 from fxprune.passes.absorb_gathers import AbsorbGathers
+from fxprune.passes.align_windows import AlignWindows
 from fxprune.passes.fold_batch_norm import FoldBatchNorm
 
-__all__ = ["AbsorbGathers", "FoldBatchNorm", "GroupConvs", "MergeGathers", "SinkGathers"]
+__all__ = ["AbsorbGathers", "AlignWindows", "FoldBatchNorm", "GroupConvs", "MergeGathers", "SinkGathers"]

@@ -60,7 +60,7 @@ def reorder(gm: fx.GraphModule, analysis: ChannelAnalysis, moved: Array) -> tupl
     """
     rewritten = []
     for port in analysis.ports:
-        index = _new_order(port.atoms, moved)
+        index = new_order(port.atoms, moved)
         if np.array_equal(index, np.arange(index.size)):
             continue
         rewritten.append(port.node.name)
@@ -72,7 +72,7 @@ def reorder(gm: fx.GraphModule, analysis: ChannelAnalysis, moved: Array) -> tupl
             gather_before(gm, port.node, ChannelGather(inverse, index.size, port.dim))
     tensors = Tensors(gm)
     for scale in analysis.scales:
-        _reorder_parameter(gm, tensors, scale, _new_order(scale.atoms, moved))
+        _reorder_parameter(gm, tensors, scale, new_order(scale.atoms, moved))
     return tuple(rewritten)
 
 
@@ -101,7 +101,7 @@ def _serve_wishes(
             yield Skip(node.name, reason)
 
 
-def _new_order(atoms: Array, moved: Array) -> Array:
+def new_order(atoms: Array, moved: Array) -> Array:
     """Old position of what stands at each position after the reordering."""
     sorter = np.argsort(atoms)
     index: Array = sorter[np.searchsorted(atoms, moved[atoms], sorter=sorter).clip(max=atoms.size - 1)]

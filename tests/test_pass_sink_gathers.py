@@ -214,4 +214,4 @@ def test_control_the_inverse_instead_is_seen(monkeypatch: pytest.MonkeyPatch) ->
 def test_control_an_order_that_takes_channels_out_of_a_value_is_refused() -> None:
     atoms = np.array([0, 1, 2, 3])
     with pytest.raises(PassError, match="out of a value"):
-        sink_gathers._new_order(atoms, np.array([0, 1, 2, 4, 3]))
+        sink_gathers.new_order(atoms, np.array([0, 1, 2, 4, 3]))

@@ -826,9 +826,11 @@ class ChannelShuffle(Between):
         return x.relu().reshape(b, 4, c // 4, h, w).transpose(1, 2).reshape(b, c, h, w)
 
 
-@feature(grouped=2, gathers=1, integer=True)
+@feature(grouped=2, gathers=0, integer=True)
 class ChannelShuffleModule(Between):
-    """torch's own nn.ChannelShuffle."""
+    """torch's own nn.ChannelShuffle; it hands each group of the reader as many channels of each group of the writer as
+    the plan asks for, so that orders inside the groups suffice.
+    """
 
     def __init__(self) -> None:
         super().__init__()
