@@ -9,5 +9,6 @@ from fxprune.passes.merge_gathers import MergeGathers
 from fxprune.passes.absorb_gathers import AbsorbGathers
 from fxprune.passes.align_windows import AlignWindows
 from fxprune.passes.fold_batch_norm import FoldBatchNorm
+from fxprune.passes.fuse_convs import FuseConvs
 
-__all__ = ["AbsorbGathers", "AlignWindows", "FoldBatchNorm", "GroupConvs", "MergeGathers", "SinkGathers"]
+__all__ = ["AbsorbGathers", "AlignWindows", "FoldBatchNorm", "FuseConvs", "GroupConvs", "MergeGathers", "SinkGathers"]
