@@ -111,6 +111,36 @@ def test_gathers_and_their_reasons(pruned: torch.fx.GraphModule) -> None:
     assert gathers["second_in"].reason == "overlap form: the groups read 40 channels out of 32"
 
 
+@pytest.mark.parametrize(
+    "batch, dtype, size", [(2, torch.float32, 4), (1, torch.float32, 4), (5, torch.float32, 4), (2, torch.float16, 2)]
+)
+def test_gathered_bytes_are_what_is_written_for_one_image(batch: int, dtype: torch.dtype, size: int) -> None:
+    x = X[:1].repeat(batch, 1, 1, 1).to(dtype)
+    report = fxprune.report(fxprune.rewrite(fxprune.mask(Net().to(dtype), PLAN), PLAN, x))
+    written = {gather.name: gather.bytes for gather in report.gathers}
+    assert written == {"first_in": 16 * 36 * size, "second_in": 40 * 36 * size}  # second has stride 2, its gather not
+    assert report.gathered_bytes == 56 * 36 * size
+    assert report.to_dict()["gathered_bytes"] == report.gathered_bytes
+    assert report.to_dict()["gathers"][0]["bytes"] == 16 * 36 * size
+    assert "2 remain and write " + {4: "8.06 kB", 2: "4.03 kB"}[size] + " an image" in str(report)
+
+
+def test_runs_of_a_gather_that_no_pass_can_order(pruned: torch.fx.GraphModule) -> None:
+    """first reads the input, whose order is the user's: its even and odd channels are sixteen runs."""
+    gathers = {gather.name: gather.runs for gather in fxprune.report(pruned).gathers}
+    assert gathers["first_in"] == 16
+    assert gathers["second_in"] < 40
+    assert "2.3 kB    16 runs    16 channels" in str(fxprune.report(pruned))
+
+
+def test_no_gathers_write_no_bytes() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 1))
+    report = fxprune.report(fxprune.compile(net, example_inputs=torch.randn(2, 3, 8, 8)))
+    assert report.gathers == ()
+    assert report.gathered_bytes == 0
+    assert "0 remain" in str(report)
+
+
 def test_layers_left_dense_say_why() -> None:
     net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1))
     report = fxprune.report(fxprune.compile(net, example_inputs=torch.randn(2, 3, 8, 8)))
@@ -167,6 +197,9 @@ def test_unknown_shapes_are_called_unknown() -> None:
     report = fxprune.report(fxprune.compile(OddSize(), example_inputs=None))
     assert report.macs_dense is report.macs_pruned is report.layers[0].macs is None
     assert "MACs        unknown  (unknown)" in str(report)
+    assert report.gathered_bytes is None
+    assert report.gathers[0].bytes is None
+    assert "remain and write unknown bytes an image" in str(report)
     assert json.loads(json.dumps(report.to_dict()))["macs_dense"] is None
     assert "no usual input size fits" in report.notes[0]
 
