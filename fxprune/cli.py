@@ -275,9 +275,9 @@ def _report(options: argparse.Namespace) -> int:
             step("compiling")
             calibration = _calibration(options)
             inputs = _inputs(model, options, calibration)
-            pruned = fxprune.compile(
-                model, example_inputs=inputs, calibration=calibration, verify=False, **_pruning(options)
-            )
+            # Not fxprune.compile: a plan for a device can be reported where there is none.
+            plan = fxprune.make_plan(model, example_inputs=inputs, calibration=calibration, **_pruning(options))
+            pruned = fxprune.rewrite(fxprune.mask(model, plan, calibration), plan, inputs)
     report = fxprune.report(pruned)
     return _show(options, report.to_dict(), str(report))
 
