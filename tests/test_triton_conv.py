@@ -169,14 +169,14 @@ BROKEN = {
     "no residual": ("if residual is not None", "if False", PLAIN),
     "no lower bound": ("if MINIMUM is not None", "if False", PLAIN),
     "no upper bound": ("if MAXIMUM is not None", "if False", PLAIN),
-    "rows below the image": ("(y < height)", "(y <= height)", TAPS),
+    "rows below the image": ("(y < height)", "(y <= height)", replace(TAPS, batch=2)),
     "columns beside the image": ("(z >= 0)", "(z >= -1)", TAPS),
     "stride of the other axis": ("out_height * SH", "out_height * SW", SIDES),
     "dilation of the other axis": ("KW * DW", "KW * DH", SIDES),
     "padding of the other axis": ("SW - PW", "SW - PH", SIDES),
     "taps transposed": ("KW * weight_h + tap % KW * weight_w", "KW * weight_w + tap % KW * weight_h", TAPS),
     "filters of the first group": ("group * filters + member", "member", PLAIN),
-    "kept channels rounded down": ("steps = tl.cdiv(kept, BK)", "steps = kept // BK", PLAIN),
+    "kept channels rounded down": ("(KEPT + BK - 1) // BK", "KEPT // BK", PLAIN),
     "pixels rounded down": ("exists = pixel < pixels", "exists = pixel < pixels - 1", PLAIN),
 }  # fmt: skip
 
@@ -308,8 +308,8 @@ def ptx(block: int, dtype: str, unit: int, weight: str = "weight_o") -> str:
 
     kernel = triton_conv._kernel
     constants: dict[str, Any] = {
-        "KH": 3, "KW": 3, "SH": 1, "SW": 1, "PH": 1, "PW": 1, "DH": 1, "DW": 1, "BLOCK": block,
-        "MINIMUM": 0.0, "MAXIMUM": None, "CHANNELS_UNIT": unit, "KEPT_UNIT": unit, "FILTERS_UNIT": unit,
+        "KH": 3, "KW": 3, "SH": 1, "SW": 1, "PH": 1, "PW": 1, "DH": 1, "DW": 1, "KEPT": 128, "BLOCK": block,
+        "MINIMUM": 0.0, "MAXIMUM": None, "CHANNELS_UNIT": unit, "FILTERS_UNIT": unit,
         "UNIT_O": unit, "UNIT_K": unit, "UNIT_H": unit, "UNIT_W": unit, "WIDE": False,
         "PRECISION": "tf32" if dtype == "fp32" else "ieee", "UPCAST": False,
         "BM": 128, "BN": 64, "BK": 32 if dtype == "fp32" else 64, weight: 1,
@@ -394,7 +394,7 @@ def test_every_tile_is_among_the_configurations() -> None:
     """Otherwise the tuner would be left with none."""
     x = torch.zeros(1, dtype=torch.float16)
     for pixels, filters, kept in itertools.product((1, 1000), (1, 24, 48, 500), (1, 24, 48, 500)):
-        named = {"pixels": pixels, "filters": filters, "kept": kept}
+        named = {"pixels": pixels, "filters": filters, "KEPT": kept}
         left = triton_conv._worthwhile(triton_conv._tuned_kernel.configs, named, x=x)
         assert len(left) == len(tiles(pixels, filters, kept, x.dtype))
         assert {config.num_warps for config in left} == {triton_conv.WARPS} == {4}

@@ -127,13 +127,13 @@ def convolve(
     arguments: dict[str, Any] = {
         "x": x, "weight": weight, "bias": bias, "index": index, "residual": residual, "out": out,
         "pixels": pixels, "height": x.shape[2], "width": x.shape[3], "out_height": out.shape[2],
-        "out_width": out.shape[3], "channels": x.shape[1], "filters": filters, "kept": kept, "groups": groups,
+        "out_width": out.shape[3], "channels": x.shape[1], "filters": filters, "groups": groups,
         "weight_o": weight.stride(0), "weight_k": weight.stride(1), "weight_h": weight.stride(2),
         "weight_w": weight.stride(3), "pixel_class": _power_of_two_from(pixels),
         "KH": weight.shape[2], "KW": weight.shape[3], "SH": stride[0], "SW": stride[1], "PH": padding[0],
-        "PW": padding[1], "DH": dilation[0], "DW": dilation[1], "BLOCK": block,
+        "PW": padding[1], "DH": dilation[0], "DW": dilation[1], "KEPT": kept, "BLOCK": block,
         "MINIMUM": minimum, "MAXIMUM": maximum,
-        "CHANNELS_UNIT": _unit(x.shape[1]), "KEPT_UNIT": _unit(kept), "FILTERS_UNIT": _unit(filters),
+        "CHANNELS_UNIT": _unit(x.shape[1]), "FILTERS_UNIT": _unit(filters),
         "UNIT_O": _unit(weight.stride(0)), "UNIT_K": _unit(weight.stride(1)), "UNIT_H": _unit(weight.stride(2)),
         "UNIT_W": _unit(weight.stride(3)),
         "WIDE": max(x.numel(), weight.numel(), out.numel()) >= 2**31 if wide is None else wide,
@@ -185,7 +185,7 @@ def _unit(*numbers: int) -> int:
 # --- the kernel -----------------------------------------------------------------------------------------------------
 
 # What the best tile depends on, beside the types of the operands.
-KEY = ("pixel_class", "filters", "kept", "groups", "KH", "KW", "SH", "SW", "DH", "DW", "BLOCK", "PRECISION")
+KEY = ("pixel_class", "filters", "KEPT", "groups", "KH", "KW", "SH", "SW", "DH", "DW", "BLOCK", "PRECISION")
 _tuned: set[tuple[Any, ...]] = set()
 
 if triton is not None:
@@ -193,11 +193,11 @@ if triton is not None:
     @triton.jit(do_not_specialize=["pixel_class"])  # type: ignore[untyped-decorator]  # Triton is untyped
     def _kernel(  # type: ignore[no-untyped-def]  # annotations would be read by Triton as types of its own
         x, weight, bias, index, residual, out,
-        pixels, height, width, out_height, out_width, channels, filters, kept, groups,
+        pixels, height, width, out_height, out_width, channels, filters, groups,
         weight_o, weight_k, weight_h, weight_w, pixel_class,
         KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-        DH: tl.constexpr, DW: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr, MAXIMUM: tl.constexpr,
-        CHANNELS_UNIT: tl.constexpr, KEPT_UNIT: tl.constexpr, FILTERS_UNIT: tl.constexpr, UNIT_O: tl.constexpr,
+        DH: tl.constexpr, DW: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr, MINIMUM: tl.constexpr,
+        MAXIMUM: tl.constexpr, CHANNELS_UNIT: tl.constexpr, FILTERS_UNIT: tl.constexpr, UNIT_O: tl.constexpr,
         UNIT_K: tl.constexpr, UNIT_H: tl.constexpr, UNIT_W: tl.constexpr,
         WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -205,7 +205,6 @@ if triton is not None:
         # Triton knows of an argument whether 16 divides it; 8 is what 16-byte loads of 2-byte types need. Rounding to a
         # unit changes nothing and tells it so.
         channels = channels // CHANNELS_UNIT * CHANNELS_UNIT
-        kept = kept // KEPT_UNIT * KEPT_UNIT
         filters = filters // FILTERS_UNIT * FILTERS_UNIT
         weight_o = weight_o // UNIT_O * UNIT_O
         weight_k = weight_k // UNIT_K * UNIT_K
@@ -231,25 +230,25 @@ if triton is not None:
             filter = filter.to(tl.int64)
 
         total = tl.zeros((BM, BN), dtype=tl.float32)
-        steps = tl.cdiv(kept, BK)
+        steps: tl.constexpr = (KEPT + BK - 1) // BK
         for step in range(KH * KW * steps):
             tap = step // steps
             start = step % steps * BK
             k = start + tl.arange(0, BK)
             if BLOCK >= BK:  # the whole step lies in one run
-                channel = tl.multiple_of(tl.load(index + group * kept + start).to(tl.int32), BK) + tl.arange(0, BK)
+                channel = tl.multiple_of(tl.load(index + group * KEPT + start).to(tl.int32), BK) + tl.arange(0, BK)
             elif BLOCK > 1:
-                run = tl.load(index + group * kept + k // BLOCK * BLOCK, mask=k < kept, other=0).to(tl.int32)
+                run = tl.load(index + group * KEPT + k // BLOCK * BLOCK, mask=k < KEPT, other=0).to(tl.int32)
                 channel = tl.max_contiguous(tl.multiple_of(run + k % BLOCK, BLOCK), BLOCK)
             else:
-                channel = tl.load(index + group * kept + k, mask=k < kept, other=0).to(tl.int32)
+                channel = tl.load(index + group * KEPT + k, mask=k < KEPT, other=0).to(tl.int32)
             y = row + tap // KW * DH
             z = column + tap % KW * DW
             inside = exists & (y >= 0) & (y < height) & (z >= 0) & (z < width)
             place = ((image * height + y) * width + z) * channels
-            a = tl.load(x + place[:, None] + channel[None, :], mask=inside[:, None] & (k < kept)[None, :], other=0.0)
+            a = tl.load(x + place[:, None] + channel[None, :], mask=inside[:, None] & (k < KEPT)[None, :], other=0.0)
             place = tap // KW * weight_h + tap % KW * weight_w + k[:, None] * weight_k + filter[None, :] * weight_o
-            b = tl.load(weight + place, mask=(k < kept)[:, None] & (member < filters)[None, :], other=0.0)
+            b = tl.load(weight + place, mask=(k < KEPT)[:, None] & (member < filters)[None, :], other=0.0)
             if UPCAST:
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
@@ -271,7 +270,7 @@ if triton is not None:
     def _worthwhile(configs: list[Any], named: dict[str, Any], **arguments: Any) -> list[Any]:
         """The configurations of `tiles` for the arguments of a call."""
         given = {**named, **arguments}
-        chosen = tiles(given["pixels"], given["filters"], given["kept"], given["x"].dtype)
+        chosen = tiles(given["pixels"], given["filters"], given["KEPT"], given["x"].dtype)
         return [c for c in configs if Tile(c.kwargs["BM"], c.kwargs["BN"], c.kwargs["BK"], c.num_stages) in chosen]
 
     _tuned_kernel = triton.autotune(
