@@ -8,11 +8,15 @@ exactly.
 2
 """
 
+from fxprune.acceleration import accelerate, acceleration_report
 from fxprune.channels import ChannelAnalysis
+from fxprune.choices import AccelerationReport
 from fxprune.compiler import analyze, compile, make_plan, mask, measure_sensitivity, report, rewrite
 from fxprune.errors import (
+    AccelerationError,
     CalibrationError,
     FxpruneError,
+    KernelError,
     NothingRewrittenWarning,
     PassError,
     PlanError,
@@ -30,11 +34,14 @@ from fxprune.verification import Verification, verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccelerationError",
+    "AccelerationReport",
     "CalibrationError",
     "ChannelAnalysis",
     "ChannelGather",
     "FxpruneError",
     "GroupedKernels",
+    "KernelError",
     "NothingRewrittenWarning",
     "PassError",
     "PlanError",
@@ -45,6 +52,8 @@ __all__ = [
     "TraceError",
     "Verification",
     "VerificationError",
+    "accelerate",
+    "acceleration_report",
     "analyze",
     "compile",
     "load",

@@ -123,6 +123,7 @@ def accelerate(
         gathers=sum(1 for _ in calls(result, _Gather)) + sum(1 for _ in calls(result, ChannelGather)),
         difference=gap,
         notes=skipped,
+        compiled=getattr(getattr(model, "meta", {}).get(RECORD), "report", None),
     )
     return result
 
@@ -187,7 +188,7 @@ def _place(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.device, tor
     devices = {tensor.device for tensor in tensors}
     dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     if len(devices) != 1 or len(dtypes) != 1:
-        found = ", ".join(sorted(map(str, devices | dtypes)))  # type: ignore[operator]  # both are only shown
+        found = ", ".join(sorted(map(str, devices | dtypes)))
         raise AccelerationError(
             f"model and example inputs are of several devices or types ({found}); move and convert them to one"
         )

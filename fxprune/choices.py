@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fxprune.report import Report
+
 
 @dataclass(frozen=True)
 class LayerChoice:
@@ -43,6 +45,7 @@ class AccelerationReport:
         gathers: gathers that no convolution could take in.
         difference: largest difference to the model before, relative to the largest output.
         notes: what else the user should know.
+        compiled: the report of the pruned model; None if the model was not compiled.
     """
 
     device: str
@@ -55,6 +58,7 @@ class AccelerationReport:
     gathers: int
     difference: float
     notes: tuple[str, ...]
+    compiled: Report | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as dicts, lists, strings and numbers."""

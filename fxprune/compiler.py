@@ -11,17 +11,25 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fxprune.acceleration import ACCELERATION, accelerate
 from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct
 from fxprune.channels import ChannelAnalysis, analyze_channels
 from fxprune.criteria import Criterion, ScoreFunction
-from fxprune.errors import CalibrationError, FxpruneError, NothingRewrittenWarning, PlanError, TraceError
+from fxprune.errors import (
+    AccelerationError,
+    CalibrationError,
+    FxpruneError,
+    NothingRewrittenWarning,
+    PlanError,
+    TraceError,
+)
 from fxprune.pipeline import default_pipeline, run
 from fxprune.planning import Planner, resolve_block
 from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.report import Report, layer_costs, make_report
 from fxprune.rewriting import calls, first_reader, read_by_name
 from fxprune.sensitivity import Cost, Sensitivity, check_share, measure
-from fxprune.shapes import Groups
+from fxprune.shapes import TARGETS, Groups
 from fxprune.snapshots import Snapshot
 from fxprune.tracing import Inputs, Trace, as_inputs, meta_values, trace
 from fxprune.variety import Variety
@@ -97,8 +105,9 @@ def compile(
         block: keep input channels in aligned blocks of this many, so that one load of a fused kernel brings a block: 8
             are 16 bytes in half precision. What it costs is in the report, as are layers that do not divide into
             blocks; these are pruned channel by channel. None is 8 for target `"cuda"`, else 1.
-        target: `"cpu"` or `"cuda"`: plan for this kind of device. On `"cuda"` groups are wide enough for the tensor
-            cores where their number is `"auto"`, and blocks are 8; None is as `"cpu"`.
+        target: `"cpu"` or `"cuda"`: plan for this kind of device and return the inference form for it, see
+            `fxprune.accelerate`; the model and the example inputs must be there. On `"cuda"` groups are wide enough for
+            the tensor cores where their number is `"auto"`, and blocks are 8; None plans as for `"cpu"`.
         criterion: importance of a kernel for method `"cocluster"`: a name in `fxprune.criteria.CRITERIA`, a
             `Criterion`, or a function `(name, conv) -> (O, C)`.
         variety: make the criterion keep rare kernels: a name in `fxprune.variety.VARIETIES` or a `Variety`.
@@ -112,9 +121,11 @@ def compile(
 
     Returns:
         A `GraphModule`: it trains, scripts, exports, moves and copies as any module does. `fxprune.report` explains it.
+        With `target`, an inference form for that device alone, which `fxprune.acceleration_report` explains as well.
 
     Raises:
         PlanError: an argument is not legal, or nothing can be planned.
+        AccelerationError: `target` without example inputs, or not the device of the model.
         CalibrationError: the calibration data are malformed, or do not fit the model.
         TraceError: the model cannot be traced, or its shapes cannot be found.
         VerificationError: the result differs from the masked model.
@@ -124,6 +135,7 @@ def compile(
     """
     if verify and example_inputs is None and calibration is None:
         raise FxpruneError("verify=True needs example_inputs to run the models on; pass them, or leave verify out")
+    _check_target(model, target, example_inputs, calibration)
     data = _Data(model, example_inputs, calibration)
     plan, masked = _plan(
         model,
@@ -150,6 +162,9 @@ def compile(
     if verify or (verify is None and data.example_inputs is not None):
         assert data.example_inputs is not None
         verify_models(pruned, masked, data.example_inputs)
+    if target is not None:
+        assert data.example_inputs is not None
+        return accelerate(pruned, data.example_inputs, progress=progress)
     return pruned
 
 
@@ -448,6 +463,10 @@ def report(pruned: nn.Module) -> Report:
     Raises:
         FxpruneError: the module was not compiled by fxprune, or lost its record in pickling.
     """
+    accelerated = getattr(pruned, "meta", {}).get(ACCELERATION)
+    if accelerated is not None and accelerated.compiled is not None:
+        compiled: Report = accelerated.compiled
+        return compiled
     return record_of(pruned).report
 
 
@@ -455,6 +474,24 @@ _NO_SHAPES = (
     "no example_inputs, and no usual input size fits the model: "
     "all channels keep their order, and more gathers remain than need be"
 )
+
+
+def _check_target(
+    model: nn.Module, target: str | None, example_inputs: Inputs | None, calibration: Calibration | None
+) -> None:
+    """See that a model can be accelerated for `target` before hours of planning."""
+    if target not in TARGETS:
+        return  # None, or what the planner will refuse
+    if example_inputs is None and calibration is None:
+        raise AccelerationError(
+            f"target={target!r} needs example_inputs to time the model on; pass them, or leave target out"
+        )
+    found = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
+    if found - {target}:
+        raise AccelerationError(
+            f"target={target!r}, but the model is on {', '.join(sorted(found))}; move model and example_inputs to "
+            f"{target} first, or plan with make_plan(target={target!r}) and accelerate there"
+        )
 
 
 def _obstacles(model: nn.Module, traced: Trace) -> dict[str, str]:
@@ -498,6 +535,10 @@ def record_of(pruned: nn.Module) -> Record:
     """
     meta = getattr(pruned, "meta", None)
     record = meta.get(RECORD) if isinstance(meta, dict) else None
+    if isinstance(meta, dict) and ACCELERATION in meta:
+        raise FxpruneError(
+            "the model is accelerated: its weights are packed for one device; pass the module that it was made from"
+        )
     if not isinstance(record, Record):
         raise FxpruneError(
             f"{type(pruned).__name__} carries no record of a compilation; "

@@ -49,11 +49,12 @@ class FusedConv2d(nn.Module):
         self.register_buffer("order", None)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.index is not None:
-            x = gather_channels(x, self.index)
+        index, order = self.index, self.order  # TorchScript refines locals, not attributes
+        if index is not None:
+            x = gather_channels(x, index)
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        if self.order is not None:
-            y = gather_channels(y, self.order)
+        if order is not None:
+            y = gather_channels(y, order)
         if residual is not None:
             y += residual
         if self.minimum is not None or self.maximum is not None:

@@ -227,9 +227,9 @@ def _bounds(gm: fx.GraphModule, user: fx.Node) -> tuple[float | None, float | No
         return 0.0, 6.0
     if name in _CLAMPS and not set(user.kwargs) - {"min", "max"}:
         low, high = (*user.args[1:], None, None)[:2]
-        bounds = (user.kwargs.get("min", low), user.kwargs.get("max", high))
-        if all(bound is None or isinstance(bound, int | float) for bound in bounds) and bounds != (None, None):
-            return tuple(None if bound is None else float(bound) for bound in bounds)  # type: ignore[return-value]
+        low, high = user.kwargs.get("min", low), user.kwargs.get("max", high)
+        if isinstance(low, int | float | None) and isinstance(high, int | float | None) and (low, high) != (None, None):
+            return None if low is None else float(low), None if high is None else float(high)
     return None
 
 

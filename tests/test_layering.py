@@ -35,7 +35,7 @@ ORDER = (
     ("variety", "criteria.criterion"),
     ("criteria.standard", "criteria.taylor"),
     ("criteria",),
-    ("calibration.batches", "rewriting"),
+    ("calibration.batches", "fused", "kernels.native", "rewriting"),
     ("calibration.following", "calibration.lockstep"),
     ("calibration.samples", "shapes"),
     ("calibration.least_squares",),
@@ -47,6 +47,7 @@ ORDER = (
     (
         "passes.absorb_gathers",
         "passes.fold_batch_norm",
+        "passes.fuse_convs",
         "passes.group_convs",
         "passes.merge_gathers",
         "passes.sink_gathers",
@@ -54,6 +55,10 @@ ORDER = (
     ("passes.align_windows",),  # gives channel spaces another order as sink_gathers does
     ("passes",),
     ("pipeline", "report"),
+    ("choices", "engines.engine", "measurements"),
+    ("engines.library", "engines.native", "engines.onednn", "engines.triton"),
+    ("engines",),
+    ("acceleration",),
     ("compiler",),
     ("storage",),
     ("",),  # the package itself: its public names
@@ -113,7 +118,7 @@ def test_the_reader_of_imports_sees_them() -> None:
     found = {module: set(imports(module, source)) for module, source in SOURCES.items()}
     assert {"errors", "tracing", "planning", "pipeline"} <= found["compiler"]
     assert found["errors"] == set()
-    assert len(found["passes"]) == 6
+    assert len(found["passes"]) == 7
 
 
 @pytest.mark.parametrize(

@@ -61,4 +61,4 @@ class NativeConv2d(Engine):
             KernelError: it cannot be built there.
         """
         native.load()
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit import is_scripting  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from fxprune.engines.engine import Engine
 from fxprune.fused import FusedConv2d, gather_channels
@@ -38,7 +39,8 @@ class OneDnnConv2d(Engine):
     def obstacle(cls, conv: FusedConv2d, memory_format: torch.memory_format) -> str:
         if conv.weight.device.type != "cpu":
             return f"oneDNN runs on the CPU, not on {conv.weight.device.type}"
-        if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        if not has_onednn or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
             return "this build of torch has no oneDNN"
         if conv.weight.dtype not in (torch.float32, torch.bfloat16):
             return f"no packed form for {conv.weight.dtype}"
@@ -47,36 +49,38 @@ class OneDnnConv2d(Engine):
         return ""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.index is not None:
-            x = gather_channels(x, self.index)
-        if residual is not None and self.order is None:
+        index, order = self.index, self.order  # TorchScript refines locals, not attributes
+        if index is not None:
+            x = gather_channels(x, index)
+        if residual is not None and order is None:
             y = torch.ops.mkldnn._convolution_pointwise(
                 x, residual, self.packed, self.bias, self.padding, self.stride, self.dilation, self.groups,
                 "add", None, "relu" if self.is_relu else None, [], None,
             )  # fmt: skip
             return y if self.is_relu else self._clamp(y)
-        if residual is None and self.order is None and (self.is_relu or self.is_bounded):
+        if residual is None and order is None and (self.is_relu or self.is_bounded):
             return self._activated(x)
         y = torch.ops.mkldnn._convolution_pointwise(
             x, self.packed, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
         )
-        if self.order is not None:
-            y = gather_channels(y, self.order)
+        if order is not None:
+            y = gather_channels(y, order)
         if residual is not None:
             y += residual
         return self._clamp(y)
 
     def _activated(self, x: Tensor) -> Tensor:
-        if not self.is_relu and not torch.jit.is_scripting():  # TorchScript has no way to write a list of scalars
-            return torch.ops.mkldnn._convolution_pointwise(  # type: ignore[no-any-return]
+        if self.is_relu or is_scripting():  # TorchScript has no way to write a list of scalars
+            y: Tensor = torch.ops.mkldnn._convolution_pointwise(
                 x, self.packed, self.bias, self.padding, self.stride, self.dilation, self.groups,
-                "hardtanh", [self.minimum, self.maximum], "",
+                "relu" if self.is_relu else "none", [], "",
             )  # fmt: skip
-        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            return y if self.is_relu else self._clamp(y)
+        bounded: Tensor = torch.ops.mkldnn._convolution_pointwise(
             x, self.packed, self.bias, self.padding, self.stride, self.dilation, self.groups,
-            "relu" if self.is_relu else "none", [], "",
+            "hardtanh", [self.minimum, self.maximum], "",
         )  # fmt: skip
-        return y if self.is_relu else self._clamp(y)
+        return bounded
 
     def _clamp(self, y: Tensor) -> Tensor:
         if self.minimum is not None or self.maximum is not None:
@@ -97,5 +101,5 @@ class OneDnnConv2d(Engine):
 
     @torch.jit.unused
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.packed = self._pack(self.packed)

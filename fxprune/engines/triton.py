@@ -42,7 +42,8 @@ class TritonConv2d(Engine):
         return available(conv.weight.device)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.order is None:
+        order = self.order  # TorchScript refines locals, not attributes
+        if order is None:
             y: Tensor = torch.ops.fxprune.gather_conv2d(
                 x, self.weight, self.bias, self.index, residual, self.stride, self.padding, self.dilation,
                 self.groups, self.block, self.minimum, self.maximum,
@@ -52,7 +53,7 @@ class TritonConv2d(Engine):
             x, self.weight, self.bias, self.index, None, self.stride, self.padding, self.dilation, self.groups,
             self.block, None, None,
         )  # fmt: skip
-        y = gather_channels(y, self.order)
+        y = gather_channels(y, order)
         if residual is not None:
             y += residual
         if self.minimum is not None or self.maximum is not None:

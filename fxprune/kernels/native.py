@@ -69,12 +69,12 @@ def load() -> None:
     """
     library = build()
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except OSError as error:
         raise KernelError(f"the compiled kernel {library.name} cannot be loaded: {error}; delete it") from error
     torch.library.register_fake("fxprune_native::conv2d")(_fake_conv2d)
-    if (error := _test()) > TOLERANCE:
-        raise KernelError(f"the compiled kernel is wrong by {error:.1e} on this processor; it is not used")
+    if not (gap := _test()) <= TOLERANCE:
+        raise KernelError(f"the compiled kernel is wrong by {gap:.1e} on this processor; it is not used")
 
 
 def build() -> Path:
@@ -111,7 +111,7 @@ def build() -> Path:
             os.replace(made, target)  # whole or not at all, also if several processes build at once
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelError(
-            f"the compiled kernel cannot be built with {compiler} into {target.parent}: {error}; set CXX or FXPRUNE_CACHE"
+            f"the compiled kernel cannot be built with {compiler} in {target.parent}: {error}; set CXX or FXPRUNE_CACHE"
         ) from error
     return target
 
@@ -182,9 +182,7 @@ def _fake_conv2d(
     kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], channels: int,
     minimum: float | None, maximum: float | None,
 ) -> Tensor:  # fmt: skip
-    size = [
-        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
-    ]
+    size = [(input.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     return input.new_empty((input.shape[0], out.shape[0], *size)).contiguous(memory_format=torch.channels_last)
 
 
