@@ -39,9 +39,9 @@ from benchmarks._rivals import (
     difference,
     fxprune_network,
     input_shapes,
+    limit_of,
     prepare,
     settle,
-    tolerance,
     torch_pruning_network,
 )
 from benchmarks.accuracy import CIFAR_MODELS, _count, build, left_out, write
@@ -73,7 +73,7 @@ class Row:
         batch: images at a time.
         seconds, spread: median of one call, and the distance between its quartiles.
         relative: to the dense network in this runtime, in its faster layout: median of the ratios within a round.
-        difference: from its oracle, as a share of the largest output.
+        difference, limit: from its oracle, as a share of the largest output, and how large it may be.
         best: it is this network's faster layout.
         error: why there is no time.
     """
@@ -88,6 +88,7 @@ class Row:
     spread: float | None = None
     relative: float | None = None
     difference: float | None = None
+    limit: float | None = None
     best: bool = False
     error: str = ""
 
@@ -165,7 +166,7 @@ def measure(
             try:
                 call = prepare(network, RUNTIMES[runtime], layout, inputs)
                 with torch.inference_mode():
-                    row = _checked(row, call(), expected[id(network)], tolerance(inputs))
+                    row = _checked(row, call(), *expected[id(network)])
             except Exception as error:  # one runtime refuses, the others are worth having all the same
                 row = replace(row, error=describe(error))
         if not row.error:
@@ -180,13 +181,14 @@ def measure(
 
 
 @torch.inference_mode()
-def _oracles(networks: Sequence[Network], inputs: Tensor) -> dict[int, Any]:
-    """What each network should give, in float32, by its id."""
+def _oracles(networks: Sequence[Network], inputs: Tensor) -> dict[int, tuple[Any, float]]:
+    """What each network should give, in float32, and how far it may be off, by its id."""
     outputs = {}
     for network in networks:
         if network.oracle is not None:
             oracle = network.oracle.to(inputs.device)
-            outputs[id(network)] = oracle(inputs.float())
+            expected = oracle(inputs.float())
+            outputs[id(network)] = expected, limit_of(oracle, expected, inputs)
             oracle.to("cpu")
     return outputs
 
@@ -194,7 +196,7 @@ def _oracles(networks: Sequence[Network], inputs: Tensor) -> dict[int, Any]:
 def _checked(row: Row, found: Any, expected: Any, limit: float) -> Row:
     gap = difference(found, expected)
     error = "" if gap <= limit else f"wrong: differs by {gap:.1e} of the largest output (limit {limit:.0e})"
-    return replace(row, difference=gap, error=error)
+    return replace(row, difference=gap, limit=limit, error=error)
 
 
 def _with_times(rows: Sequence[Row], timings: Mapping[int, Timing]) -> list[Row]:

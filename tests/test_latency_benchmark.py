@@ -176,6 +176,23 @@ def test_differences(found: object, expected: float) -> None:
     assert _rivals.difference(found, torch.tensor([1.0, 2.0])) == expected
 
 
+def test_the_limit_grows_with_what_a_network_makes_of_noise() -> None:
+    class Amplifier(nn.Module):
+        """What is left of its input after the most of it is taken away."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x.round(decimals=4)
+
+    inputs = images()
+    ordinary = tiny()
+    assert _rivals.limit_of(ordinary, ordinary(inputs), inputs) == 1e-4
+    amplifier = Amplifier()
+    assert 1e-3 < _rivals.limit_of(amplifier, amplifier(inputs), inputs) <= _rivals.LARGEST_LIMIT
+    half = inputs.bfloat16()
+    assert _rivals.limit_of(amplifier, amplifier(half.float()), half) == _rivals.LARGEST_LIMIT
+    assert _rivals.limit_of(ordinary, ordinary(half.float()), half) < 0.4
+
+
 def test_nothing_is_proved_by_an_oracle_without_numbers() -> None:
     nothing = torch.full((2,), math.nan)
     assert _rivals.difference(nothing, nothing) == math.inf
@@ -239,6 +256,7 @@ def test_accelerate_gets_the_network_as_it_is(
     def accelerate(module: nn.Module, inputs: Tensor) -> nn.Module:
         given.append(module)
         assert inputs.shape == (4, 3, 8, 8)
+        assert torch.is_grad_enabled()
         return module
 
     monkeypatch.setattr(fxprune, "accelerate", accelerate, raising=False)
@@ -309,12 +327,15 @@ def test_settling() -> None:
     with torch.no_grad():
         model.get_parameter("first.weight").mul_(1e6)
     before = model(inputs).abs().max()
-    momentum = model.get_submodule("norm1").momentum
     _rivals.settle(model, inputs)
     assert before > 1e4
     assert model(inputs).abs().max() < 10
-    assert not any(module.training for module in model.modules())
-    assert model.get_submodule("norm1").momentum == momentum
+    powers: list[float] = []
+    norm = model.get_submodule("norm1")
+    norm.register_forward_hook(lambda norm, x, y: powers.append(float(y.detach().square().mean())))
+    model(inputs)
+    assert powers == [pytest.approx(1, abs=1e-3)]
+    assert not norm._forward_pre_hooks, "no hook stays"
 
 
 def test_torch_pruning_at_equal_macs() -> None:
