@@ -6,6 +6,7 @@ in evaluation mode, and every runtime gets them with BatchNorm folded, so that n
 
 import contextlib
 import copy
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -98,8 +99,8 @@ def torch_pruning_network(
 ) -> Network:
     """The network that Torch-Pruning makes with about `macs` MACs, found by bisection of its ratio of channels.
 
-    With whole multiples of channels it may come no nearer than a few percent; the MACs reached are in the result. Where
-    it crashes the result says so.
+    Narrow networks, of which it keeps multiples of `ROUND_TO` channels, may come no nearer than a few percent; the MACs
+    reached are in the result. Where it crashes the result says so.
     """
     try:
         pruned = _equal_macs(model, inputs, macs)
@@ -111,22 +112,34 @@ def torch_pruning_network(
 
 
 def _equal_macs(model: nn.Module, inputs: Tensor, macs: int) -> nn.Module:
-    low, high = 0.0, 1.0
+    """Bisect the ratio; where the MACs leap over the target, because many layers lose their next multiple of channels
+    at one ratio, bisect how many layers, from the input on, are behind the leap.
+    """
     best, best_gap = model, math.inf
+
+    def is_large(low: float, high: float, first: int) -> bool:
+        nonlocal best, best_gap
+        pruned = _prune_channels(model, inputs, low, high, first)
+        found = count_macs(pruned, inputs)
+        if abs(found / macs - 1) < best_gap:
+            best, best_gap = pruned, abs(found / macs - 1)
+        return found > macs
+
+    low, high = 0.0, 1.0
     for _ in range(MACS_STEPS):
         share = (low + high) / 2
-        pruned = _prune_channels(model, inputs, share)
-        found = count_macs(pruned, inputs)
-        gap = abs(found / macs - 1)
-        if gap < best_gap:
-            best, best_gap = pruned, gap
-        if gap <= MACS_TOLERANCE:
-            break
-        low, high = (share, high) if found > macs else (low, share)
+        low, high = (share, high) if is_large(share, share, 0) else (low, share)
+        if best_gap <= MACS_TOLERANCE:
+            return best
+    few, many = 0, sum(1 for _ in _layers(model))
+    while many - few > 1 and best_gap > MACS_TOLERANCE:
+        first = (few + many) // 2
+        few, many = (first, many) if is_large(low, high, first) else (few, first)
     return best
 
 
-def _prune_channels(model: nn.Module, inputs: Tensor, share: float) -> nn.Module:
+def _prune_channels(model: nn.Module, inputs: Tensor, low: float, high: float, first: int) -> nn.Module:
+    """Remove a share of channels: `high` of the `first` layers, `low` of the others."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own imports, and of operators it does not know
         import torch_pruning
@@ -136,11 +149,16 @@ def _prune_channels(model: nn.Module, inputs: Tensor, share: float) -> nn.Module
             pruned,
             inputs[:1],
             importance=torch_pruning.importance.MagnitudeImportance(p=2),
-            pruning_ratio=share,
+            pruning_ratio=low,
+            pruning_ratio_dict=dict.fromkeys(itertools.islice(_layers(pruned), first), high),
             ignored_layers=[_last_layer(pruned, inputs)],
             round_to=ROUND_TO,
         ).step()
     return pruned
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear))
 
 
 def _last_layer(model: nn.Module, inputs: Tensor) -> nn.Module:

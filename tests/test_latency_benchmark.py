@@ -1,6 +1,7 @@
 """The benchmark of latency on tiny networks: what races, what is refused, what is written; nothing about speed."""
 
 import importlib.util
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -368,10 +369,23 @@ def test_the_search_comes_near_where_it_can(monkeypatch: pytest.MonkeyPatch) -> 
     assert abs(near / target - 1) < 0.02 < abs(far / target - 1)
 
 
+def test_a_leap_is_taken_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six layers of 64 channels all go from 48 to 40 at one ratio; some of them may be left at 48."""
+    widths = [3, *[64] * 6]
+    convs = [nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths)]
+    model = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5)).eval()
+    inputs = images()
+    target = round(0.48 * _rivals.count_macs(model, inputs))  # between (48 / 64) ** 2 and (40 / 64) ** 2
+    near = _rivals.count_macs(_rivals._equal_macs(model, inputs, target), inputs)
+    monkeypatch.setattr(_rivals, "_layers", lambda model: iter(()))
+    far = _rivals.count_macs(_rivals._equal_macs(model, inputs, target), inputs)
+    assert abs(near / target - 1) < 0.06 < abs(far / target - 1)
+
+
 def test_the_last_layer_keeps_its_classes() -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert _rivals._last_layer(model, images()) is model[2]
-    assert _rivals._prune_channels(model, images(), 0.5)(images()).shape == (2, 8)
+    assert _rivals._prune_channels(model, images(), 0.5, 0.5, 0)(images()).shape == (2, 8)
 
 
 # --- arithmetic and pictures ------------------------------------------------------------------------------------------
