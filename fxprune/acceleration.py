@@ -26,7 +26,7 @@ from fxprune.measurements import Stopwatch
 from fxprune.passes import FoldBatchNorm, FuseConvs
 from fxprune.rewriting import calls
 from fxprune.timing import race
-from fxprune.tracing import Inputs, as_inputs, meta_values, trace
+from fxprune.tracing import Inputs, as_inputs, trace
 from fxprune.verification import RECORD, difference
 
 ACCELERATION = "fxprune_acceleration"
@@ -120,7 +120,7 @@ def accelerate(
         seconds={name: timing.fastest for name, timing in timings.items()},
         relative=timings[chosen].relative_to(timings[best_dense]),
         layers=tuple(_as_chosen(choices[memory_format_name], dense=chosen.startswith("dense"))),
-        gathers=sum(1 for _ in calls(result, _Gather)) + sum(1 for _ in calls(result, ChannelGather)),
+        gathers=sum(1 for _ in calls(result, _Gather)),
         difference=gap,
         notes=skipped,
         compiled=getattr(getattr(model, "meta", {}).get(RECORD), "report", None),
@@ -175,10 +175,13 @@ class _Gather(nn.Module):
 
     def __init__(self, gather: ChannelGather) -> None:
         super().__init__()
+        self.dim = gather.dim
         self.register_buffer("index", gather.index)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gather_channels(x, self.index)
+        if x.dim() == 4 and self.dim in (-3, 1):
+            return gather_channels(x, self.index)
+        return x.index_select(self.dim, self.index)
 
 
 def _place(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.device, torch.dtype]:
@@ -222,12 +225,10 @@ def _build(
     """A copy of the graph in which each convolution is computed by the form that `choices` names for its node."""
     forms = {str(form): form for form in _forms()}
     gm = copy.deepcopy(graph)
-    values, _ = meta_values(gm, inputs)
     for node, conv in calls(gm, FusedConv2d):
         _replace(gm, node, forms[choices[node.name]].build(conv, memory_format))
     for node, gather in calls(gm, ChannelGather):
-        if gather.dim in (-3, 1) and isinstance(value := values.get(node), Tensor) and value.dim() == 4:
-            _replace(gm, node, _Gather(gather))
+        _replace(gm, node, _Gather(gather))
     for node, example in zip([n for n in gm.graph.nodes if n.op == "placeholder"], inputs, strict=False):
         if isinstance(example, Tensor) and node.users:
             path = f"entry_{node.name}"
@@ -260,10 +261,10 @@ def _choose(
     bar: "tqdm[Any]",
 ) -> _Choices:
     """Time every form of every convolution at the shapes that the example gives it."""
-    values, _ = meta_values(graph, inputs)
+    seen = _operand_shapes(graph, inputs)
     found: _Choices = {}
     for node, conv in calls(graph, FusedConv2d):
-        shapes = [values[argument].shape for argument in node.all_input_nodes]
+        shapes = seen[node.name]
         forms: dict[str, _Form] = {}
         obstacles: dict[str, str] = {}
         for form in _forms():
@@ -280,6 +281,21 @@ def _choose(
         found[node.name] = LayerChoice(name, tuple(shapes[0]), chosen, seconds, obstacles)
         bar.update()
     return found
+
+
+def _operand_shapes(graph: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, list[torch.Size]]:
+    """Shapes of the input, and of the residual if there is one, of each fused convolution, by name of its node."""
+    shapes: dict[str, list[torch.Size]] = {}
+    handles = [
+        conv.register_forward_pre_hook(
+            lambda _, operands, name=node.name: shapes.update({name: [operand.shape for operand in operands]})
+        )
+        for node, conv in calls(graph, FusedConv2d)
+    ]
+    graph(*inputs)
+    for handle in handles:
+        handle.remove()
+    return shapes
 
 
 def _calls(

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 namespace fxprune {
@@ -112,13 +113,11 @@ void tile(const Tile& t) {
   for (int m = 0; m < PIXELS; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) *reinterpret_cast<V*>(&values[m][v * LANES]) = sum[m][v];
-  for (int m = 0; m < PIXELS; ++m)
-    for (int64_t o = 0; o < t.filters; ++o) {
-      const int64_t place = m * t.out_channels + t.out[o];
-      float value = values[m][o] + (t.residual ? t.residual[place] : 0.0f);
-      value = value < t.minimum ? t.minimum : value;
-      t.y[place] = value > t.maximum ? t.maximum : value;
-    }
+  for (int64_t o = 0; o < t.filters; ++o) {
+    float* y = t.y + t.out[o];
+#pragma GCC unroll 16
+    for (int m = 0; m < PIXELS; ++m) y[m * t.out_channels] = values[m][o];
+  }
 }
 
 using TileFunction = void (*)(const Tile&);
@@ -196,6 +195,28 @@ class PaddedRows {
   int64_t width_ = 0, first_ = -1, next_ = -1;
 };
 
+// Adds the residual and keeps the bounds where the sums of a task have been stored.
+void sweep(const Geometry& g, const Operands& a, const Task& task) {
+  const bool whole = task.first_panel == 0 && task.last_panel == a.panel_count;
+  const int64_t first = a.panels[task.first_panel].first;
+  const int64_t last = a.panels[task.last_panel - 1].first + a.panels[task.last_panel - 1].filters;
+  for (int64_t row = task.first_row; row < task.last_row; ++row) {
+    const int64_t begin = (row * g.out_width + task.first_column) * g.out_channels;
+    const int64_t end = (row * g.out_width + task.last_column) * g.out_channels;
+    const auto finish = [&](int64_t place) {
+      float value = a.y[place] + (a.residual ? a.residual[place] : 0.0f);
+      value = value < a.minimum ? a.minimum : value;
+      a.y[place] = value > a.maximum ? a.maximum : value;
+    };
+    if (whole) {
+      for (int64_t place = begin; place < end; ++place) finish(place);
+    } else {
+      for (int64_t pixel = begin; pixel < end; pixel += g.out_channels)
+        for (int64_t o = first; o < last; ++o) finish(pixel + a.out[o]);
+    }
+  }
+}
+
 }  // namespace
 
 int64_t widest_lanes() { return kWidest; }
@@ -212,6 +233,10 @@ int64_t scratch_size(const Geometry& g, int64_t rows) {
 
 void run(const Geometry& g, const Operands& a, const Task& task, float* scratch) {
   const PaddedRows rows(g, a.x, task, scratch);
+  // Sums that go to scattered channels are stored as they are; residual and bounds follow in a sweep over whole pixels,
+  // which needs all panels.
+  bool scattered = false;
+  for (int64_t p = task.first_panel; p < task.last_panel; ++p) scattered |= !is_contiguous(a, a.panels[p]);
   const int64_t columns = task.last_column - task.first_column;
   std::vector<TapRow> taps(g.kernel_height * (task.last_row - task.first_row));
   std::vector<int64_t> tap_counts(task.last_row - task.first_row);
@@ -245,8 +270,8 @@ void run(const Geometry& g, const Operands& a, const Task& task, float* scratch)
     t.out = a.out + panel.first;
     t.filters = panel.filters;
     t.contiguous = is_contiguous(a, panel);
-    t.minimum = a.minimum;
-    t.maximum = a.maximum;
+    t.minimum = scattered ? -std::numeric_limits<float>::infinity() : a.minimum;
+    t.maximum = scattered ? std::numeric_limits<float>::infinity() : a.maximum;
     for (int64_t row = task.first_row; row < task.last_row; ++row) {
       TapRow* found = &taps[(row - task.first_row) * g.kernel_height];
       t.rows = found;
@@ -257,13 +282,14 @@ void run(const Geometry& g, const Operands& a, const Task& task, float* scratch)
         const int64_t pixels = stop - column;
         const int64_t start = (row * g.out_width + column) * g.out_channels;
         t.y = a.y + start;
-        t.residual = a.residual ? a.residual + start : nullptr;
+        t.residual = a.residual && !scattered ? a.residual + start : nullptr;
         (pixels == columns / count ? small : large)(t);
         for (int64_t r = 0; r < t.row_count; ++r) found[r].x += pixels * t.pixel_stride;
         column = stop;
       }
     }
   }
+  if (scattered) sweep(g, a, task);
 }
 
 }  // namespace fxprune

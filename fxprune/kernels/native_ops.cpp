@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t kInputBudget = 64 * 1024;  // floats of input that a task works on: a quarter of a 1 MiB L2 cache
+constexpr int64_t kBudget = 64 * 1024;  // floats of input or output that a task works on: a quarter of a 1 MiB L2 cache
 
 int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
   return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
@@ -76,12 +76,12 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weights, const at::
   a.panels = reinterpret_cast<const fxprune::Panel*>(panels.const_data_ptr<int64_t>());
   a.panel_count = panels.size(0);
 
-  // Tasks: as many pixels as have their input in the cache, all panels. Rows that are longer are cut, short ones taken
+  // Tasks: as many pixels as have their input and output in the cache, all panels. Rows that are longer are cut, short ones taken
   // together; where that gives fewer tasks than threads, each takes a share of the panels.
   const int64_t rows = g.images * g.out_height;
-  const int64_t per_row = g.out_width * g.stride_width * g.stride_height * g.channels;
-  const int64_t cuts = g.padding_width ? 1 : std::max<int64_t>(1, (per_row + kInputBudget - 1) / kInputBudget);
-  const int64_t row_step = std::min(rows, std::max<int64_t>(1, kInputBudget / std::max<int64_t>(per_row, 1)));
+  const int64_t per_row = g.out_width * std::max(g.stride_width * g.stride_height * g.channels, g.out_channels);
+  const int64_t cuts = g.padding_width ? 1 : std::max<int64_t>(1, (per_row + kBudget - 1) / kBudget);
+  const int64_t row_step = std::min(rows, std::max<int64_t>(1, kBudget / std::max<int64_t>(per_row, 1)));
   const int64_t row_tasks = (rows + row_step - 1) / row_step;
   const int64_t threads = at::get_num_threads();
   const int64_t splits = std::min(a.panel_count, row_tasks * cuts >= threads ? 1 : (threads + row_tasks * cuts - 1) / (row_tasks * cuts));
