@@ -184,6 +184,12 @@ def _add_pruning_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--target", choices=TARGETS, help="kind of device to plan groups and blocks for")
     parser.add_argument(
+        "--share-groups",
+        action=argparse.BooleanOptionalAction,
+        help="group the filters of all layers that write the same channels alike, which saves gathers "
+        "(default: with --target)",
+    )
+    parser.add_argument(
         "--method", default="auto", help=f"how kernels are chosen: {', '.join(METHODS)} (default: %(default)s)"
     )
     parser.add_argument(
@@ -365,7 +371,7 @@ def _calibration(options: argparse.Namespace) -> Tensor | None:
 
 def _pruning(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `fxprune.make_plan`; what was not asked for is left to its defaults."""
-    sizes = ("ratio", "macs", "params", "groups", "form", "block", "target")
+    sizes = ("ratio", "macs", "params", "groups", "form", "block", "target", "share_groups")
     names = (*sizes, "method", "criterion", "variety", "snapshots", "ignore")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     return given | {"seed": options.seed, "progress": _progress(options)}

@@ -24,12 +24,13 @@ from fxprune.errors import (
     TraceError,
 )
 from fxprune.pipeline import default_pipeline, run
-from fxprune.planning import Planner, resolve_block
+from fxprune.planning import Planner, resolve_block, resolve_sharing
 from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.report import Report, layer_costs, make_report
 from fxprune.rewriting import calls, first_reader, read_by_name
 from fxprune.sensitivity import Cost, Sensitivity, check_share, measure
 from fxprune.shapes import TARGETS, Groups
+from fxprune.sharing import common_writers
 from fxprune.snapshots import Snapshot
 from fxprune.tracing import Inputs, Trace, as_inputs, meta_values, trace
 from fxprune.variety import Variety
@@ -72,6 +73,7 @@ def compile(
     form: str = "auto",
     block: int | None = None,
     target: str | None = None,
+    share_groups: bool | None = None,
     criterion: str | Criterion | ScoreFunction | None = None,
     variety: str | Variety | None = None,
     snapshots: Iterable[Snapshot] | None = None,
@@ -108,6 +110,9 @@ def compile(
         target: `"cpu"` or `"cuda"`: plan for this kind of device and return the inference form for it, see
             `fxprune.accelerate`; the model and the example inputs must be there. On `"cuda"` groups are wide enough for
             the tensor cores where their number is `"auto"`, and blocks are 8; None plans as for `"cpu"`.
+        share_groups: layers that write the same channels (the blocks of a residual stage) and have equally many groups
+            get the same groups of filters, so that one order suits all and their outputs need no gather. It costs some
+            accuracy. None is True with a target, else False.
         criterion: importance of a kernel for method `"cocluster"`: a name in `fxprune.criteria.CRITERIA`, a
             `Criterion`, or a function `(name, conv) -> (O, C)`.
         variety: make the criterion keep rare kernels: a name in `fxprune.variety.VARIETIES` or a `Variety`.
@@ -149,6 +154,7 @@ def compile(
         form=form,
         block=block,
         target=target,
+        share_groups=share_groups,
         criterion=criterion,
         variety=variety,
         snapshots=snapshots,
@@ -182,6 +188,7 @@ def make_plan(
     form: str = "auto",
     block: int | None = None,
     target: str | None = None,
+    share_groups: bool | None = None,
     criterion: str | Criterion | ScoreFunction | None = None,
     variety: str | Variety | None = None,
     snapshots: Iterable[Snapshot] | None = None,
@@ -207,6 +214,7 @@ def make_plan(
         form=form,
         block=block,
         target=target,
+        share_groups=share_groups,
         criterion=criterion,
         variety=variety,
         snapshots=snapshots,
@@ -308,6 +316,7 @@ def _plan(
     form: str,
     block: int | None,
     target: str | None,
+    share_groups: bool | None,
     ignore: str | Iterable[str],
     seed: int,
     progress: bool,
@@ -336,6 +345,7 @@ def _plan(
         table = data.sensitivity(model, sensitivity, groups, target, ignore, seed, progress)
         ratio = table.ratios(share, cost, together)
         form = "overlap" if form == "auto" else form
+    shares = resolve_sharing(share_groups, target, method)
     planner = Planner(
         model,
         0.5 if ratio is None else ratio,
@@ -348,6 +358,7 @@ def _plan(
         seed=seed,
         calibrated=data.batches is not None,
         obstacles=_obstacles(model, data.trace),
+        writers=common_writers(data.trace.module, data.trace.values) if shares else (),
         **options,
     )
     if data.batches is None:

@@ -15,8 +15,8 @@ from fxprune.calibration.samples import Samples
 from fxprune.criteria import Criterion, Evidence, ScoreFunction, kernel_scores, resolve
 from fxprune.eligibility import check_model, check_weight, parameters_of_several_modules, skip_reason
 from fxprune.errors import PlanError
-from fxprune.methods import Clustering, Labels, Mask, Matrix, cocluster, reconstruction, srgkp, tmi_gkp
-from fxprune.methods.cocluster import choose_channels, in_blocks, share_lost
+from fxprune.methods import Clustering, Labels, Mask, Matrix, cocluster, common_groups, reconstruction, srgkp, tmi_gkp
+from fxprune.methods.cocluster import Layer, choose_channels, in_blocks, share_lost
 from fxprune.plans import GroupedKernels, PrunePlan, freeze_ratio, near_matches
 from fxprune.shapes import BLOCKS, FORMS, TARGETS, Groups, Shape, choose_shape
 from fxprune.snapshots import Snapshot, load_snapshots
@@ -62,6 +62,8 @@ class Planner:
         obstacles: convolutions that the graph does not allow to be grouped, with the reason.
         block: see `resolve_block`.
         target: `"cpu"`, `"cuda"` or None: what device `groups="auto"` and the blocks should suit.
+        writers: sets of convolutions, see `fxprune.sharing.common_writers`. Those of a set that have equally many groups
+            get the same groups of filters in the same order.
 
     Attributes:
         shapes: what becomes of each convolution that is pruned.
@@ -89,6 +91,7 @@ class Planner:
         obstacles: Mapping[str, str] = MappingProxyType({}),
         block: int | None = None,
         target: str | None = None,
+        writers: Iterable[Collection[str]] = (),
     ) -> None:
         self._ratio = freeze_ratio(ratio)
         for count in groups.values() if isinstance(groups, Mapping) else (groups,):
@@ -119,6 +122,13 @@ class Planner:
         self._criterion, self._score = resolve("l2" if criterion is None else criterion, evidence)
         self._ratios, self.shapes, self.skipped = self._shapes(model, convs, groups, form, ignore, obstacles)
         self._convs = convs
+        self._together = self._sharing(writers)
+        self._labels: dict[str, Labels] = {}
+
+    @property
+    def sharing(self) -> Collection[str]:
+        """The convolutions whose groups of filters are also those of another."""
+        return self._together.keys()
 
     def from_weights(self, progress: bool = False) -> PrunePlan:
         """Make the whole plan, without samples.
@@ -232,6 +242,33 @@ class Planner:
                 shapes[name] = shape
         return ratios, shapes, skipped
 
+    def _sharing(self, writers: Iterable[Collection[str]]) -> dict[str, tuple[str, ...]]:
+        """The layers that get the same groups, for each of them, itself included."""
+        together = {}
+        for names in writers:
+            by_groups: dict[int, list[str]] = {}
+            for name in names:
+                if name in self.shapes:
+                    by_groups.setdefault(self.shapes[name].groups, []).append(name)
+            for alike in by_groups.values():
+                if len(alike) > 1:
+                    together |= dict.fromkeys(alike, tuple(alike))
+        return together
+
+    def _common_groups(self, name: str) -> Labels | None:
+        """The group of each filter `(O,)` if other layers have the same groups, which all are decided at once."""
+        together = self._together.get(name, ())
+        if together and name not in self._labels:
+            layers = []
+            for other in together:
+                shape = self.shapes[other]
+                scores = kernel_scores(other, self._convs[other], self._score, self._criterion)
+                layers.append(Layer(in_blocks(scores, shape.block), shape.kept // shape.block, shape.form))
+            with threadpool_limits(1):
+                labels = common_groups(layers, self.shapes[name].groups, self._seed)
+            self._labels |= dict.fromkeys(together, labels)
+        return self._labels.get(name)
+
     def _cluster(
         self, name: str, conv: nn.Conv2d, shape: Shape, samples: Samples | None
     ) -> tuple[Clustering, float | None]:
@@ -240,7 +277,14 @@ class Planner:
             assert samples is not None
             moments = regularized(samples, conv.weight)
             clustering = reconstruction(
-                conv.weight, *moments, shape.groups, shape.kept, shape.form, self._seed, shape.block
+                conv.weight,
+                *moments,
+                shape.groups,
+                shape.kept,
+                shape.form,
+                self._seed,
+                shape.block,
+                self._common_groups(name),
             )
             return clustering, None
         # One thread: the matrices are small, and on a busy machine threads that wait for each other cost ten times the
@@ -255,7 +299,10 @@ class Planner:
             if samples is not None and self._moments is not None:
                 self._moments[name] = samples.second_moment(conv.in_channels)
             scores = kernel_scores(name, conv, self._score, self._criterion)
-            clustering = cocluster(scores, shape.groups, shape.kept, shape.form, self._seed, block=shape.block)
+            labels = self._common_groups(name)
+            clustering = cocluster(
+                scores, shape.groups, shape.kept, shape.form, self._seed, block=shape.block, labels=labels
+            )
             if self._variety is None:
                 return clustering, None
             return self._varied(clustering, weight, scores, shape, samples)
@@ -317,6 +364,26 @@ def resolve_block(block: int | None, target: str | None, method: str) -> int:
     if block > 1 and method in PUBLISHED:
         raise PlanError(f"method {method!r} chooses channels one by one; leave block out, or use 'cocluster'")
     return block
+
+
+def resolve_sharing(share_groups: bool | None, target: str | None, method: str) -> bool:
+    """Whether layers that write the same channels get the same groups of filters.
+
+    Args:
+        share_groups: None is what suits the target: True if there is one. It costs some accuracy and saves gathers.
+        target: one of `TARGETS`, or None.
+        method: one of `METHODS`. Those of papers group each layer by itself: None is False for them.
+
+    Raises:
+        PlanError: a value is not legal, or the method cannot share.
+    """
+    if share_groups is None:
+        return target is not None and method not in PUBLISHED
+    if not isinstance(share_groups, bool):
+        raise PlanError(f"share_groups is {share_groups!r}; it must be True, False, or None for what suits the target")
+    if share_groups and method in PUBLISHED:
+        raise PlanError(f"method {method!r} groups each layer by itself; leave share_groups out, or use 'cocluster'")
+    return share_groups
 
 
 def match_patterns(what: str, patterns: Mapping[str, Value], names: Collection[str]) -> dict[str, Value]:

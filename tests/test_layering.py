@@ -37,7 +37,7 @@ ORDER = (
     ("criteria",),
     ("calibration.batches", "fused", "kernels.native", "rewriting"),
     ("calibration.following", "calibration.lockstep"),
-    ("calibration.samples", "shapes"),
+    ("calibration.samples", "shapes", "sharing"),
     ("calibration.least_squares",),
     ("calibration.refit",),
     ("calibration",),

@@ -13,7 +13,13 @@ Maximum Entropy Approach to Bregman Co-clustering", JMLR 8, 2007, section 4) wit
 optimum, hence the several starts.
 
 Where channels are kept in aligned blocks, a block takes the place of a channel and weighs what its channels weigh.
+
+Several layers may have to group their filters alike. Then the filters of all are dealt out together, for the sum of
+what the layers keep, and each layer has channels of its own.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +34,20 @@ MAX_ROUNDS = 30
 NOISE = 1e-12
 
 
+class Layer(NamedTuple):
+    """What one of several layers with the same groups of filters brings along.
+
+    Args:
+        importance: `(O, C)`, or `(O, C / block)` if it is that of blocks.
+        kept: `k`, channels or blocks of each group.
+        form: see `cocluster`.
+    """
+
+    importance: Matrix
+    kept: int
+    form: Form
+
+
 def cocluster(
     importance: Matrix,
     groups: int,
@@ -36,6 +56,7 @@ def cocluster(
     seed: int = 0,
     restarts: int = 4,
     block: int = 1,
+    labels: Labels | None = None,
 ) -> Clustering:
     """Group the filters and choose the input channels of each group so that the kept importance is large.
 
@@ -47,6 +68,8 @@ def cocluster(
         seed: of the random starts. Global random state is neither read nor changed.
         restarts: random starts beside the spectral one; the best result wins.
         block: channels are kept in runs of this many that start at its multiples; it divides `C` and `k`.
+        labels: `(O,)` the group of each filter, every group equally often, if it is decided already: then only the
+            channels are chosen.
 
     Raises:
         PlanError: the filters, the channels of the partition form, or the blocks do not divide.
@@ -58,13 +81,13 @@ def cocluster(
     if channels % block or kept % block:
         raise PlanError(f"{kept} of {channels} channels cannot be kept in blocks of {block}; use a divisor of both")
     units = in_blocks(importance, block)
-    generator = np.random.default_rng(seed)
-    ranks = np.arange(filters) * groups // filters  # balanced labels by rank: 0..0 1..1 ...
-    starts = [ranks[np.argsort(np.argsort(_spectral_coordinate(units), kind="stable"))]]
-    if groups > 1:
-        starts += [generator.permutation(ranks) for _ in range(restarts)]
-    results = [alternate(units, labels, kept // block, form) for labels in starts]
-    labels, chosen, history = max(results, key=lambda result: result[2][-1])  # the first of equals
+    if labels is None:
+        layer = Layer(units, kept // block, form)
+        labels, (chosen,), history = _best_start([layer], groups, seed, restarts)
+    else:
+        totals = group_totals(units, labels)
+        chosen = choose_channels(totals, kept // block, form)
+        history = [float(totals[chosen].sum())]
     chosen = chosen.repeat(block, axis=1)
     cost = None
     if block > 1:
@@ -72,6 +95,25 @@ def cocluster(
         free = choose_channels(totals, kept, form, chosen)
         cost = share_lost(float(totals[chosen].sum()), float(totals[free].sum()))
     return Clustering.from_labels(labels, chosen, tuple(history), cost)
+
+
+def common_groups(layers: Sequence[Layer], groups: int, seed: int = 0, restarts: int = 4) -> Labels:
+    """Group filters once for several layers, so that the shares of their importance that they keep are large in sum.
+
+    Args:
+        layers: two or more with equally many filters. One without any importance has no say.
+        groups: see `cocluster`, as for `seed` and `restarts`.
+
+    Returns:
+        the group of each filter `(O,)`, for the `labels` of `cocluster`.
+
+    Raises:
+        PlanError: the filters do not divide.
+    """
+    check_divisible(len(layers[0].importance), groups)
+    tiny = np.finfo(np.float64).tiny
+    shares = [layer._replace(importance=layer.importance / max(layer.importance.sum(), tiny)) for layer in layers]
+    return _best_start(shares, groups, seed, restarts)[0]
 
 
 def in_blocks(importance: Matrix, block: int) -> Matrix:
@@ -103,19 +145,43 @@ def alternate(importance: Matrix, labels: Labels, kept: int, form: Form) -> tupl
     Returns:
         labels `(O,)`, chosen channels `(n, C)` bool, and the kept importance after each half-step.
     """
-    chosen: Mask | None = None
+    labels, (chosen,), history = _alternate([Layer(importance, kept, form)], labels)
+    return labels, chosen, history
+
+
+def _best_start(
+    layers: Sequence[Layer], groups: int, seed: int, restarts: int
+) -> tuple[Labels, list[Mask], list[float]]:
+    """The best of a search from the spectral start and of some from random ones."""
+    generator = np.random.default_rng(seed)
+    together = np.concatenate([layer.importance for layer in layers], axis=1)
+    ranks = np.arange(len(together)) * groups // len(together)  # balanced labels by rank: 0..0 1..1 ...
+    starts = [ranks[np.argsort(np.argsort(_spectral_coordinate(together), kind="stable"))]]
+    if groups > 1:
+        starts += [generator.permutation(ranks) for _ in range(restarts)]
+    results = [_alternate(layers, labels) for labels in starts]
+    return max(results, key=lambda result: result[2][-1])  # the first of equals
+
+
+def _alternate(layers: Sequence[Layer], labels: Labels) -> tuple[Labels, list[Mask], list[float]]:
+    """See `alternate`; the chosen channels are those of each layer."""
+    chosen: list[Mask | None] = [None] * len(layers)
     history: list[float] = []
     for _ in range(MAX_ROUNDS):
-        totals = group_totals(importance, labels)
-        chosen = choose_channels(totals, kept, form, chosen)
-        history.append(float(totals[chosen].sum()))
-        score = importance @ chosen.T.astype(importance.dtype)  # (O, n)
+        kept, score = 0.0, np.zeros((len(labels), int(labels.max()) + 1))  # (O, n)
+        found = []
+        for layer, before in zip(layers, chosen, strict=True):
+            totals = group_totals(layer.importance, labels)
+            found.append(choose_channels(totals, layer.kept, layer.form, before))
+            kept += float(totals[found[-1]].sum())
+            score += layer.importance @ found[-1].T.astype(layer.importance.dtype)
+        chosen = [*found]
+        history.append(kept)
         labels = assign_balanced(score, labels)
         history.append(float(score[np.arange(len(labels)), labels].sum()))
         if len(history) > 2 and history[-1] <= history[-3] * (1 + NOISE):
             break
-    assert chosen is not None
-    return labels, chosen, history
+    return labels, found, history
 
 
 def choose_channels(totals: Matrix, kept: int, form: Form, before: Mask | None = None) -> Mask:

@@ -44,6 +44,7 @@ def reconstruction(
     form: Form = "overlap",
     seed: int = 0,
     block: int = 1,
+    labels: Labels | None = None,
 ) -> Clustering:
     """Group the filters and choose the input channels of each group so that the refitted layer errs little.
 
@@ -59,6 +60,7 @@ def reconstruction(
         form: see `cocluster`.
         seed: see `cocluster`.
         block: see `cocluster`.
+        labels: see `cocluster`: with groups given only the channels are chosen.
 
     Returns:
         The clustering. Its history holds the mean squared error of the outputs, negated, so that it rises: for the
@@ -67,18 +69,20 @@ def reconstruction(
     """
     damped = _damped(gram)
     inverse = torch.linalg.inv(damped)
-    start = cocluster(kernel_energy(weight, gram), groups, kept, form, seed, block=block)
-    labels: Labels = np.empty(len(weight), dtype=np.intp)
+    given = labels
+    start = cocluster(kernel_energy(weight, gram), groups, kept, form, seed, block=block, labels=given)
+    labels = np.empty(len(weight), dtype=np.intp)
     labels[list(start.out_order)] = np.arange(len(weight)) * groups // len(weight)
     chosen: Mask = np.zeros((groups, weight.shape[1] // block), dtype=np.bool_)  # (n, C / block)
     np.put_along_axis(chosen, np.array(start.kept)[:, ::block] // block, True, axis=1)
     best: tuple[Labels, Mask] = labels, chosen
     history: list[float] = []
-    for turn in range(1 + (ROUNDS if gram.shape[0] <= LARGE else 1)):
+    for turn in range(1 + (ROUNDS if given is None and gram.shape[0] <= LARGE else 1)):
         if turn:
             chosen = _choose(inverse, cross, labels, block * weight[0, 0].numel(), kept // block, form)
         errors = filter_errors(damped, cross, energy, chosen)  # (O, n)
-        labels = assign_balanced(-errors, labels)
+        if given is None:
+            labels = assign_balanced(-errors, labels)
         reached = -float(errors[np.arange(len(labels)), labels].sum())
         if history and reached <= history[-1] + ENOUGH * abs(history[-1]):
             break
