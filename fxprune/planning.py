@@ -62,8 +62,8 @@ class Planner:
         obstacles: convolutions that the graph does not allow to be grouped, with the reason.
         block: see `resolve_block`.
         target: `"cpu"`, `"cuda"` or None: what device `groups="auto"` and the blocks should suit.
-        writers: sets of convolutions, see `fxprune.sharing.common_writers`. Those of a set that have equally many groups
-            get the same groups of filters in the same order.
+        writers: sets of convolutions, see `fxprune.sharing.common_writers`. Those of a set that have equally many
+            groups get the same groups of filters in the same order.
 
     Attributes:
         shapes: what becomes of each convolution that is pruned.
@@ -244,7 +244,7 @@ class Planner:
 
     def _sharing(self, writers: Iterable[Collection[str]]) -> dict[str, tuple[str, ...]]:
         """The layers that get the same groups, for each of them, itself included."""
-        together = {}
+        together: dict[str, tuple[str, ...]] = {}
         for names in writers:
             by_groups: dict[int, list[str]] = {}
             for name in names:

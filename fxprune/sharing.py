@@ -3,7 +3,7 @@
 The blocks of a residual stage add their outputs to one stream: channel `i` of each meets channel `i` of the others. A
 grouped convolution gives its filters group by group, so it needs the stream in the order of its groups, or a gather
 behind it that puts its output into the order of the stream. Where all who write a stream group its channels alike, the
-stream takes that order and none of these gathers remains; the dense layers at its ends store the order in their weights.
+stream takes that order and none of these gathers remains; dense layers at its ends store the order in their weights.
 """
 
 from collections.abc import Mapping

@@ -3,7 +3,8 @@ the layers at its ends.
 
 One step for all spaces: the analysis of channels says which permutations leave the network unchanged. Each gather that
 is a permutation wishes for the order in which it would be the identity, of the channels it gives or else of those it
-reads; the one that moves most bytes is served first.
+reads. The order with which gathers that move most bytes in sum would be identities is served first: those of layers
+that add up in one stream may wish for the same.
 
 1. Where a layer writes channels whose order changes, a gather follows it; where a layer reads them, the inverse gather
    precedes it.
@@ -12,6 +13,7 @@ reads; the one that moves most bytes is served first.
 Left alone: gathers that read a channel twice or not at all, and those whose wish is refused, with the reason.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -79,19 +81,24 @@ def reorder(gm: fx.GraphModule, analysis: ChannelAnalysis, moved: Array) -> tupl
 def _serve_wishes(
     gm: fx.GraphModule, analysis: ChannelAnalysis, reordering: Reordering, values: dict[fx.Node, Any]
 ) -> Iterator[Skip]:
-    """Serve the wish of each permuting gather, largest first, and yield those refused."""
+    """Serve the wish of each permuting gather, the one that saves most first, and yield those refused."""
     ports: dict[tuple[fx.Node, str], Port] = {(port.node, port.kind): port for port in analysis.ports}
     permutations = [
         (node, gather)
         for node, gather in calls(gm, ChannelGather)
         if gather.is_permutation and (node, "reads") in ports
     ]
-    permutations.sort(key=lambda pair: -values[pair[0]].numel())
+    wishes: dict[fx.Node, tuple[tuple[Array, Array], ...]] = {}
+    saved: Counter[bytes] = Counter()
     for node, gather in permutations:
         index = gather.index.cpu().numpy()
         given, read = ports[node, "writes"].atoms, ports[node, "reads"].atoms
+        wishes[node] = (given, given[np.argsort(index)]), (read, read[index])
+        for key in {_order_of(analysis, *wish) for wish in wishes[node]}:
+            saved[key] += values[node].numel()
+    for node in sorted(wishes, key=lambda node: -max(saved[_order_of(analysis, *wish)] for wish in wishes[node])):
         refusals = []
-        for places, atoms in ((given, given[np.argsort(index)]), (read, read[index])):
+        for places, atoms in wishes[node]:
             refusals.append(reordering.wish(places, atoms, node.name))
             if not refusals[-1]:
                 break
@@ -99,6 +106,12 @@ def _serve_wishes(
             reason = next((refusal for refusal in refusals if refusal != TOLD_APART), TOLD_APART)
             node.meta[KEPT_BECAUSE] = reason
             yield Skip(node.name, reason)
+
+
+def _order_of(analysis: ChannelAnalysis, places: Array, atoms: Array) -> bytes:
+    """The same for wishes that ask for the same order of the same channels."""
+    classes = analysis.blocks.classes
+    return np.unique(np.stack([classes[places], classes[atoms]], axis=1), axis=0).tobytes()
 
 
 def new_order(atoms: Array, moved: Array) -> Array:
