@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxprune
-from benchmarks import _environment, _rivals, latency
+from benchmarks import _environment, _layers, _rivals, latency
 from benchmarks._images import IMAGENET, Normalization
 from benchmarks._rivals import RUNTIMES, Network, Runtime
 from fxprune.timing import Timing
@@ -64,6 +64,7 @@ def run(monkeypatch: pytest.MonkeyPatch, record: Path) -> Callable[..., int]:
 
     monkeypatch.setattr(latency, "build", build)
     monkeypatch.setattr(latency, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(_layers, "MIN_SECONDS", 0.0)
     base = ["--model", "tiny", "--size", "8", "--rounds", "2", "--threads", "1", "--output", str(record)]
     return lambda *more: latency.main([*base, *more])
 
