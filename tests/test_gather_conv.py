@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing._internal.optests.generate_tests import OpCheckError
 
+from fxprune.engines import TritonConv2d
 from fxprune.errors import FxpruneError, KernelError
+from fxprune.fused import FusedConv2d
 from fxprune.kernels import gather_conv, gather_conv2d, triton_conv
-from fxprune.kernels.gather_conv import BLOCKS, aligned_block, available, pack
+from fxprune.kernels.gather_conv import BLOCKS, aligned_block, obstacle, pack
 
 operator = torch.ops.fxprune.gather_conv2d.default
 
@@ -22,6 +24,7 @@ def arguments(
     block: int = 1,
     groups: int = 2,
     bias: bool = True,
+    ordered: bool = False,
     residual: bool = True,
     clamp: tuple[float | None, float | None] = (0.0, 1.0),
     stride: tuple[int, int] = (2, 1),
@@ -41,6 +44,7 @@ def arguments(
         "weight": normal(3 * groups, kept, 3, 2),
         "bias": normal(3 * groups) if bias else None,
         "index": index.flatten(),
+        "places": None if ordered else torch.randperm(3 * groups, generator=torch.Generator().manual_seed(1)),
         "residual": None,
         "stride": stride,
         "padding": (2, 0),
@@ -67,6 +71,8 @@ def by_hand(a: dict[str, Any]) -> Tensor:
             F.conv2d(torch.stack(read, 1), a["weight"][filters], bias, a["stride"], a["padding"], a["dilation"])
         )
     y = torch.cat(outputs, 1)
+    if a["places"] is not None:
+        y = torch.stack([y[:, a["places"].tolist().index(channel)] for channel in range(y.shape[1])], 1)
     if a["residual"] is not None:
         y = y + a["residual"]
     if a["minimum"] is not None:
@@ -81,7 +87,8 @@ CASES = [
     arguments(block=8),
     arguments(groups=1, bias=False),
     arguments(residual=False, clamp=(None, None)),
-    arguments(clamp=(0.0, None), stride=(1, 1)),
+    arguments(clamp=(0.0, None), stride=(1, 1), ordered=True),
+    arguments(ordered=True),
     arguments(bias=False, residual=False, clamp=(None, 0.5)),
 ]
 
@@ -106,15 +113,27 @@ def test_it_is_a_convolution_for_each_group(number: int) -> None:
     a = CASES[number]
     expected = by_hand(a)
     assert close(gather_conv2d(**a), expected)
-    assert close(gather_conv2d(**a | {"index": a["index"].int()}), expected)
+    smaller = {name: a[name].int() for name in ("index", "places") if a[name] is not None}
+    assert close(gather_conv2d(**a | smaller), expected)
     other = a["index"].roll(a["block"])
     assert not close(gather_conv2d(**a | {"index": other}), expected)  # the comparison is not blind
 
 
-@pytest.mark.parametrize("name, other", [("bias", None), ("residual", None), ("minimum", None), ("maximum", 0.9)])
+@pytest.mark.parametrize(
+    "name, other", [("bias", None), ("places", None), ("residual", None), ("minimum", None), ("maximum", 0.9)]
+)
 def test_control_every_argument_counts(name: str, other: float | None) -> None:
     a = arguments()
     assert not close(gather_conv2d(**a | {name: other}), by_hand(a))
+
+
+def test_places_are_the_inverse_of_an_order() -> None:
+    a = arguments(residual=False)
+    order = a["places"].argsort()
+    assert not torch.equal(order, a["places"])  # no involution, which would hide the difference
+    expected = gather_conv2d(**a | {"places": None}).index_select(1, order)
+    assert torch.equal(gather_conv2d(**a), expected)
+    assert not close(gather_conv2d(**a | {"places": order}), expected)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -228,6 +247,16 @@ def test_the_gradient_at_a_bound_is_that_of_the_activation(maximum: float | None
         assert x.grad == same.grad
 
 
+def test_control_places_that_are_forgotten_in_the_gradient_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = with_gradients(arguments())
+    expected = gradients(by_hand, a)["weight"]
+    y = gather_conv2d(**a)
+    sound = gather_conv._gather
+    monkeypatch.setattr(gather_conv, "_gather", lambda x, i: x if torch.equal(i, a["places"]) else sound(x, i))
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    assert not close(torch.autograd.grad(y, a["weight"], direction)[0], expected)
+
+
 def test_control_a_wrong_gather_in_the_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     a = with_gradients(arguments())
     expected = gradients(by_hand, a)["weight"]
@@ -264,15 +293,19 @@ class Net(nn.Module):
     """The operator between two others."""
 
     index: Tensor
+    places: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         a = arguments(block=8, residual=False, dtype=torch.float32)
         self.weight, self.bias = nn.Parameter(a["weight"]), nn.Parameter(a["bias"])
         self.register_buffer("index", a["index"])
+        self.register_buffer("places", a["places"])
 
     def forward(self, x: Tensor) -> Tensor:
-        y = gather_conv2d(x * 2, self.weight, self.bias, self.index, padding=(1, 1), groups=2, block=8, minimum=0.0)
+        y = gather_conv2d(
+            x * 2, self.weight, self.bias, self.index, self.places, padding=(1, 1), groups=2, block=8, minimum=0.0
+        )
         return y + 1
 
 
@@ -306,7 +339,7 @@ def test_fx_traces_it() -> None:
 
 
 def test_why_a_device_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert available("cpu") == "the Triton kernel is for CUDA devices, not for 'cpu'"
+    assert obstacle("cpu") == "the Triton kernel is for CUDA devices, not for 'cpu'"
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(triton_conv, "triton", None)
     assert triton_conv.missing(cuda) == "Triton is not installed; `pip install triton`"
@@ -332,7 +365,7 @@ def test_importing_needs_no_triton() -> None:
 def handed_over(a: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the Triton kernel would be called with on a device that has it."""
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(gather_conv, "_unavailable", lambda _: "")
+    monkeypatch.setattr(gather_conv, "_obstacle", lambda _: "")
     monkeypatch.setattr(triton_conv, "convolve", lambda *given: calls.append(given))
     gather_conv._cuda(**a)
     return calls
@@ -340,11 +373,11 @@ def handed_over(a: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[tupl
 
 @pytest.mark.parametrize("dtype", triton_conv.DTYPES)
 def test_the_kernel_gets_channels_last(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    ((x, weight, bias, index, residual, out, *options),) = handed_over(arguments(dtype=dtype), monkeypatch)
+    ((x, weight, bias, index, places, residual, out, *options),) = handed_over(arguments(dtype=dtype), monkeypatch)
     for image in (x, residual, out):
         assert image.is_contiguous(memory_format=torch.channels_last)
         assert image.dtype == dtype
-    assert (weight.shape, bias.shape, index.shape) == ((6, 2, 3, 2), (6,), (4,))
+    assert (weight.shape, bias.shape, index.shape, places.shape) == ((6, 2, 3, 2), (6,), (4,), (6,))
     assert options == [(2, 1), (2, 0), (1, 2), 2, 1, 0.0, 1.0]
 
 
@@ -360,6 +393,26 @@ def test_control_without_the_kernel_the_composition_runs(monkeypatch: pytest.Mon
     monkeypatch.setattr(triton_conv, "convolve", lambda *given: calls.append(given))
     assert close(gather_conv._cuda(**a), by_hand(a), relative=1e-5)
     assert calls == []
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_the_engine_is_the_fused_convolution(number: int) -> None:
+    a = CASES[number]
+    conv = nn.Conv2d(
+        a["weight"].shape[1] * a["groups"], len(a["weight"]), (3, 2), a["stride"], (2, 0), (1, 2), a["groups"]
+    )
+    conv = conv.double()
+    fused = FusedConv2d(conv, a["x"].shape[1])
+    fused.index, fused.minimum, fused.maximum = a["index"], a["minimum"], a["maximum"]
+    fused.order = None if a["places"] is None else a["places"].argsort()
+    engine = TritonConv2d(fused, torch.channels_last)
+    x, residual = a["x"].contiguous(memory_format=torch.channels_last), a["residual"]
+    expected = fused(x, residual)
+    assert engine.block == a["block"]
+    assert close(engine(x, residual), expected)
+    if fused.order is not None:
+        engine.places = fused.order.argsort().roll(1)
+        assert not close(engine(x, residual), expected)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -382,6 +435,10 @@ def test_control_without_the_kernel_the_composition_runs(monkeypatch: pytest.Mon
         ({"block": 8}, r"block is 8, .* keeps 2 channels"),
         ({"x": torch.zeros(2, 5, 5, 2, dtype=torch.float64)}, r"5 x 2 is smaller than the kernel of 3 x 2 with dil"),
         ({"bias": torch.zeros(5, dtype=torch.float64)}, r"bias of shape \(5,\) for 6 filters"),
+        ({"places": torch.arange(5)}, r"places have type torch.int64 and shape \(5,\); 6 filters need \(6,\)"),
+        ({"places": torch.zeros(6)}, r"places have type torch.float32 .* int32 or int64"),
+        ({"places": torch.zeros(6, dtype=torch.int64)}, r"places do not name each output channel once"),
+        ({"places": torch.arange(1, 7)}, r"places do not name each output channel once"),
         ({"residual": torch.zeros(1, 6, 4, 4, dtype=torch.float64)}, r"residual of shape \(1, 6, .*\(2, 6, 4, 4\)"),
         ({"weight": torch.zeros(6, 2, 3, 2)}, r"weight is torch.float32, the input torch.float64; convert"),
         ({"index": torch.zeros(4, dtype=torch.int64, device="meta")}, r"index is on meta, the input on cpu; move"),

@@ -66,6 +66,7 @@ class Case:
     kept: int
     filters: int  # of a group
     bias: bool
+    ordered: bool
     residual: bool
     clamp: str
     BK: int
@@ -87,6 +88,7 @@ def table() -> list[Case]:
             block,
             KEPT[block][draw.random() < 0.5 and groups < 4],
             draw.choice([3, 20] if groups == 1 else [3, 16]),
+            draw.random() < 0.5,
             draw.random() < 0.5,
             draw.random() < 0.5,
             draw.choice(list(CLAMPS)),
@@ -125,10 +127,14 @@ def difference(case: Case, kernels: ModuleType, device: str = "cpu", tile: Tile 
     x = normal(case.batch, channels, *image, seed=2, dtype=dtype, device=device)
     weight = normal(filters, case.kept, *size, seed=3, dtype=dtype, device=device) * 2 * weight_scale(case, size)
     bias = normal(filters, seed=4, dtype=dtype, device=device) if case.bias else None
+    order = torch.arange(filters)
+    if not case.ordered:
+        order = torch.randperm(filters, generator=torch.Generator().manual_seed(6))
 
     options = (stride, padding, dilation, case.groups)
     gathered = x.double().index_select(1, index.to(device))
     expected = F.conv2d(gathered, weight.double(), None if bias is None else bias.double(), *options)
+    expected = expected.index_select(1, order.to(device))
     residual = None
     if case.residual:
         residual = channels_last(normal(*expected.shape, seed=5, dtype=dtype, device=device))
@@ -143,9 +149,10 @@ def difference(case: Case, kernels: ModuleType, device: str = "cpu", tile: Tile 
         "channels_last": channels_last(weight),
     }[case.layout]
     index = index.to(device, getattr(torch, case.index))
+    places = None if case.ordered else order.argsort().to(device, getattr(torch, case.index))
     out = channels_last(torch.full(expected.shape, torch.nan, dtype=dtype, device=device))
     kernels.convolve(
-        channels_last(x), weight, bias, index, residual, out, *options, case.block, minimum, maximum,
+        channels_last(x), weight, bias, index, places, residual, out, *options, case.block, minimum, maximum,
         tile=tile, wide=case.wide,
     )  # fmt: skip
     far = ((out.double() - expected).abs().max() / expected.abs().max()).item()
@@ -158,7 +165,7 @@ def weight_scale(case: Case, size: Sequence[int]) -> float:
 
 # --- ways to break the kernel: what is replaced by what, and a case that must show it ---------------------------------
 
-PLAIN = Case("1x1", "float32", 2, 8, 24, 3, True, True, "relu6", 16, "packed", "int64", False)
+PLAIN = Case("1x1", "float32", 2, 8, 24, 3, True, False, True, "relu6", 16, "packed", "int64", False)
 TAPS = replace(PLAIN, kernel="3x3")
 SIDES = replace(PLAIN, kernel="rectangular")
 BROKEN = {
@@ -166,6 +173,12 @@ BROKEN = {
     "the index of a long run is shifted": ("(tl.int32), BK)", "(tl.int32), BK) + 1", replace(PLAIN, block=16, kept=32)),
     "the index of a channel is shifted": ("channel[None, :]", "(channel[None, :] + 1)", replace(PLAIN, block=1)),
     "no bias": ("if bias is not None", "if False", PLAIN),
+    "places as they come": ("if places is not None", "if False", PLAIN),
+    "places of the first group": ("tl.load(places + filter", "tl.load(places + member", PLAIN),
+    "bias in the order of the output": ("bias + filter", "bias + tl.load(places + filter, member < filters)", PLAIN),
+    "residual in the order of the filters": (
+        "residual + offset", "residual + pixel[:, None] * (groups * filters) + filter[None, :]", PLAIN
+    ),
     "no residual": ("if residual is not None", "if False", PLAIN),
     "no lower bound": ("if MINIMUM is not None", "if False", PLAIN),
     "no upper bound": ("if MAXIMUM is not None", "if False", PLAIN),
@@ -200,7 +213,7 @@ def not_a_number() -> list[bool]:
     x = torch.ones(1, 8, 3, 3)
     x[0, 0, 0, 0] = torch.nan
     out = channels_last(torch.zeros(1, 4, 3, 3))
-    args = (torch.ones(4, 8, 1, 1), None, torch.arange(8), None, out, (1, 1), (0, 0), (1, 1), 1, 8, 0.0, 6.0)
+    args = (torch.ones(4, 8, 1, 1), None, torch.arange(8), None, None, out, (1, 1), (0, 0), (1, 1), 1, 8, 0.0, 6.0)
     triton_conv.convolve(channels_last(x), *args, tile=Tile(16, 16, 16, 1))
     return [bool(n) for n in out.isnan().any(1).flatten()]
 
@@ -211,7 +224,7 @@ def beyond_32_bits() -> list[float]:
     x = channels_last(torch.zeros(1, channels, 1, 2, dtype=torch.float16))
     x[0, -8:, 0, 1] = torch.arange(8, dtype=torch.float16)
     out = channels_last(torch.zeros(1, 1, 1, 2, dtype=torch.float16))
-    args = (torch.arange(channels - 8, channels), None, out, (1, 1), (0, 0), (1, 1), 1, 8, None, None)
+    args = (torch.arange(channels - 8, channels), None, None, out, (1, 1), (0, 0), (1, 1), 1, 8, None, None)
     triton_conv.convolve(x, torch.ones(1, 8, 1, 1, dtype=torch.float16), None, *args, tile=Tile(16, 16, 16, 1))
     return [float(n) for n in out.flatten()]
 
@@ -259,7 +272,7 @@ def results() -> Any:
 def test_every_pair_of_variants_is_in_the_table() -> None:
     """Of what the kernel has code for, every two ways occur together."""
     cases = [
-        (c.kernel, c.dtype, c.groups, c.block, c.bias, c.residual, c.clamp, c.BK, c.layout, c.index, c.wide)
+        (c.kernel, c.dtype, c.groups, c.block, c.bias, c.ordered, c.residual, c.clamp, c.BK, c.layout, c.index, c.wide)
         for c in table()
     ]
     for one, other in itertools.combinations(range(len(cases[0])), 2):
@@ -300,7 +313,7 @@ def test_offsets_beyond_32_bits() -> None:
 # --- compiled for a device that is not here ---------------------------------------------------------------------------
 
 
-def ptx(block: int, dtype: str, unit: int, weight: str = "weight_o") -> str:
+def ptx(block: int, dtype: str, unit: int, weight: str = "weight_o", ordered: bool = True) -> str:
     """Assembly for sm_90 of a 3x3 kernel, for numbers of channels and filters that `unit` divides."""
     pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped,unused-ignore]
@@ -315,7 +328,11 @@ def ptx(block: int, dtype: str, unit: int, weight: str = "weight_o") -> str:
         "BM": 128, "BN": 64, "BK": 32 if dtype == "fp32" else 64, weight: 1,
     }  # fmt: skip
     constants["UNIT_" + weight[-1].upper()] = 1
-    pointers = {name: f"*{dtype}" for name in ("x", "weight", "bias", "residual", "out")} | {"index": "*i64"}
+    pointers = {name: f"*{dtype}" for name in ("x", "weight", "bias", "residual", "out")}
+    pointers |= {"index": "*i32", "places": "*i32"}
+    if ordered:
+        del pointers["places"]
+        constants["places"] = None
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
     source = ASTSource(
         fn=kernel,
@@ -354,6 +371,14 @@ def test_aligned_runs_are_read_16_bytes_at_a_time(block: int) -> None:
     assert loads(assembly)["2 bytes"] == 0
     # (128 pixels + 64 filters) x 64 channels x 2 bytes, by 128 threads, for the two steps loaded ahead and the loop's
     assert loads(assembly)["16 bytes"] >= 2 * (128 + 64) * 64 * 2 // 16 // 128
+
+
+@needs_triton
+@pytest.mark.usefixtures("own_cache")
+def test_scattered_places_cost_nothing_but_in_the_epilogue() -> None:
+    ordered, scattered = (loads(ptx(8, "fp16", unit=8, ordered=ordered)) for ordered in (True, False))
+    assert scattered["16 bytes"] == ordered["16 bytes"]
+    assert scattered["2 bytes"] == 128 * 64 // 128  # the residual, by 128 threads
 
 
 @needs_triton
@@ -436,6 +461,7 @@ def on_the_device(batch: int, dtype: torch.dtype = torch.float16) -> dict[str, A
         "weight": gather_conv.pack(normal(64, 16, 3, 3, seed=3, dtype=dtype, device="cuda") / 12),
         "bias": normal(64, seed=4, dtype=dtype, device="cuda"),
         "index": draw_index(2, 16, 8, 64).to("cuda"),
+        "places": torch.randperm(64, generator=torch.Generator().manual_seed(6)).to("cuda"),
         "residual": channels_last(normal(batch, 64, 14, 14, seed=5, dtype=dtype, device="cuda")),
         "padding": (1, 1), "groups": 2, "block": 8, "minimum": 0.0,
     }  # fmt: skip

@@ -4,32 +4,31 @@ import torch
 from torch import Tensor
 
 from fxprune.engines.engine import Engine
-from fxprune.fused import FusedConv2d, gather_channels
-from fxprune.kernels.gather_conv import aligned_block, available, pack
+from fxprune.fused import FusedConv2d
+from fxprune.kernels import gather_conv
 
 
 class TritonConv2d(Engine):
-    """An implicit GEMM over the channels that each group keeps, channels_last. What reorders the output channels comes
-    after it, and with it the residual.
-    """
+    """An implicit GEMM over the channels that each group keeps, channels_last."""
 
     name = "triton"
 
     weight: Tensor
     bias: Tensor | None
     index: Tensor
-    order: Tensor | None
+    places: Tensor | None
 
     def __init__(self, conv: FusedConv2d, memory_format: torch.memory_format) -> None:
         super().__init__(conv, memory_format)
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
         self.minimum, self.maximum = conv.minimum, conv.maximum
         reads = conv.reads().flatten()
-        self.block = aligned_block(reads, conv.weight.shape[1])
-        self.register_buffer("weight", pack(conv.weight))
+        self.block = gather_conv.aligned_block(reads, conv.weight.shape[1])
+        self.register_buffer("weight", gather_conv.pack(conv.weight))
         self.register_buffer("bias", conv.bias)
         self.register_buffer("index", reads.to(torch.int32))
-        self.register_buffer("order", conv.order)
+        places = None if conv.order is None else conv.order.argsort().to(torch.int32)
+        self.register_buffer("places", places)
 
     @classmethod
     def obstacle(cls, conv: FusedConv2d, memory_format: torch.memory_format) -> str:
@@ -39,23 +38,11 @@ class TritonConv2d(Engine):
             return "the Triton kernel is for channels_last"
         if conv.groups == conv.channels > 1:
             return "one channel a group leaves the tiles of the Triton kernel empty"
-        return available(conv.weight.device)
+        return gather_conv.obstacle(conv.weight.device)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        order = self.order  # TorchScript refines locals, not attributes
-        if order is None:
-            y: Tensor = torch.ops.fxprune.gather_conv2d(
-                x, self.weight, self.bias, self.index, residual, self.stride, self.padding, self.dilation,
-                self.groups, self.block, self.minimum, self.maximum,
-            )  # fmt: skip
-            return y
-        y = torch.ops.fxprune.gather_conv2d(
-            x, self.weight, self.bias, self.index, None, self.stride, self.padding, self.dilation, self.groups,
-            self.block, None, None,
+        y: Tensor = torch.ops.fxprune.gather_conv2d(
+            x, self.weight, self.bias, self.index, self.places, residual, self.stride, self.padding, self.dilation,
+            self.groups, self.block, self.minimum, self.maximum,
         )  # fmt: skip
-        y = gather_channels(y, order)
-        if residual is not None:
-            y += residual
-        if self.minimum is not None or self.maximum is not None:
-            y = torch.clamp_(y, self.minimum, self.maximum)
         return y

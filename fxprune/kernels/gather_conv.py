@@ -1,4 +1,5 @@
-"""The fused convolution as an operator of PyTorch: gather, grouped conv2d, bias, residual and clamp in one step.
+"""The fused convolution as an operator of PyTorch: gather, grouped conv2d, bias, order of the output channels, residual
+and clamp in one step.
 
 `torch.ops.fxprune.gather_conv2d` runs eagerly, under `torch.compile`, `torch.export` and CUDA graphs, and has
 gradients. On CUDA it is one Triton kernel (`fxprune.kernels.triton_conv`) for float16, bfloat16 and float32; for
@@ -27,6 +28,7 @@ def gather_conv2d(
     weight: Tensor,
     bias: Tensor | None,
     index: Tensor,
+    places: Tensor | None = None,
     residual: Tensor | None = None,
     stride: Sequence[int] = (1, 1),
     padding: Sequence[int] = (0, 0),
@@ -36,10 +38,11 @@ def gather_conv2d(
     minimum: float | None = None,
     maximum: float | None = None,
 ) -> Tensor:
-    """`clamp(conv2d(x.index_select(1, index), weight, bias, ..., groups) + residual, minimum, maximum)`, fused.
+    """`clamp(y + residual, minimum, maximum)`, where `y[:, places] = conv2d(x.index_select(1, index), weight, bias,
+    ..., groups)`, fused.
 
-    All tensors live on one device, all but `index` have one floating type. The gradient is 0 where the output is at a
-    bound, as that of ReLU and ReLU6.
+    All tensors live on one device, all but `index` and `places` have one floating type. The gradient is 0 where the
+    output is at a bound, as that of ReLU and ReLU6.
 
     Args:
         x: shape (N, C, H, W), any layout; one other than channels_last is copied first.
@@ -47,6 +50,9 @@ def gather_conv2d(
         bias: shape (O,) or none.
         index: channels of `x` that the groups read, kept ones for each, shape (groups * kept,), int32 or int64. On CUDA
             they are not checked, for that would wait for the device.
+        places: the output channel that each filter is written to, all of them once, shape (O,), int32 or int64, or
+            none if they are in order: the inverse of `FusedConv2d.order`, taken once and not in every call. On CUDA it
+            is not checked.
         residual: added to the convolution, shape of the output, or none.
         stride, padding, dilation: for height and width, as those of `conv2d`; padding is with zeros.
         groups: number of groups, a divisor of O.
@@ -63,9 +69,11 @@ def gather_conv2d(
     >>> x, weight = torch.arange(4.0).reshape(1, 4, 1, 1), torch.ones(2, 1, 1, 1)
     >>> gather_conv2d(x, weight, None, torch.tensor([3, 1]), groups=2, maximum=2.5).flatten().tolist()
     [2.5, 1.0]
+    >>> gather_conv2d(x, weight, None, torch.tensor([3, 1]), torch.tensor([1, 0]), groups=2).flatten().tolist()
+    [1.0, 3.0]
     """
     y: Tensor = torch.ops.fxprune.gather_conv2d(
-        x, weight, bias, index, residual, stride, padding, dilation, groups, block, minimum, maximum
+        x, weight, bias, index, places, residual, stride, padding, dilation, groups, block, minimum, maximum
     )
     return y
 
@@ -105,29 +113,29 @@ def aligned_block(index: Tensor, kept: int) -> int:
     return 1
 
 
-@functools.cache
-def _unavailable(device: torch.device) -> str:
-    return triton_conv.missing(device)
-
-
-def available(device: torch.device | str) -> str:
+def obstacle(device: torch.device | str) -> str:
     """Why `gather_conv2d` has no kernel of its own on a device and runs as several operators; empty if it has one."""
-    return _unavailable(torch.device(device))
+    return _obstacle(torch.device(device))
+
+
+@functools.cache
+def _obstacle(device: torch.device) -> str:
+    return triton_conv.missing(device)
 
 
 # --- the operator ---------------------------------------------------------------------------------------------------
 
 torch.library.define(
     NAME,
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? residual, int[2] stride, int[2] padding, "
-    "int[2] dilation, int groups, int block, float? minimum, float? maximum) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor index, Tensor? places, Tensor? residual, int[2] stride, "
+    "int[2] padding, int[2] dilation, int groups, int block, float? minimum, float? maximum) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 def _out_shape(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, residual: Tensor | None, stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], groups: int, block: int,
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, places: Tensor | None, residual: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, block: int,
 ) -> tuple[int, int, int, int]:  # fmt: skip
     """Shape of the output, once the arguments have been found to fit together by what is known without reading them."""
     if x.dim() != 4 or weight.dim() != 4:
@@ -167,30 +175,40 @@ def _out_shape(
     shape = (x.shape[0], filters, out[0], out[1])
     if bias is not None and bias.shape != (filters,):
         raise KernelError(f"gather_conv2d: a bias of shape {tuple(bias.shape)} for {filters} filters; pass one each")
+    if places is not None and (places.dtype not in (torch.int32, torch.int64) or places.shape != (filters,)):
+        raise KernelError(
+            f"gather_conv2d: the places have type {places.dtype} and shape {tuple(places.shape)}; {filters} "
+            f"filters need ({filters},) integers, int32 or int64"
+        )
     if residual is not None and residual.shape != shape:
         raise KernelError(
             f"gather_conv2d: a residual of shape {tuple(residual.shape)} for an output of shape {shape}; pass that"
         )
-    for name, tensor in {"weight": weight, "bias": bias, "residual": residual, "index": index}.items():
+    floats = {"weight": weight, "bias": bias, "residual": residual}
+    for name, tensor in {**floats, "index": index, "places": places}.items():
         if tensor is not None and tensor.device != x.device:
             raise KernelError(f"gather_conv2d: {name} is on {tensor.device}, the input on {x.device}; move one of them")
-        if tensor is not None and tensor is not index and tensor.dtype != x.dtype:
+        if tensor is not None and name in floats and tensor.dtype != x.dtype:
             raise KernelError(f"gather_conv2d: {name} is {tensor.dtype}, the input {x.dtype}; convert one of them")
     return shape
 
 
 def _composition(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, residual: Tensor | None, stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], groups: int, block: int, minimum: float | None,
-    maximum: float | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, places: Tensor | None, residual: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, block: int,
+    minimum: float | None, maximum: float | None,
 ) -> Tensor:  # fmt: skip
-    _out_shape(x, weight, bias, index, residual, stride, padding, dilation, groups, block)
+    _out_shape(x, weight, bias, index, places, residual, stride, padding, dilation, groups, block)
     if block > 1 and index.device.type == "cpu" and aligned_block(index, weight.shape[1]) < block:
         raise KernelError(
             f"gather_conv2d: the index is not made of aligned runs of {block} channels; its block is "
             f"{aligned_block(index, weight.shape[1])}"
         )
+    if places is not None and places.device.type == "cpu" and not _is_permutation(places):
+        raise KernelError("gather_conv2d: the places do not name each output channel once; pass order.argsort()")
     y = F.conv2d(_gather(x, index), weight, bias, stride, padding, dilation, groups)
+    if places is not None:
+        y = _gather(y, places.argsort())
     if residual is not None:
         y = y + residual
     if minimum is not None or maximum is not None:
@@ -203,54 +221,61 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).index_select(3, index).permute(0, 3, 1, 2)
 
 
+def _is_permutation(places: Tensor) -> bool:
+    return torch.equal(places.sort().values, torch.arange(len(places), dtype=places.dtype))
+
+
 def _cuda(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, residual: Tensor | None, stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], groups: int, block: int, minimum: float | None,
-    maximum: float | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, places: Tensor | None, residual: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, block: int,
+    minimum: float | None, maximum: float | None,
 ) -> Tensor:  # fmt: skip
     options = (stride, padding, dilation, groups, block, minimum, maximum)
-    if x.dtype not in triton_conv.DTYPES or _unavailable(x.device):
-        return _composition(x, weight, bias, index, residual, *options)
-    y = _fake(x, weight, bias, index, residual, *options)
+    if x.dtype not in triton_conv.DTYPES or _obstacle(x.device):
+        return _composition(x, weight, bias, index, places, residual, *options)
+    y = _fake(x, weight, bias, index, places, residual, *options)
     if y.numel():
         x = x.contiguous(memory_format=torch.channels_last)
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
         bias, index = None if bias is None else bias.contiguous(), index.contiguous()
-        triton_conv.convolve(x, weight, bias, index, residual, y, *options)
+        places = None if places is None else places.contiguous()
+        triton_conv.convolve(x, weight, bias, index, places, residual, y, *options)
     return y
 
 
 def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, residual: Tensor | None, stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], groups: int, block: int, minimum: float | None,
-    maximum: float | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, places: Tensor | None, residual: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, block: int,
+    minimum: float | None, maximum: float | None,
 ) -> Tensor:  # fmt: skip
     """An output that nothing has been written to yet."""
-    shape = _out_shape(x, weight, bias, index, residual, stride, padding, dilation, groups, block)
+    shape = _out_shape(x, weight, bias, index, places, residual, stride, padding, dilation, groups, block)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, index, _, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, _, ctx.minimum, ctx.maximum = inputs
+    x, weight, bias, index, places, _, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, _, *bounds = inputs
+    ctx.minimum, ctx.maximum = bounds
     ctx.bias_shape = None if bias is None else list(bias.shape)
     clamped = ctx.minimum is not None or ctx.maximum is not None
-    ctx.save_for_backward(x, weight, index, output if clamped else None)
+    ctx.save_for_backward(x, weight, index, places, output if clamped else None)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, index, output = ctx.saved_tensors
+    x, weight, index, places, output = ctx.saved_tensors
     if ctx.minimum is not None:
         grad = grad.masked_fill(output <= ctx.minimum, 0.0)
     if ctx.maximum is not None:
         grad = grad.masked_fill(output >= ctx.maximum, 0.0)
-    needs_x, needs_weight, needs_bias, _, needs_residual = ctx.needs_input_grad[:5]
+    needs_x, needs_weight, needs_bias, _, _, needs_residual = ctx.needs_input_grad[:6]
+    of_filters = grad if places is None else _gather(grad, places)
     of_gathered, of_weight, of_bias = torch.ops.aten.convolution_backward(
-        grad, _gather(x, index), weight, ctx.bias_shape, ctx.stride, ctx.padding, ctx.dilation, False, [0, 0],
+        of_filters, _gather(x, index), weight, ctx.bias_shape, ctx.stride, ctx.padding, ctx.dilation, False, [0, 0],
         ctx.groups, [needs_x, needs_weight, needs_bias],
     )  # fmt: skip
     of_x = torch.zeros_like(x).index_add(1, index, of_gathered) if needs_x else None
-    return of_x, of_weight, of_bias, None, grad if needs_residual else None, *[None] * 7
+    return of_x, of_weight, of_bias, None, None, grad if needs_residual else None, *[None] * 7
 
 
 torch.library.impl(NAME, "default", _composition)

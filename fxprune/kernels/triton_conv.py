@@ -2,8 +2,9 @@
 
 A program computes `BM` output pixels times `BN` filters of one group. It walks over the taps of the kernel and over the
 kept channels, `BK` at a time, multiplies (BM, BK) gathered inputs by (BK, BN) weights on the tensor cores and sums in
-float32. The gather costs no pass over memory: the index only moves the addresses of loads that are made anyway. Bias,
-residual and clamp are applied to the sum in registers, before its one rounding.
+float32. The gather costs no pass over memory: the index only moves the addresses of loads that are made anyway, and the
+places of the filters those of stores. Bias, residual and clamp are applied to the sum in registers, before its one
+rounding.
 
 Implicit GEMM: Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014, section 3. Filters that share
 their kept inputs: Tan et al., "Accelerating Sparse Convolution with Column Vector-Wise Sparsity",
@@ -87,6 +88,7 @@ def convolve(
     weight: Tensor,
     bias: Tensor | None,
     index: Tensor,
+    places: Tensor | None,
     residual: Tensor | None,
     out: Tensor,
     stride: Sequence[int],
@@ -100,7 +102,8 @@ def convolve(
     tile: Tile | None = None,
     wide: bool | None = None,
 ) -> None:
-    """Write `clamp(conv2d(x[:, index], weight, bias, ...) + residual, minimum, maximum)` to `out`.
+    """Write `clamp(y + residual, minimum, maximum)` to `out`, where `y[:, places] = conv2d(x[:, index], weight, bias,
+    ...)`.
 
     The arguments are those of `fxprune.kernels.gather_conv2d`, checked by it; nothing is read back from the device.
     float32 is multiplied as TF32 where `torch.nn.functional.conv2d` would.
@@ -110,6 +113,8 @@ def convolve(
         weight: shape (O, kept, kh, kw), any strides; fastest as `fxprune.kernels.gather_conv.pack` leaves it.
         bias: shape (O,).
         index: shape (groups * kept,), int32 or int64, each below C, which is not checked.
+        places: the channel of `out` that each filter is written to, shape (O,), int32 or int64, all of them once,
+            which is not checked; none if they are in order.
         residual: shape of `out`, channels_last.
         out: shape (N, O, OH, OW), channels_last, not empty.
         stride, padding, dilation: for height and width.
@@ -125,8 +130,8 @@ def convolve(
     pixels, filters, kept = out.shape[0] * out.shape[2] * out.shape[3], weight.shape[0] // groups, weight.shape[1]
     interpreted = not isinstance(_kernel, triton.JITFunction)
     arguments: dict[str, Any] = {
-        "x": x, "weight": weight, "bias": bias, "index": index, "residual": residual, "out": out,
-        "pixels": pixels, "height": x.shape[2], "width": x.shape[3], "out_height": out.shape[2],
+        "x": x, "weight": weight, "bias": bias, "index": index, "places": places, "residual": residual,
+        "out": out, "pixels": pixels, "height": x.shape[2], "width": x.shape[3], "out_height": out.shape[2],
         "out_width": out.shape[3], "channels": x.shape[1], "filters": filters, "groups": groups,
         "weight_o": weight.stride(0), "weight_k": weight.stride(1), "weight_h": weight.stride(2),
         "weight_w": weight.stride(3), "pixel_class": _power_of_two_from(pixels),
@@ -150,7 +155,8 @@ def convolve(
             settings = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "num_stages": tile.stages, "num_warps": WARPS}
             _kernel[grid](**arguments, **settings)
             return
-        key = (*(arguments[name] for name in KEY), x.dtype, index.dtype, bias is None, residual is None, x.device)
+        types = [None if tensor is None else tensor.dtype for tensor in (x, bias, index, places, residual)]
+        key = (*(arguments[name] for name in KEY), *types, x.device)
         if key not in _tuned:
             if torch.cuda.is_current_stream_capturing():
                 raise KernelError(
@@ -192,7 +198,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["pixel_class"])  # type: ignore[untyped-decorator]  # Triton is untyped
     def _kernel(  # type: ignore[no-untyped-def]  # annotations would be read by Triton as types of its own
-        x, weight, bias, index, residual, out,
+        x, weight, bias, index, places, residual, out,
         pixels, height, width, out_height, out_width, channels, filters, groups,
         weight_o, weight_k, weight_h, weight_w, pixel_class,
         KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
@@ -245,10 +251,10 @@ if triton is not None:
             y = row + tap // KW * DH
             z = column + tap % KW * DW
             inside = exists & (y >= 0) & (y < height) & (z >= 0) & (z < width)
-            place = ((image * height + y) * width + z) * channels
-            a = tl.load(x + place[:, None] + channel[None, :], mask=inside[:, None] & (k < KEPT)[None, :], other=0.0)
-            place = tap // KW * weight_h + tap % KW * weight_w + k[:, None] * weight_k + filter[None, :] * weight_o
-            b = tl.load(weight + place, mask=(k < KEPT)[:, None] & (member < filters)[None, :], other=0.0)
+            offset = ((image * height + y) * width + z) * channels
+            a = tl.load(x + offset[:, None] + channel[None, :], mask=inside[:, None] & (k < KEPT)[None, :], other=0.0)
+            offset = tap // KW * weight_h + tap % KW * weight_w + k[:, None] * weight_k + filter[None, :] * weight_o
+            b = tl.load(weight + offset, mask=(k < KEPT)[:, None] & (member < filters)[None, :], other=0.0)
             if UPCAST:
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
@@ -256,16 +262,19 @@ if triton is not None:
 
         if bias is not None:
             total += tl.load(bias + filter, mask=member < filters, other=0.0).to(tl.float32)[None, :]
-        place = pixel[:, None] * (groups * filters) + filter[None, :]
+        target = filter
+        if places is not None:
+            target = tl.load(places + filter, mask=member < filters, other=0).to(filter.dtype)
+        offset = pixel[:, None] * (groups * filters) + target[None, :]
         valid = exists[:, None] & (member < filters)[None, :]
         if residual is not None:
-            total += tl.load(residual + place, mask=valid, other=0.0).to(tl.float32)
+            total += tl.load(residual + offset, mask=valid, other=0.0).to(tl.float32)
         # Not tl.maximum, which makes a number of NaN; torch.relu and torch.clamp keep it.
         if MINIMUM is not None:
             total = tl.where(total < MINIMUM, MINIMUM, total)
         if MAXIMUM is not None:
             total = tl.where(total > MAXIMUM, MAXIMUM, total)
-        tl.store(out + place, total.to(out.dtype.element_ty), mask=valid)
+        tl.store(out + offset, total.to(out.dtype.element_ty), mask=valid)
 
     def _worthwhile(configs: list[Any], named: dict[str, Any], **arguments: Any) -> list[Any]:
         """The configurations of `tiles` for the arguments of a call."""
