@@ -45,7 +45,7 @@ LARGEST_LIMIT = 0.1
 
 
 @dataclass(frozen=True)
-class _Form:
+class Form:
     """One way to compute a convolution: an engine, on the pruned weights or on the dense ones with zeros."""
 
     engine: type[Engine]
@@ -249,8 +249,8 @@ def _replace(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> None:
 # --- the choices ------------------------------------------------------------------------------------------------------
 
 
-def _forms() -> Iterator[_Form]:
-    return (_Form(engine, is_dense) for is_dense in (False, True) for engine in ENGINES)
+def _forms() -> Iterator[Form]:
+    return (Form(engine, is_dense) for is_dense in (False, True) for engine in ENGINES)
 
 
 def _choose(
@@ -261,11 +261,11 @@ def _choose(
     bar: "tqdm[Any]",
 ) -> _Choices:
     """Time every form of every convolution at the shapes that the example gives it."""
-    seen = _operand_shapes(graph, inputs)
+    seen = operand_shapes(graph, inputs)
     found: _Choices = {}
     for node, conv in calls(graph, FusedConv2d):
         shapes = seen[node.name]
-        forms: dict[str, _Form] = {}
+        forms: dict[str, Form] = {}
         obstacles: dict[str, str] = {}
         for form in _forms():
             if not form.is_dense and not conv.dense_groups:
@@ -273,8 +273,8 @@ def _choose(
             if reason := form.engine.obstacle(conv, memory_format):
                 obstacles[form.engine.name] = reason
             else:
-                forms[_key(form, conv, shapes, memory_format)] = form
-        timed = stopwatch.times(forms) or stopwatch.race(_calls(forms, conv, shapes, memory_format))
+                forms[form_key(form, conv, shapes, memory_format)] = form
+        timed = stopwatch.times(forms) or stopwatch.race(form_calls(forms, conv, shapes, memory_format))
         seconds = {str(form): timed[key] for key, form in forms.items()}
         name = str(node.target).removesuffix("_fused")
         chosen = min(seconds, key=seconds.__getitem__)
@@ -283,7 +283,7 @@ def _choose(
     return found
 
 
-def _operand_shapes(graph: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, list[torch.Size]]:
+def operand_shapes(graph: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, list[torch.Size]]:
     """Shapes of the input, and of the residual if there is one, of each fused convolution, by name of its node."""
     shapes: dict[str, list[torch.Size]] = {}
     handles = [
@@ -298,8 +298,8 @@ def _operand_shapes(graph: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str,
     return shapes
 
 
-def _calls(
-    forms: Mapping[str, _Form], conv: FusedConv2d, shapes: list[torch.Size], memory_format: torch.memory_format
+def form_calls(
+    forms: Mapping[str, Form], conv: FusedConv2d, shapes: list[torch.Size], memory_format: torch.memory_format
 ) -> dict[str, Callable[[], object]]:
     """A call of each form on random inputs, by key."""
     generator = torch.Generator().manual_seed(0)
@@ -310,7 +310,7 @@ def _calls(
     return {key: functools.partial(form.build(conv, memory_format), *operands) for key, form in forms.items()}
 
 
-def _key(form: _Form, conv: FusedConv2d, shapes: list[torch.Size], memory_format: torch.memory_format) -> str:
+def form_key(form: Form, conv: FusedConv2d, shapes: list[torch.Size], memory_format: torch.memory_format) -> str:
     """All that the time of a form depends on, but for the machine."""
     parts = (
         form, list(conv.weight.shape), conv.groups, conv.stride, conv.padding, conv.dilation, conv.bias is not None,

@@ -58,7 +58,8 @@ ORDER = (
     ("choices", "engines.engine", "measurements"),
     ("engines.library", "engines.native", "engines.onednn", "engines.triton"),
     ("engines",),
-    ("acceleration",),
+    ("acceleration", "latency"),
+    ("layer_times",),
     ("compiler",),
     ("storage",),
     ("",),  # the package itself: its public names
