@@ -172,12 +172,10 @@ class LatencyTable:
         for layer in self.layers:
             conv = convs.get(layer.name)
             if conv is None or (conv.out_channels, conv.in_channels) != (layer.filters, layer.channels):
-                found = (
-                    "none" if conv is None else f"one of {conv.out_channels} filters and {conv.in_channels} channels"
-                )
+                found = "none" if conv is None else f"one of {conv.out_channels} and {conv.in_channels}"
                 raise PlanError(
-                    f"latency table: {layer.name} is a Conv2d of {layer.filters} filters and {layer.channels} channels, "
-                    f"but {type(model).__name__} has {found} there; {remedy}"
+                    f"latency table: {layer.name} is a Conv2d of {layer.filters} filters and {layer.channels} "
+                    f"channels, but {type(model).__name__} has {found} there; {remedy}"
                 )
         for measured, now in zip((self.device, self.dtype, self.input_shapes), setting(model, inputs), strict=True):
             if measured != now:
@@ -311,7 +309,7 @@ def damages(model: nn.Module, table: LatencyTable, sensitivity: Sensitivity, see
         PlanError: the sensitivity of a layer is not known.
     """
     known = {layer.name: layer for layer in sensitivity.layers}
-    found = {}
+    found: dict[str, list[float]] = {}
     for layer in table.layers:
         if layer.name not in known:
             raise PlanError(f"sensitivity: {layer.name} is not in it; measure it with fxprune.measure_sensitivity")
@@ -407,7 +405,4 @@ def _total_damage(
 
 def _check_number(what: str, value: object, above: float, below: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value < below:
-        raise PlanError(
-            f"latency: {what} is {value!r}; it must be a number above {above}"
-            + (f" and below {below}" if below < math.inf else "")
-        )
+        raise PlanError(f"latency: {what} is {value!r}; it must be a number between {above} and {below}, exclusive")
