@@ -223,12 +223,12 @@ int64_t widest_lanes() { return kWidest; }
 
 int64_t scratch_size(const Geometry& g, int64_t rows) {
   if (!g.padding_width) return 0;
+  // From one output row to the next the input moves on by the stride, from one image to the next by what is left of it.
   const int64_t reach = (g.kernel_height - 1) * g.dilation_height + 1;
-  // Rows of several images follow one another in x too, so the span between the first and the last bounds them all.
-  const int64_t images = (rows + g.out_height - 1) / g.out_height + 1;
-  const int64_t span = std::min((rows - 1) * g.stride_height + reach + images * (2 * g.padding_height + g.height),
-                                images * g.height);
-  return span * (g.width + 2 * g.padding_width) * g.channels;
+  const int64_t images = (rows - 1) / g.out_height + 1;
+  const int64_t rest = std::max<int64_t>(0, g.height - g.out_height * g.stride_height);
+  const int64_t span = (rows - 1) * g.stride_height + reach + images * rest;
+  return std::min(span, g.images * g.height) * (g.width + 2 * g.padding_width) * g.channels;
 }
 
 void run(const Geometry& g, const Operands& a, const Task& task, float* scratch) {
