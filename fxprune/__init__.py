@@ -11,7 +11,7 @@ exactly.
 from fxprune.acceleration import accelerate, acceleration_report
 from fxprune.channels import ChannelAnalysis
 from fxprune.choices import AccelerationReport
-from fxprune.compiler import analyze, compile, make_plan, mask, measure_sensitivity, report, rewrite
+from fxprune.compiler import analyze, compile, make_plan, mask, measure_latency, measure_sensitivity, report, rewrite
 from fxprune.errors import (
     AccelerationError,
     CalibrationError,
@@ -24,6 +24,7 @@ from fxprune.errors import (
     TraceError,
     VerificationError,
 )
+from fxprune.latency import LatencyTable
 from fxprune.layers import ChannelGather
 from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.report import Report
@@ -42,6 +43,7 @@ __all__ = [
     "FxpruneError",
     "GroupedKernels",
     "KernelError",
+    "LatencyTable",
     "NothingRewrittenWarning",
     "PassError",
     "PlanError",
@@ -59,6 +61,7 @@ __all__ = [
     "load",
     "make_plan",
     "mask",
+    "measure_latency",
     "measure_sensitivity",
     "report",
     "rewrite",

@@ -50,6 +50,7 @@ examples:
   fxprune compile resnet18 --ratio 0.75 --form partition --ignore 'layer4.*' --torchscript resnet18.ts.pt
   fxprune compile timm:resnest14d --weights resnest14d.pth --json -o resnest.pt
   fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --macs 0.5 -o resnet50.pt
+  fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --latency 0.6 --target cpu -o resnet50.pt
   fxprune compile mynets:small --weights last.pt --method tmi --snapshots epoch1.pt epoch2.pt --calibration images.pt
 """
 
@@ -167,6 +168,12 @@ def _add_pruning_options(parser: argparse.ArgumentParser) -> None:
         help="instead: share of multiply-accumulates to keep, in (0, 1]; sensitive layers are pruned less",
     )
     size.add_argument("--params", type=float, metavar="SHARE", help="instead: share of parameters to keep, in (0, 1]")
+    size.add_argument(
+        "--latency",
+        type=float,
+        metavar="SHARE",
+        help="instead: share of the time of the best dense form that may remain on --target, in (0, 1]",
+    )
     parser.add_argument(
         "--calibration",
         type=Path,
@@ -371,7 +378,7 @@ def _calibration(options: argparse.Namespace) -> Tensor | None:
 
 def _pruning(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `fxprune.make_plan`; what was not asked for is left to its defaults."""
-    sizes = ("ratio", "macs", "params", "groups", "form", "block", "target", "share_groups")
+    sizes = ("ratio", "macs", "params", "latency", "groups", "form", "block", "target", "share_groups")
     names = (*sizes, "method", "criterion", "variety", "snapshots", "ignore")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     return given | {"seed": options.seed, "progress": _progress(options)}

@@ -4,14 +4,14 @@ import copy
 import inspect
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxprune.acceleration import ACCELERATION, accelerate
+from fxprune.acceleration import ACCELERATION, accelerate, acceleration_report
 from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct
 from fxprune.channels import ChannelAnalysis, analyze_channels
 from fxprune.criteria import Criterion, ScoreFunction
@@ -23,8 +23,10 @@ from fxprune.errors import (
     PlanError,
     TraceError,
 )
+from fxprune.latency import LatencyOption, LatencyTable, as_patterns, check_latency, damages, meet
+from fxprune.layer_times import GROUP_COUNTS, measure_layers
 from fxprune.pipeline import default_pipeline, run
-from fxprune.planning import Planner, resolve_block, resolve_sharing
+from fxprune.planning import PUBLISHED, Planner, match_patterns, resolve_block, resolve_sharing
 from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.report import Report, layer_costs, make_report
 from fxprune.rewriting import calls, first_reader, read_by_name
@@ -65,6 +67,8 @@ def compile(
     *,
     macs: float | None = None,
     params: float | None = None,
+    latency: float | None = None,
+    latency_table: LatencyTable | None = None,
     sensitivity: Sensitivity | None = None,
     example_inputs: Inputs | None = None,
     calibration: Calibration | None = None,
@@ -95,6 +99,10 @@ def compile(
         macs: instead of a ratio, the share of the network's MACs that may remain, in `(0, 1]`. The ratio of each layer
             follows from its sensitivity, in overlap form, so that the total is met within 1 %.
         params: the same for the parameters.
+        latency: instead of a ratio, the share in `(0, 1]` of the time of the best dense form that may remain on
+            `target`, which it needs. Ratio, number of groups and form of each layer follow from measured times and from
+            its sensitivity; the whole network is measured too, and the choice corrected, see `fxprune.latency.meet`.
+        latency_table: a table from `measure_latency` for it; measured anew if absent.
         sensitivity: a table from `measure_sensitivity` for the budget; measured anew if absent.
         example_inputs: positional arguments of forward. With them shapes and MACs are exact and the result is verified;
             without, the first calibration batch serves, or else a usual image size is probed.
@@ -149,6 +157,8 @@ def compile(
         macs,
         params,
         sensitivity,
+        latency=latency,
+        latency_table=latency_table,
         groups=groups,
         method=method,
         form=form,
@@ -170,7 +180,12 @@ def compile(
         verify_models(pruned, masked, data.example_inputs)
     if target is not None:
         assert data.example_inputs is not None
-        return accelerate(pruned, data.example_inputs, progress=progress)
+        result = accelerate(pruned, data.example_inputs, progress=progress)
+        if latency is not None:
+            told = acceleration_report(result)
+            note = f"latency: asked for {latency:.2f} of the best dense time, reached {told.relative:.2f}"
+            result.meta[ACCELERATION] = replace(told, notes=(*told.notes, note))
+        return result
     return pruned
 
 
@@ -180,6 +195,8 @@ def make_plan(
     *,
     macs: float | None = None,
     params: float | None = None,
+    latency: float | None = None,
+    latency_table: LatencyTable | None = None,
     sensitivity: Sensitivity | None = None,
     example_inputs: Inputs | None = None,
     calibration: Calibration | None = None,
@@ -209,6 +226,8 @@ def make_plan(
         macs,
         params,
         sensitivity,
+        latency=latency,
+        latency_table=latency_table,
         groups=groups,
         method=method,
         form=form,
@@ -311,6 +330,8 @@ def _plan(
     params: float | None,
     sensitivity: Sensitivity | None,
     *,
+    latency: float | None,
+    latency_table: LatencyTable | None,
     groups: Groups | Mapping[str, Groups],
     method: str,
     form: str,
@@ -328,17 +349,24 @@ def _plan(
         budgets["macs"] = macs
     if params is not None:
         budgets["params"] = params
-    if len(budgets) + (ratio is not None) > 1:
-        raise PlanError("ratio, macs and params exclude one another; pass one of them")
-    if budgets and form == "partition":
+    if len(budgets) + (ratio is not None) + (latency is not None) > 1:
+        raise PlanError("ratio, macs, params and latency exclude one another; pass one of them")
+    if (budgets or latency is not None) and form == "partition":
         raise PlanError("a budget needs ratios of any value, which the partition form has not; leave form out")
     if sensitivity is not None and not isinstance(sensitivity, Sensitivity):
         raise PlanError(
             f"sensitivity is a {type(sensitivity).__name__}; pass what fxprune.measure_sensitivity returned, or "
             "Sensitivity.from_json"
         )
-    if sensitivity is not None and not budgets:
-        raise PlanError("sensitivity is for a budget; pass macs= or params= with it, or leave it out")
+    if sensitivity is not None and not budgets and latency is None:
+        raise PlanError("sensitivity is for a budget; pass macs= or params= or latency= with it, or leave it out")
+    if latency_table is not None and not isinstance(latency_table, LatencyTable):
+        raise PlanError(
+            f"latency_table is a {type(latency_table).__name__}; pass what fxprune.measure_latency returned, or "
+            "LatencyTable.from_json"
+        )
+    if latency_table is not None and latency is None:
+        raise PlanError("latency_table is for a share of the latency; pass latency= with it, or leave it out")
     for cost, share in budgets.items():
         check_share(share, cost)
         together = resolve_block(block, target, method)
@@ -346,6 +374,23 @@ def _plan(
         ratio = table.ratios(share, cost, together)
         form = "overlap" if form == "auto" else form
     shares = resolve_sharing(share_groups, target, method)
+    writers = common_writers(data.trace.module, data.trace.values) if shares else ()
+    if latency is not None:
+        ratio, groups = _for_latency(
+            model,
+            data,
+            latency,
+            latency_table,
+            sensitivity,
+            groups=groups,
+            form="overlap" if method in PUBLISHED else form,
+            target=target,
+            ignore=ignore,
+            seed=seed,
+            progress=progress,
+            block=resolve_block(block, target, method),
+            writers=writers,
+        )
     planner = Planner(
         model,
         0.5 if ratio is None else ratio,
@@ -358,13 +403,100 @@ def _plan(
         seed=seed,
         calibrated=data.batches is not None,
         obstacles=_obstacles(model, data.trace),
-        writers=common_writers(data.trace.module, data.trace.values) if shares else (),
+        writers=writers,
         **options,
     )
     if data.batches is None:
         return planner.from_weights(progress), None
     masked = copy.deepcopy(model)
     return planner.plan(data.reconstruct(masked, planner.shapes, planner.choose, seed, progress)), masked
+
+
+def _for_latency(
+    model: nn.Module,
+    data: _Data,
+    latency: float,
+    table: LatencyTable | None,
+    sensitivity: Sensitivity | None,
+    *,
+    groups: Groups | Mapping[str, Groups],
+    form: str,
+    target: str | None,
+    ignore: str | Iterable[str],
+    seed: int,
+    progress: bool,
+    **options: Any,
+) -> tuple[dict[str, float], Mapping[str, Groups]]:
+    """Ratio and number of groups of each layer, by pattern, with which a share of the dense latency remains."""
+    check_latency(latency)
+    if target is None:
+        raise PlanError(f"latency={latency:.4g} needs the device to be fast on; pass target='cpu' or target='cuda'")
+    counts = _group_counts(model, data.trace, groups, target, ignore)
+    _check_target(model, target, data.example_inputs, None)
+    assert data.example_inputs is not None
+    inputs = as_inputs(data.example_inputs)
+    measured = measure_layers(model, inputs, counts, progress=progress) if table is None else table
+    open_ = measured.among(model, inputs, counts, form)
+    known = data.sensitivity(model, sensitivity, groups, target, ignore, seed, progress)
+
+    def share_of(choice: Mapping[str, LatencyOption]) -> float:
+        # Which kernels stay changes no time: the cheapest plan will do.
+        ratios, groups = as_patterns(open_, choice)
+        planner = Planner(model, ratios, groups=groups, form=form, target=target, ignore=ignore, seed=seed, **options)
+        plan = planner.from_weights(progress)
+        pruned = rewrite(mask(model, plan), plan, inputs)
+        return acceleration_report(accelerate(pruned, inputs, progress=progress)).relative
+
+    return as_patterns(open_, meet(open_, latency, damages(model, open_, known, seed), share_of))
+
+
+def _group_counts(
+    model: nn.Module,
+    traced: Trace,
+    groups: Groups | Mapping[str, Groups],
+    target: str,
+    ignore: str | Iterable[str],
+) -> dict[str, tuple[int, ...]]:
+    """The numbers of groups to time for each convolution that can be pruned."""
+    planner = Planner(
+        model, groups=groups, form="overlap", ignore=ignore, obstacles=_obstacles(model, traced), target=target
+    )
+    convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    wanted = match_patterns("groups", groups, convs) if isinstance(groups, Mapping) else dict.fromkeys(convs, groups)
+    counts = ((name, wanted.get(name, "auto")) for name in planner.shapes)
+    return {name: GROUP_COUNTS if count == "auto" else (count,) for name, count in counts}
+
+
+def measure_latency(
+    model: nn.Module,
+    *,
+    example_inputs: Inputs,
+    target: str | None = None,
+    groups: Groups | Mapping[str, Groups] = "auto",
+    ignore: str | Iterable[str] = (),
+    progress: bool = False,
+) -> LatencyTable:
+    """Measure how long each convolution takes, dense and at each ratio and number of groups. `print` the table, and
+    pass it to `compile(..., latency=0.6, latency_table=table)` for one share after another.
+
+    Args:
+        model: see `compile`, as for the others.
+        example_inputs: of the sizes to be fast for.
+        target: the device to measure, where the model must be; None is the device of the model.
+        groups: number of groups to measure; `"auto"` tries several.
+        ignore: patterns of layers to leave out.
+        progress: show bars on stderr.
+
+    Raises:
+        PlanError: an argument is not legal.
+        AccelerationError: the model is not on the target, or cannot be accelerated.
+        TraceError: the model cannot be traced.
+    """
+    data = _Data(model, example_inputs, None)
+    target = target or next((p.device.type for p in model.parameters()), "cpu")
+    counts = _group_counts(model, data.trace, groups, target, ignore)
+    _check_target(model, target, example_inputs, None)
+    return measure_layers(model, as_inputs(example_inputs), counts, progress=progress)
 
 
 def measure_sensitivity(
@@ -579,4 +711,14 @@ def _own_tensors(gm: fx.GraphModule, masked: nn.Module) -> None:
                 store[name] = copies[id(tensor)]  # type: ignore[assignment]  # a parameter replaces a parameter
 
 
-__all__ = ["Record", "analyze", "compile", "make_plan", "mask", "measure_sensitivity", "report", "rewrite"]
+__all__ = [
+    "Record",
+    "analyze",
+    "compile",
+    "make_plan",
+    "mask",
+    "measure_latency",
+    "measure_sensitivity",
+    "report",
+    "rewrite",
+]

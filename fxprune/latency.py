@@ -196,14 +196,14 @@ class LatencyTable:
         named stays dense.
 
         Args:
-            share: in `(0, 1]`. A share of 1 is the dense network itself.
+            share: in `(0, 1]`. The dense network itself is a share of 1.
             damage: of each option of each layer, in the order of the table. That of the dense form is 0.
 
         Raises:
             PlanError: `share` is out of range or cannot be reached; the message says what can.
         """
         check_latency(share)
-        if share == 1:
+        if share == 1 or self.predicted({}) <= share:
             return {}
         if self.least > share:
             raise PlanError(
