@@ -6,6 +6,7 @@ each pass that the function is unchanged.
 """
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,15 +33,16 @@ def default_pipeline(plan: PrunePlan, inputs: tuple[Any, ...], *, fold_batch_nor
         inputs: arguments of forward as meta tensors.
         fold_batch_norm: also fold BatchNorm, after which the result is exact in evaluation mode only.
     """
+    block = math.lcm(*(kernels.block for kernels in plan.layers.values()))  # of which each layer keeps its own share
     passes: tuple[Pass, ...] = (
         GroupConvs(plan),
-        MergeGathers(),  # before sinking: an identity would be a wish
-        SinkGathers(inputs),
-        MergeGathers(),  # a sunk gather meets the one at the end of its space
+        MergeGathers(block),  # before sinking: an identity would be a wish
+        SinkGathers(inputs, block),
+        MergeGathers(block),  # a sunk gather meets the one at the end of its space
         AbsorbGathers(),  # only what could not merge
-        AlignWindows(inputs),  # orders what is left; a gather that could still vanish would mislead it
+        AlignWindows(inputs, block),  # orders what is left; a gather that could still vanish would mislead it
         AbsorbGathers(),  # the new orders go into the layers at the ends; merged first, they would be undone
-        MergeGathers(),  # what stands in order now
+        MergeGathers(block),  # what stands in order now
     )
     # Last: only without gathers between them does BatchNorm follow its convolution directly.
     return (*passes, FoldBatchNorm()) if fold_batch_norm else passes

@@ -8,8 +8,11 @@ ascending channels: one copy of memory, or a window that a kernel reads in place
    groups `A only, A and B, B only, neither`, so that each reads one window. Only channels that nothing else tells apart
    change places; filters of a grouped convolution stay in their group.
 2. Each group reads its channels in ascending order; the columns of its weight move with them.
+3. Where convolutions read aligned blocks, these alone choose the order, so that blocks which the same groups read stand
+   side by side; other gathers follow.
 Layers at the ends get permutations that `AbsorbGathers` then stores in their weights; a gather gets another index.
-Left alone: all gathers that share a channel space, where no order tried lowers the number of runs in total.
+Left alone: all gathers that share a channel space, where no order tried lowers the number of runs in total and keeps
+aligned blocks whole.
 
 Fewest runs is the consecutive block minimisation problem, which is NP-hard (Kou 1977, SIAM J. Comput. 6(1)), and the
 same as a shortest path through the channels where the distance is the number of groups that change (Haddadi and Layouni
@@ -32,7 +35,8 @@ from torch import Tensor, fx
 from fxprune.channels import Blocks, ChannelAnalysis, Reordering, analyze_channels
 from fxprune.channels.atoms import Array
 from fxprune.layers import ChannelGather
-from fxprune.passes.sink_gathers import new_order, reorder
+from fxprune.orders import Read, known_reads, new_order
+from fxprune.passes.sink_gathers import reorder
 from fxprune.rewriting import Outcome, call_sites, calls, first_reader, new_path, read_by_name
 from fxprune.tracing import meta_values
 
@@ -45,9 +49,11 @@ class AlignWindows:
 
     Attributes:
         inputs: arguments of forward as meta tensors, to know shapes.
+        block: convolutions that read aligned blocks of this many channels, or of a divisor of it, shall go on doing so.
     """
 
     inputs: tuple[Any, ...]
+    block: int = 1
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
         if not self.inputs or not any(calls(gm, ChannelGather)):
@@ -56,31 +62,25 @@ class AlignWindows:
         blocks = _movable(gm, analysis)
         unmoved = np.arange(blocks.classes.size, dtype=np.int64)
         moved = unmoved
-        reads = _reads(gm, analysis, blocks)
-        for together in _sharing_spaces(reads, blocks):
+        found = _reads(gm, analysis, blocks, self.block)
+        for together in _sharing_spaces(found, blocks):
+            orders = [order for order in _orders(together, blocks) if all(r.stays_aligned(order) for r in together)]
             # The first of the best: where no order has fewer runs, nothing changes.
-            best = min([unmoved, *_orders(together, blocks)], key=lambda order: _total_runs(together, order))
+            best = min([unmoved, *orders], key=lambda order: _total_runs(together, order))
             moved = np.where(best == unmoved, moved, best)
         layers = replace(analysis, ports=tuple(p for p in analysis.ports if not _is_gather(gm, p.node)))
-        return Outcome((*_reindex(gm, reads, moved), *reorder(gm, layers, moved)))
+        return Outcome((*_reindex(gm, found, moved), *reorder(gm, layers, moved)))
 
 
 @dataclass(frozen=True)
-class _Read:
-    """A gather: the atoms that stand before it (C,) and after it (A,), and the positions that it reads (A,)."""
+class _Read(Read):
+    """A gather, and on which of its sides the order of the channels is chosen.
 
-    node: fx.Node
-    before: Array
-    after: Array
-    index: Array
+    Attributes:
+        leads: whether the order before the gather is chosen, and the order after it follows; else the other way round.
+    """
+
     leads: bool
-    """Whether the order before the gather is chosen, and the order after it follows; else the other way round."""
-
-    def reindexed(self, moved: Array) -> Array:
-        """The index once the spaces before and after have another order."""
-        place = np.argsort(new_order(self.before, moved))
-        new: Array = place[self.index[new_order(self.after, moved)]]
-        return new
 
     @property
     def leading(self) -> tuple[Array, Array]:
@@ -106,17 +106,13 @@ def _total_runs(reads: Sequence[_Read], moved: Array) -> int:
     return sum(runs(torch.from_numpy(read.reindexed(moved))) for read in reads)
 
 
-def _reads(gm: fx.GraphModule, analysis: ChannelAnalysis, blocks: Blocks) -> list[_Read]:
+def _reads(gm: fx.GraphModule, analysis: ChannelAnalysis, blocks: Blocks, block: int) -> list[_Read]:
     """The gathers, those that write most channels first."""
-    ports = {(port.node, port.kind): port.atoms for port in analysis.ports}
     found = []
-    for node, gather in calls(gm, ChannelGather):
-        if (node, "reads") not in ports:
-            continue  # a boundary: nothing is known about its channels
-        before, after = ports[node, "reads"], ports[node, "writes"]
-        parts = [np.unique(blocks.block_of[blocks.classes[atoms]]).size for atoms in (before, after)]
-        leads = not gather.is_permutation or parts[0] <= parts[1]
-        found.append(_Read(node, before, after, gather.index.cpu().numpy(), leads))
+    for read in known_reads(gm, analysis, block):
+        parts = [np.unique(blocks.block_of[blocks.classes[atoms]]).size for atoms in (read.before, read.after)]
+        is_permutation = np.array_equal(np.sort(read.index), np.arange(read.before.size))
+        found.append(_Read(**vars(read), leads=not is_permutation or parts[0] <= parts[1]))
     return sorted(found, key=lambda read: -read.index.size)
 
 
@@ -143,8 +139,9 @@ def _sharing_spaces(reads: Sequence[_Read], blocks: Blocks) -> Iterator[list[_Re
 
 def _orders(reads: Sequence[_Read], blocks: Blocks) -> Iterator[Array]:
     """Orders worth trying, each with, for each atom, the one that takes its place."""
-    slots = _slots(reads, blocks)
-    sets = _sets(reads, blocks)
+    choosing = [read for read in reads if read.block > 1] or reads
+    slots = _slots(choosing, blocks)
+    sets = _sets(choosing, blocks)
     for choose in (_as_they_come, _by_gray_code, _by_nearest):
         reordering = Reordering(blocks)
         last = np.zeros(sets.shape[1], dtype=bool)

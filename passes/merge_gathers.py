@@ -5,7 +5,8 @@
 2. A gather that reads all channels in order vanishes.
 3. Gathers of one tensor with one index become one, unless an in-place operator may change the tensor between them.
 Left alone: an inner gather that others than layers read (both results are needed); a copy that an in-place operator may
-write into, or whose original an in-place operator may change before it is read.
+write into, or whose original an in-place operator may change before it is read. With a reason: a gather that reads
+aligned blocks for a convolution, after one that tears them apart.
 """
 
 import copy
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxprune.layers import ChannelGather
+from fxprune.orders import alignment, feeds_convolution
 from fxprune.rewriting import (
     KEPT_BECAUSE,
     Memory,
     Outcome,
+    Skip,
     call_sites,
     calls,
     erase_gather,
@@ -30,14 +33,21 @@ from fxprune.rewriting import (
 
 @dataclass(frozen=True)
 class MergeGathers:
-    """Compose chains of gathers, drop identities and share equal ones."""
+    """Compose chains of gathers, drop identities and share equal ones.
+
+    Attributes:
+        block: convolutions that read aligned blocks of this many channels, or of a divisor of it, shall go on doing so.
+    """
+
+    block: int = 1
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
-        rewritten = [*_compose(gm), *_drop_identities(gm), *_share(gm)]
-        return Outcome(tuple(rewritten))
+        skipped: list[Skip] = []
+        rewritten = [*_compose(gm, self.block, skipped), *_drop_identities(gm), *_share(gm)]
+        return Outcome(tuple(rewritten), tuple(skipped))
 
 
-def _compose(gm: fx.GraphModule) -> list[str]:
+def _compose(gm: fx.GraphModule, block: int, skipped: list[Skip]) -> list[str]:
     done = []
     memory = Memory(gm)
     sites = call_sites(gm)
@@ -52,13 +62,19 @@ def _compose(gm: fx.GraphModule) -> list[str]:
         assert isinstance(source, fx.Node)
         if memory.changes(source, inner, [node]):
             continue
+        composed = first.index[gather.index]
+        if feeds_convolution(gm, node):
+            keep = alignment(gather.index.cpu().numpy(), block)
+            if alignment(composed.cpu().numpy(), keep) < keep:
+                skipped.append(Skip(node.name, f"after {inner.name} its blocks of {keep} channels would fall apart"))
+                continue
         if len(sites[gather]) > 1:
             sites[gather].remove(node)
             gather = copy.deepcopy(gather)
             node.target = new_path(gm, str(node.target))
             gm.add_submodule(node.target, gather)
             sites[gather] = [node]
-        gather.index, gather.in_channels = first.index[gather.index], first.in_channels
+        gather.index, gather.in_channels = composed, first.in_channels
         node.args = (source,)
         if KEPT_BECAUSE in inner.meta:
             node.meta.setdefault(KEPT_BECAUSE, inner.meta[KEPT_BECAUSE])

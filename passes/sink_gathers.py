@@ -10,11 +10,13 @@ that add up in one stream may wish for the same.
    precedes it.
 2. Parameters with one entry a channel (BatchNorm, depthwise convolution, PReLU, layer scale) are stored in the new
    order.
-Left alone: gathers that read a channel twice or not at all, and those whose wish is refused, with the reason.
+Left alone: gathers that read a channel twice or not at all, and those whose wish is refused, with the reason. Where
+convolutions read aligned blocks, only whole blocks move: what would tear them apart stays directly after the
+convolution that it restores, of which `FuseConvs` makes it a part.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +26,8 @@ from torch import Tensor, fx
 
 from fxprune.channels import ChannelAnalysis, Port, Reordering, Scale, analyze_channels
 from fxprune.channels.atoms import TOLD_APART, Array
-from fxprune.errors import PassError
 from fxprune.layers import ChannelGather
+from fxprune.orders import Read, known_reads, new_order
 from fxprune.rewriting import KEPT_BECAUSE, Outcome, Skip, Tensors, calls, gather_after, gather_before
 from fxprune.tracing import meta_values
 
@@ -37,15 +39,18 @@ class SinkGathers:
 
     Attributes:
         inputs: arguments of forward as meta tensors, to know shapes.
+        block: convolutions that read aligned blocks of this many channels, or of a divisor of it, shall go on doing so.
     """
 
     inputs: tuple[Any, ...]
+    block: int = 1
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
         values, _ = meta_values(gm, self.inputs) if self.inputs else ({}, None)
         analysis = analyze_channels(gm, values)
         reordering = Reordering(analysis.blocks)
-        skipped = tuple(_serve_wishes(gm, analysis, reordering, values))
+        aligned = [read for read in known_reads(gm, analysis, self.block) if read.block > 1]
+        skipped = tuple(_serve_wishes(gm, analysis, reordering, values, aligned))
         return Outcome(reorder(gm, analysis, reordering.permutation()), skipped)
 
 
@@ -79,7 +84,11 @@ def reorder(gm: fx.GraphModule, analysis: ChannelAnalysis, moved: Array) -> tupl
 
 
 def _serve_wishes(
-    gm: fx.GraphModule, analysis: ChannelAnalysis, reordering: Reordering, values: dict[fx.Node, Any]
+    gm: fx.GraphModule,
+    analysis: ChannelAnalysis,
+    reordering: Reordering,
+    values: dict[fx.Node, Any],
+    aligned: Sequence[Read],
 ) -> Iterator[Skip]:
     """Serve the wish of each permuting gather, the one that saves most first, and yield those refused."""
     ports: dict[tuple[fx.Node, str], Port] = {(port.node, port.kind): port for port in analysis.ports}
@@ -99,7 +108,8 @@ def _serve_wishes(
     for node in sorted(wishes, key=lambda node: -max(saved[_order_of(analysis, *wish)] for wish in wishes[node])):
         refusals = []
         for places, atoms in wishes[node]:
-            refusals.append(reordering.wish(places, atoms, node.name))
+            refusal = _what_breaks(aligned, reordering, places, atoms) if aligned else ""
+            refusals.append(refusal or reordering.wish(places, atoms, node.name))
             if not refusals[-1]:
                 break
         else:
@@ -114,15 +124,17 @@ def _order_of(analysis: ChannelAnalysis, places: Array, atoms: Array) -> bytes:
     return np.unique(np.stack([classes[places], classes[atoms]], axis=1), axis=0).tobytes()
 
 
-def new_order(atoms: Array, moved: Array) -> Array:
-    """Old position of what stands at each position after the reordering."""
-    sorter = np.argsort(atoms)
-    index: Array = sorter[np.searchsorted(atoms, moved[atoms], sorter=sorter).clip(max=atoms.size - 1)]
-    if not np.array_equal(atoms[index], moved[atoms]):
-        raise PassError(
-            "the order of a channel space moves channels out of a value; this is a defect of the channel analysis"
-        )
-    return index
+def _what_breaks(aligned: Sequence[Read], reordering: Reordering, places: Array, atoms: Array) -> str:
+    """Why a wish may not be served, as far as aligned blocks go.
+
+    Each wish is judged alone: of two that move whole blocks and agree where they meet, both together do.
+    """
+    alone = Reordering(reordering.blocks)
+    if alone.wish(places, atoms, ""):
+        return ""  # it will be refused for another reason
+    moved = alone.permutation()
+    torn = next((read for read in aligned if not read.stays_aligned(moved)), None)
+    return f"it would tear apart the blocks of {torn.block} channels that {torn.node.name} reads" if torn else ""
 
 
 def _reorder_parameter(gm: fx.GraphModule, tensors: Tensors, scale: Scale, index: Array) -> None:

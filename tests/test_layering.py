@@ -43,7 +43,7 @@ ORDER = (
     ("calibration",),
     ("planning",),
     ("sensitivity",),
-    ("verification",),
+    ("orders", "verification"),
     (
         "passes.absorb_gathers",
         "passes.fold_batch_norm",

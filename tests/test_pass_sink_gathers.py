@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.errors import PassError
 from fxprune.layers import ChannelGather
+from fxprune.orders import new_order
 from fxprune.passes import AbsorbGathers, MergeGathers, SinkGathers, sink_gathers
 from fxprune.rewriting import KEPT_BECAUSE, Outcome, gather_before
 from fxprune.tracing import trace
@@ -214,4 +215,4 @@ def test_control_the_inverse_instead_is_seen(monkeypatch: pytest.MonkeyPatch) ->
 def test_control_an_order_that_takes_channels_out_of_a_value_is_refused() -> None:
     atoms = np.array([0, 1, 2, 3])
     with pytest.raises(PassError, match="out of a value"):
-        sink_gathers.new_order(atoms, np.array([0, 1, 2, 4, 3]))
+        new_order(atoms, np.array([0, 1, 2, 4, 3]))
