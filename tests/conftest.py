@@ -1,4 +1,8 @@
-"""What every test runs under: one thread, and a random state of its own."""
+"""What every test runs under: one thread, a random state of its own, and a cache of its own."""
+
+import os
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -6,6 +10,19 @@ import torch
 # Most nets here are so small that waiting for a second thread costs up to four times what it saves, and workers of
 # pytest-xdist that each start a thread per core slow one another down. To use more cores, use more workers.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop() -> Iterator[None]:
+    """Neither read nor write the user's cache of kernels and times. Workers of pytest-xdist inherit the folder, so that
+    the kernel is built once a session.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return (yield)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FXPRUNE_CACHE", folder)
+        patch.delenv("FXPRUNE_NATIVE", raising=False)
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from passes_harness import check_pass, image, prepared, reasons, show
+from passes_harness import check_pass, gather, image, prepared, reasons, show
 from torch import Tensor, nn
 
 from fxprune.passes import FoldBatchNorm, fold_batch_norm
@@ -66,6 +66,66 @@ def test_case_1_one_convolution(conv: nn.Conv2d, affine: bool) -> None:
     assert isinstance(fused, nn.Conv2d)
     assert fused.bias is not None
     assert (fused.stride, fused.groups, fused.padding_mode) == (conv.stride, conv.groups, conv.padding_mode)
+
+
+class Permuted(nn.Module):
+    """A gather between the convolution and its BatchNorm; `also` reads the gathered value as well."""
+
+    def __init__(self, between: nn.Module, also: bool = False, norm: int = 4) -> None:
+        super().__init__()
+        self.c, self.g, self.n, self.also = nn.Conv2d(4, 4, 3, padding=1), between, nn.BatchNorm2d(norm), also
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.g(self.c(x))
+        z: Tensor = self.n(y).relu()
+        return z + y if self.also else z
+
+
+def test_case_2_through_a_permutation() -> None:
+    gm, outcome = check_pass(
+        FoldBatchNorm(),
+        prepared(Permuted(gather())),
+        image(),
+        before="x -> c -> g -> n -> relu -> output",
+        after="x -> c -> g -> relu -> output",
+        modes=EVAL,
+    )
+    assert outcome.rewritten == ("c",)
+    assert not hasattr(gm, "n")
+
+
+@pytest.mark.parametrize(
+    "model, reason",
+    [
+        (Permuted(gather((0, 1, 1, 3))), "not a plain convolution"),
+        (Permuted(gather((0, 1, 2), 4), norm=3), "not a plain convolution"),
+        (Permuted(gather(dim=-2)), "not a plain convolution"),
+        (Permuted(gather(), also=True), "not a plain convolution"),
+    ],
+    ids=["repeats a channel", "drops a channel", "permutes rows", "has another reader"],
+)
+def test_left_alone_behind_another_gather(model: Permuted, reason: str) -> None:
+    ready = prepared(model)
+    inputs = image(size=4)
+    _, outcome = check_pass(FoldBatchNorm(), ready, inputs, after=show(trace(ready, inputs).module))
+    assert outcome.rewritten == ()
+    assert reason in reasons(outcome)["n"]
+
+
+def test_control_the_order_of_the_gather_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = fold_batch_norm.folded
+    for wrong in (lambda order: None, lambda order: order.argsort()):
+        monkeypatch.setattr(
+            fold_batch_norm, "folded", lambda conv, norm, order, wrong=wrong: right(conv, norm, wrong(order))
+        )
+        with pytest.raises(AssertionError, match=r"max .difference"):
+            check_pass(
+                FoldBatchNorm(),
+                prepared(Permuted(gather())),
+                image(),
+                after="x -> c -> g -> relu -> output",
+                modes=EVAL,
+            )
 
 
 def test_frozen_weights_stay_frozen() -> None:
@@ -187,10 +247,10 @@ def test_control_training_mode_is_not_kept() -> None:
 def test_control_a_wrong_shift_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     right = fold_batch_norm.folded
 
-    def wrong(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    def wrong(conv: nn.Conv2d, norm: nn.BatchNorm2d, order: Tensor | None) -> nn.Conv2d:
         assert norm.running_mean is not None
         norm.running_mean = norm.running_mean.flip(0)
-        return right(conv, norm)
+        return right(conv, norm, order)
 
     monkeypatch.setattr(fold_batch_norm, "folded", wrong)
     with pytest.raises(AssertionError, match=r"max .difference"):
