@@ -147,12 +147,15 @@ def acceleration_report(accelerated: nn.Module) -> AccelerationReport:
 
 
 class _Entry(nn.Module):
-    """What every input passes first: refuses what the model was not made for, and converts the memory format."""
+    """What every input passes first: refuses what the model was not made for, and converts the memory format. No
+    gradient goes back through it, for the fused operators have none.
+    """
 
     def __init__(self, example: Tensor, channels_last: bool) -> None:
         super().__init__()
         self.device_type = example.device.type
         self.dtype = example.dtype
+        self.dimensions = example.dim()
         self.channels_last = channels_last and example.dim() == 4
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,9 +166,14 @@ class _Entry(nn.Module):
                 f"the model was accelerated for {self.dtype} on {self.device_type}, and the input is {x.dtype} on "
                 f"{x.device}; convert it, or accelerate the pruned model there"
             )
-        if self.channels_last and x.dim() == 4:
-            return x.contiguous(memory_format=torch.channels_last)
-        return x.contiguous()
+        if x.dim() != self.dimensions:
+            raise AccelerationError(
+                f"the model was accelerated for an input of {self.dimensions} dimensions, and this one has {x.dim()}; "
+                "add or remove the batch dimension"
+            )
+        if self.channels_last:
+            return x.detach().contiguous(memory_format=torch.channels_last)
+        return x.detach().contiguous()
 
 
 class _Gather(nn.Module):
@@ -212,7 +220,8 @@ def _fused_graph(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[fx.GraphMod
     pruned = frozenset(record.plan.layers) if record is not None else frozenset()
     outcome = FuseConvs(meta, pruned)(gm)
     for node in gm.graph.nodes:  # a view of channels_last memory may not exist
-        if node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
+        is_view = node.op == "call_method" and node.target == "view" and not node.kwargs
+        if is_view and not isinstance(node.args[1], torch.dtype):
             node.target = "reshape"
     gm.graph.lint()
     gm.recompile()
@@ -238,7 +247,7 @@ def _build(
             node.replace_all_uses_with(entry, delete_user_cb=lambda user, entry=entry: user is not entry)
     gm.graph.lint()
     gm.recompile()
-    return gm.eval()
+    return gm.eval().requires_grad_(False)
 
 
 def _replace(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> None:

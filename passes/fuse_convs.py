@@ -5,7 +5,7 @@ x (N, C, H, W); a (groups * k,), b (O,) long; evaluation mode.
 1. A gather of channels before the convolution is read through, whoever else reads it.
 2. After it, as long as each value has one reader: a gather that permutes, an add of a value of the same shape, ReLU or
    ReLU6 (or `clamp` with numbers), in this order, each at most once. Of two convolutions that are added the later one
-   takes the other as residual.
+   takes the other as residual. The shape must be the same for larger inputs too.
 3. The fused node stands where the last of them stood, unless an in-place operator changes its input on the way there;
    then the chain ends before.
 Left alone, with a reason: subclasses of Conv2d, padding other than zeros, hooks and computed weights, values that are
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from fxprune.fused import FusedConv2d
 from fxprune.layers import ChannelGather
@@ -44,6 +45,7 @@ class FuseConvs:
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
         values, _ = meta_values(gm, self.inputs)
+        larger, _ = meta_values(gm, tuple(tree_map(_larger, self.inputs)))
         named, memory = read_by_name(gm), Memory(gm)
         convs: dict[fx.Node, nn.Conv2d] = {}
         skipped = []
@@ -55,7 +57,7 @@ class FuseConvs:
         claimed: dict[fx.Node, list[_Step]] = {}
         taken: set[fx.Node] = set()
         for node in reversed(convs):  # of two convolutions that are added the later one can take the other's result
-            claimed[node] = _tail(gm, node, values, memory, convs, taken)
+            claimed[node] = _tail(gm, node, (values, larger), memory, convs, taken)
             taken.update(step.node for step in claimed[node])
         through = {
             node
@@ -136,7 +138,7 @@ def _why_not(node: fx.Node, conv: nn.Conv2d, values: Mapping[fx.Node, Any], read
 def _tail(
     gm: fx.GraphModule,
     node: fx.Node,
-    values: Mapping[fx.Node, Any],
+    values: Sequence[Mapping[fx.Node, Any]],
     memory: Memory,
     convs: Collection[fx.Node],
     taken: Collection[fx.Node],
@@ -185,8 +187,10 @@ def _gather(gm: fx.GraphModule, node: fx.Node) -> ChannelGather | None:
     return gather if isinstance(gather, ChannelGather) and gather.dim in (-3, 1) else None
 
 
-def _residual(user: fx.Node, value: fx.Node, values: Mapping[fx.Node, Any]) -> fx.Node | None:
-    """What `user` adds to `value`, if it is an addition of two tensors of one shape and type."""
+def _residual(user: fx.Node, value: fx.Node, values: Sequence[Mapping[fx.Node, Any]]) -> fx.Node | None:
+    """What `user` adds to `value`, if it is an addition of two tensors of one type that have one shape in all runs: a
+    parameter `(1, C, H, W)` has the shape of a single image, and is broadcast over two.
+    """
     name = str(user.target) if user.op == "call_method" else getattr(user.target, "__name__", "")
     known = user.op == "call_method" or user.target in (operator.add, operator.iadd, torch.add)
     if user.op not in ("call_method", "call_function") or name not in _ADDS or not known:
@@ -199,11 +203,28 @@ def _residual(user: fx.Node, value: fx.Node, values: Mapping[fx.Node, Any]) -> f
     other = second if first is value else first
     if name in ("iadd", "add_", "__iadd__") and first is not value:
         return None  # writes into the other value
-    mine, theirs = values.get(value), values.get(other)  # type: ignore[arg-type]  # a node, see above
-    if not isinstance(mine, Tensor) or not isinstance(theirs, Tensor):
-        return None
     assert isinstance(other, fx.Node)
-    return other if mine.shape == theirs.shape and mine.dtype == theirs.dtype else None
+    if not all(_alike(run.get(value), run.get(other)) for run in values if value in run):
+        return None
+    return other
+
+
+def _alike(mine: Any, theirs: Any) -> bool:
+    """Whether both are tensors of one shape and type."""
+    if not isinstance(mine, Tensor) or not isinstance(theirs, Tensor):
+        return False
+    return mine.shape == theirs.shape and mine.dtype == theirs.dtype
+
+
+def _larger(leaf: Any) -> Any:
+    """Twice the batch, and images of twice the size."""
+    if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+        return leaf
+    return leaf.new_empty(
+        [n * (1 if i == 1 else 2) for i, n in enumerate(leaf.shape)]
+        if leaf.dim() == 4
+        else (2 * len(leaf), *leaf.shape[1:])
+    )
 
 
 def _bounds(gm: fx.GraphModule, user: fx.Node) -> tuple[float | None, float | None] | None:

@@ -72,9 +72,9 @@ def load() -> None:
         torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except OSError as error:
         raise KernelError(f"the compiled kernel {library.name} cannot be loaded: {error}; delete it") from error
-    torch.library.register_fake("fxprune_native::conv2d")(_fake_conv2d)
     if not (gap := _test()) <= TOLERANCE:
         raise KernelError(f"the compiled kernel is wrong by {gap:.1e} on this processor; it is not used")
+    torch.library.register_fake("fxprune_native::conv2d")(_fake_conv2d)
 
 
 def build() -> Path:
@@ -95,25 +95,39 @@ def build() -> Path:
     sources = [(here / name).read_text(encoding="utf-8") for name in SOURCES + HEADERS]
     for part in (compiler, *flags, abi, torch.__version__, processor(), *sources):
         digest.update(part.encode())
-    target = cache_directory() / f"native-{digest.hexdigest()[:16]}.so"
-    if target.is_file():
-        return target
+    folder, name = cache_directory(), f"native-{digest.hexdigest()[:16]}"
+    for built in folder.glob(f"{name}-*.so"):
+        if _is_whole(built):
+            return built
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            made = Path(scratch) / target.name
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / "native.so"
             inputs = [str(here / name) for name in SOURCES]
             command = [*compiler.split(), *flags, abi, *inputs, "-o", str(made), *libraries]
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
             if done.returncode != 0:
                 said = (done.stderr.strip().splitlines() or ["no message"])[-1]
                 raise KernelError(f"{compiler} cannot build the compiled kernel: {said}")
+            target = folder / f"{name}-{_digest(made)}.so"
             os.replace(made, target)  # whole or not at all, also if several processes build at once
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelError(
-            f"the compiled kernel cannot be built with {compiler} in {target.parent}: {error}; set CXX or FXPRUNE_CACHE"
+            f"the compiled kernel cannot be built with {compiler} in {folder}: {error}; set CXX or FXPRUNE_CACHE"
         ) from error
     return target
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a cached library is what was built, as its name says: loading a truncated one kills the process."""
+    try:
+        return library.stem.endswith(_digest(library))
+    except OSError:
+        return False
 
 
 def pack(weight: Tensor, bias: Tensor | None, groups: int) -> Packed:

@@ -178,7 +178,7 @@ class PaddedRows {
     const int64_t image = row / g_.out_height * g_.height;
     const int64_t low = std::max<int64_t>(input_row(row, 0), 0);
     const int64_t high = std::min(input_row(row, g_.kernel_height - 1), g_.height - 1);
-    if (first_ < 0) first_ = image + low;
+    if (first_ < 0) first_ = image + std::min(low, g_.height);  // all below the image: the next one comes first
     const int64_t pad = g_.padding_width * g_.channels, inner = g_.width * g_.channels;
     for (int64_t source = std::max(next_, image + low); source <= image + high; ++source) {
       float* to = scratch_ + (source - first_) * width_ * g_.channels;
@@ -220,6 +220,10 @@ void sweep(const Geometry& g, const Operands& a, const Task& task) {
 }  // namespace
 
 int64_t widest_lanes() { return kWidest; }
+
+bool has_tile(int64_t lanes, int64_t vectors) {
+  return vectors == 2 ? lanes == kWidest : vectors == 1 && lanes >= 4 && lanes <= kWidest && !(lanes & (lanes - 1));
+}
 
 int64_t scratch_size(const Geometry& g, int64_t rows) {
   if (!g.padding_width) return 0;

@@ -58,4 +58,7 @@ void run(const Geometry& geometry, const Operands& operands, const Task& task, f
 // Width of the widest register in floats, and how many registers of it a panel may have.
 int64_t widest_lanes();
 
+// Whether there is a tile for panels of this shape.
+bool has_tile(int64_t lanes, int64_t vectors);
+
 }  // namespace fxprune

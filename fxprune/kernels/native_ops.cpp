@@ -17,6 +17,37 @@ int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, 
   return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
+bool is_within(const at::Tensor& places, int64_t stop) {
+  const int32_t* first = places.const_data_ptr<int32_t>();
+  return std::all_of(first, first + places.numel(), [&](int32_t place) { return place >= 0 && place < stop; });
+}
+
+// Tables that disagree would make the kernel read or write outside of its memory.
+void check_tables(const at::Tensor& weights, const at::Tensor& bias, const at::Tensor& panels, const at::Tensor& index,
+                  const at::Tensor& out, int64_t taps, int64_t channels) {
+  TORCH_CHECK(panels.dim() == 2 && panels.size(1) == sizeof(fxprune::Panel) / sizeof(int64_t) && index.dim() == 2 &&
+                  out.dim() == 1,
+              "fxprune: panels must be (P, 7), index (groups, kept) and out (O), not ", panels.sizes(), ", ",
+              index.sizes(), " and ", out.sizes());
+  for (const at::Tensor* table : {&weights, &bias, &panels, &index, &out})
+    TORCH_CHECK(table->is_contiguous() && table->device().is_cpu(), "fxprune: a table ", table->sizes(),
+                " is not contiguous memory of the CPU");
+  TORCH_CHECK(is_within(index, channels), "fxprune: the index reads outside of the ", channels, " channels");
+  TORCH_CHECK(is_within(out, out.size(0)), "fxprune: filters are written outside of the ", out.size(0), " channels");
+  const auto* panel = reinterpret_cast<const fxprune::Panel*>(panels.const_data_ptr<int64_t>());
+  int64_t filters = 0;
+  for (int64_t i = 0; i < panels.size(0); ++i, ++panel) {
+    const int64_t width = panel->lanes * panel->vectors;
+    TORCH_CHECK(panel->group >= 0 && panel->group < index.size(0) && panel->first == filters && panel->filters > 0 &&
+                    panel->filters <= width && fxprune::has_tile(panel->lanes, panel->vectors) &&
+                    panel->weights >= 0 && panel->weights + taps * index.size(1) * width <= weights.numel() &&
+                    panel->bias >= 0 && panel->bias + width <= bias.numel(),
+                "fxprune: panel ", i, " does not fit the weights, the bias or the index; pack them anew");
+    filters += panel->filters;
+  }
+  TORCH_CHECK(filters == out.size(0), "fxprune: the panels have ", filters, " filters, and out has ", out.size(0));
+}
+
 // panels (P, 7) int64, see fxprune::Panel; index (groups, kept) int32; out (O,) int32.
 at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias, const at::Tensor& panels,
                   const at::Tensor& index, const at::Tensor& out, const std::optional<at::Tensor>& residual,
@@ -27,6 +58,13 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weights, const at::
               input.sizes(), " on ", input.device());
   TORCH_CHECK(input.size(1) == channels, "fxprune: the convolution reads ", channels, " channels; the input has ",
               input.size(1));
+  const auto is_pair = [](at::IntArrayRef values, int64_t least) {
+    return values.size() == 2 && values[0] >= least && values[1] >= least;
+  };
+  TORCH_CHECK(is_pair(kernel, 1) && is_pair(stride, 1) && is_pair(padding, 0) && is_pair(dilation, 1),
+              "fxprune: no convolution has kernel ", kernel, ", stride ", stride, ", padding ", padding, ", dilation ",
+              dilation);
+  check_tables(weights, bias, panels, index, out, kernel[0] * kernel[1], channels);
   const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
   fxprune::Geometry g{};
   g.images = x.size(0);
