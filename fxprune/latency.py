@@ -23,11 +23,14 @@ from fxprune.methods import Matrix, cocluster
 from fxprune.plans import Form
 from fxprune.sensitivity import Sensitivity
 
-# A share is met if the whole network comes this near to it; else the budget is corrected, so many times at most.
+# A share is met if the whole network exceeds it by no more than this. If its time is further than this from what was
+# predicted, the prediction is corrected, so many times at most.
 TOLERANCE = 0.05
 CORRECTIONS = 2
 # HiGHS ends at an absolute gap of 1e-6, which must be nothing beside the smallest damage that matters.
 DAMAGE_SCALE = 1e4
+# Of a sum of seconds in another order.
+ROUNDING = 1e-9
 SHOWN = (1 / 4, 1 / 2, 3 / 4)
 """Ratios that the printed table shows."""
 
@@ -182,14 +185,17 @@ class LatencyTable:
                 raise PlanError(f"latency table: it was measured for {measured}, but this is {now}; {remedy}")
         layers = []
         for layer in self.layers:
-            legal = [option for option in layer.options if option.groups in counts.get(layer.name, ())]
+            if layer.name not in counts:
+                continue
+            legal = [option for option in layer.options if option.groups in counts[layer.name]]
             parted = {(option.groups, option.ratio) for option in legal if option.form == "partition"}
             overlap = [
                 o for o in legal if o.form == "overlap" and (form == "overlap" or (o.groups, o.ratio) not in parted)
             ]
             partition = [option for option in legal if option.form == "partition" and form != "overlap"]
             layers.append(replace(layer, options=(*overlap, *partition)))
-        return replace(self, layers=tuple(layers))
+        left_out = sum(layer.seconds for layer in self.layers if layer.name not in counts)
+        return replace(self, layers=tuple(layers), rest=self.rest + left_out)
 
     def choose(self, share: float, damage: Mapping[str, Sequence[float]]) -> dict[str, LatencyOption]:
         """The options with the least total damage that leave at most `share` of the dense time, by layer; what is not
@@ -205,7 +211,7 @@ class LatencyTable:
         check_latency(share)
         if share == 1 or self.predicted({}) <= share:
             return {}
-        if self.least > share:
+        if self.least > share * (1 + ROUNDING):
             raise PlanError(
                 f"latency={share:.4g} cannot be reached: with the fastest form of each of the {len(self.layers)} "
                 f"convolutions that can be pruned, {min(1.0, math.ceil(1e4 * self.least) / 1e4):.4g} of the dense time "
@@ -340,15 +346,15 @@ def meet(
 ) -> dict[str, LatencyOption]:
     """The choice that leaves `share` of the dense time when the whole network is measured.
 
-    The sum of single layers is not quite the time of the network. Where it is off by more than `TOLERANCE`, the choice
-    is made anew for a share corrected by the factor that was measured, `CORRECTIONS` times at most.
+    The sum of single layers is not quite the time of the network. Where it is off by more than `TOLERANCE`, either way,
+    the choice is made anew for a share corrected by the factor that was measured, `CORRECTIONS` times at most.
 
     Args:
         table, share, damage: see `LatencyTable.choose`.
         measure: the share of the dense time that the network has with a choice.
 
     Returns:
-        Of the choices that are near enough or faster, the one with the least damage; else the fastest.
+        Of the choices that leave `share`, or `TOLERANCE` of it more, the one with the least damage; else the fastest.
 
     Raises:
         PlanError: see `LatencyTable.choose`.
@@ -360,9 +366,10 @@ def meet(
         reached = measure(choice)
         misses = reached > share * (1 + TOLERANCE)
         tried.append((misses, reached if misses else _total_damage(table, choice, damage), choice))
-        if abs(reached / share - 1) <= TOLERANCE or len(tried) > CORRECTIONS:
+        predicted = table.predicted(choice)
+        if abs(reached / (predicted * share / budget) - 1) <= TOLERANCE or len(tried) > CORRECTIONS:
             break
-        budget = min(1.0, max(budget * share / reached, table.least))
+        budget = min(1.0, max(share * predicted / reached, table.least))
         choice = table.choose(budget, damage)
     return min(tried, key=lambda attempt: attempt[:2])[2] if tried else choice
 
