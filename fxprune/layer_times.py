@@ -1,13 +1,14 @@
 """Measure how long each convolution of a network takes, dense and pruned, at the input size that it has there."""
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from fxprune.acceleration import FORMATS, Form, accelerate, acceleration_report, form_calls, form_key, operand_shapes
@@ -18,12 +19,14 @@ from fxprune.measurements import Stopwatch
 from fxprune.passes import FoldBatchNorm, FuseConvs
 from fxprune.rewriting import calls
 from fxprune.shapes import BLOCKS, Shape, choose_shape
+from fxprune.timing import race
 from fxprune.tracing import trace
 
 # What is timed: these ratios, and of a number of groups n also 1 - 1/n, the partition form. More groups than 8 leave
 # few layers that are wide enough to gain.
 RATIOS = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 GROUP_COUNTS = (2, 4, 8)
+ROUNDS = 15  # of the whole network against its convolutions
 
 
 @torch.no_grad()
@@ -45,7 +48,8 @@ def measure_layers(
     Raises:
         AccelerationError: see `fxprune.accelerate`.
     """
-    dense = acceleration_report(accelerate(model, inputs, progress=progress))
+    network = accelerate(model, inputs, progress=progress)
+    dense = acceleration_report(network)
     graph = _fused(model, inputs)
     shapes = operand_shapes(graph, inputs)
     device, dtype, input_shapes = setting(model, inputs)
@@ -53,20 +57,44 @@ def measure_layers(
     # A format whose dense convolutions are far slower was not raced, and is not worth timing here either.
     formats = [name.split()[1] for name in dense.seconds]
     sites = [(name, node, conv) for node, conv in calls(graph, FusedConv2d) if (name := _name(node, counts))]
-    tables = []
+    layers: dict[str, dict[str, LayerLatency]] = {name: {} for name in formats}
     with tqdm(total=len(formats) * len(sites), desc="timing", unit="conv", disable=not progress) as bar:
-        for memory_format in formats:
-            layers: dict[str, LayerLatency] = {}
+        for memory_format, timed in layers.items():
             for name, node, conv in sites:
-                timed = _time(name, conv, counts[name], shapes[node.name], FORMATS[memory_format], stopwatch)
-                layers[name] = _sum(layers[name], timed) if name in layers else timed
+                found = _time(name, conv, counts[name], shapes[node.name], FORMATS[memory_format], stopwatch)
+                timed[name] = _sum(timed[name], found) if name in timed else found
                 bar.update()
-            convs = sum(layer.seconds for layer in layers.values())
-            rest = max(0.0, dense.seconds[f"dense {memory_format}"] - convs)
-            best = min(dense.seconds.values())
-            tables.append(LatencyTable(device, dtype, memory_format, input_shapes, best, rest, tuple(layers.values())))
     stopwatch.save()
+    convs = {name: sum(layer.seconds for layer in timed.values()) for name, timed in layers.items()}
+    best, format_ = dense.memory_format, FORMATS[dense.memory_format]
+    whole = dense.seconds[dense.chosen]
+    if sites:
+        alone = [_fastest_dense(conv, shapes[node.name], format_, stopwatch) for _, node, conv in sites]
+        whole = convs[best] / _share(network, inputs, alone)
+    tables = []
+    for name, timed in layers.items():
+        rest = whole * dense.seconds[f"dense {name}"] / dense.seconds[dense.chosen] - convs[name]
+        tables.append(LatencyTable(device, dtype, name, input_shapes, whole, max(0.0, rest), tuple(timed.values())))
     return min(tables, key=lambda table: table.least)
+
+
+def _share(network: nn.Module, inputs: tuple[Any, ...], alone: Sequence[Callable[[], object]]) -> float:
+    """The share of the time of a network that some of its layers take, when called one after the other.
+
+    Seconds that were measured at different times cannot be subtracted: the machine may have been busier. A share of
+    neighbouring rounds can be trusted.
+    """
+
+    def layers() -> None:
+        for call in alone:
+            call()
+
+    timings = race(
+        {"network": functools.partial(network, *inputs), "layers": layers},
+        rounds=ROUNDS,
+        device=next(leaf.device for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)),
+    )
+    return min(1.0, timings["layers"].relative_to(timings["network"]))
 
 
 def _fused(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
@@ -95,11 +123,7 @@ def _time(
     """Time one call of a convolution and all its options, in one race."""
     options = list(_options(conv, counts))
     variants = [conv, *(_pruned(conv, shape) for _, shape in options)]
-    forms = []  # of each variant, by key
-    for variant in variants:
-        engines = (engine for engine in ENGINES if not engine.obstacle(variant, memory_format))
-        tried = (Form(engine, is_dense=variant is conv) for engine in engines)
-        forms.append({form_key(form, variant, shapes, memory_format): form for form in tried})
+    forms = [_forms(variant, shapes, memory_format, is_dense=variant is conv) for variant in variants]
     seconds = stopwatch.times(key for keys in forms for key in keys)
     if seconds is None:
         seconds = stopwatch.race(
@@ -115,6 +139,25 @@ def _time(
         for (ratio, shape), time in zip(options, pruned, strict=True)
     )
     return LayerLatency(name, conv.out_channels, conv.channels, dense, tuple(timed))
+
+
+def _forms(
+    conv: FusedConv2d, shapes: list[torch.Size], memory_format: torch.memory_format, is_dense: bool
+) -> dict[str, Form]:
+    """The ways to compute a convolution, by key."""
+    forms = (Form(engine, is_dense) for engine in ENGINES if not engine.obstacle(conv, memory_format))
+    return {form_key(form, conv, shapes, memory_format): form for form in forms}
+
+
+def _fastest_dense(
+    conv: FusedConv2d, shapes: list[torch.Size], memory_format: torch.memory_format, stopwatch: Stopwatch
+) -> Callable[[], object]:
+    """A call of a convolution that was timed, in its fastest dense form."""
+    forms = _forms(conv, shapes, memory_format, is_dense=True)
+    seconds = stopwatch.times(forms)
+    assert seconds is not None
+    key = min(seconds, key=seconds.__getitem__)
+    return form_calls({key: forms[key]}, conv, shapes, memory_format)[key]
 
 
 def _options(conv: FusedConv2d, counts: Collection[int]) -> Iterator[tuple[float, Shape]]:

@@ -4,7 +4,6 @@ that counts multiply-accumulates.
 # nn.Module.__call__ is typed to return Any; each net would need a cast.
 # mypy: disable-error-code="no-any-return"
 
-import functools
 import itertools
 import json
 import math
@@ -306,27 +305,25 @@ def image(count: int = 1, size: int = 12) -> Tensor:
 
 class Clock:
     """A machine on which a call takes a nanosecond for each multiply-accumulate of a convolution, and 1 us beside it;
-    whole graphs that are pruned take `factor` times that.
+    whole graphs that are pruned take `factor` times that, and all calls `busy` times.
     """
 
     def __init__(self) -> None:
-        self.factor = 1.0
+        self.factor, self.busy = 1.0, 1.0
         self.races = 0
 
     def seconds(self, call: Callable[[], object]) -> float:
-        assert isinstance(call, functools.partial)
         macs = 0
 
-        def count(conv: LibraryConv2d, inputs: Any, output: Tensor) -> None:
+        def count(module: nn.Module, inputs: Any, output: Any) -> None:
             nonlocal macs
-            macs += output.numel() * conv.conv.weight[0].numel()
+            if isinstance(module, LibraryConv2d):
+                macs += output.numel() * module.conv.weight[0].numel()
 
-        convs = [module for module in call.func.modules() if isinstance(module, LibraryConv2d)]  # type: ignore[attr-defined]
-        handles = [conv.register_forward_hook(count) for conv in convs]
+        handle = nn.modules.module.register_module_forward_hook(count)
         call()
-        for handle in handles:
-            handle.remove()
-        return 1e-9 * macs + 1e-6
+        handle.remove()
+        return self.busy * (1e-9 * macs + 1e-6)
 
     def race(self, variants: Mapping[str, Callable[[], object]], **_: Any) -> dict[str, Timing]:
         self.races += 1
@@ -340,7 +337,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clock:
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path / "cache"))
     for module in (acceleration, layer_times):
         monkeypatch.setattr(module, "ENGINES", (LibraryConv2d,))
-    for race in (acceleration, measurements):
+    for race in (acceleration, layer_times, measurements):
         monkeypatch.setattr(race, "race", clock.race)
     return clock
 
@@ -406,9 +403,18 @@ def test_every_layer_and_option_is_timed(table: LatencyTable) -> None:
 def test_times_are_remembered(clock: Clock, table: LatencyTable) -> None:
     before = clock.races
     assert fxprune.measure_latency(net(), example_inputs=image()) == table
-    assert clock.races == before + 1  # of the whole dense graph
+    assert clock.races == before + 2  # of the whole dense graph, and of its layers against it
     fxprune.measure_latency(net(), example_inputs=image(2))
-    assert clock.races > before + 2  # control: another batch size is another time
+    assert clock.races > before + 4  # control: another batch size is another time
+
+
+def test_a_busy_moment_changes_no_share(clock: Clock, table: LatencyTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times of layers are remembered from a quiet hour, that of the network is not."""
+    clock.busy = 3.0
+    assert fxprune.measure_latency(net(), example_inputs=image()).least == pytest.approx(table.least)
+    layers = sum(layer.seconds for layer in table.layers)
+    monkeypatch.setattr(layer_times, "_share", lambda *_: layers / (3 * table.seconds))  # control
+    assert fxprune.measure_latency(net(), example_inputs=image()).least > 2 * table.least
 
 
 def test_groups_and_ignore(clock: Clock) -> None:
