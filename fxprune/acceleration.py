@@ -24,6 +24,7 @@ from fxprune.fused import FusedConv2d, gather_channels
 from fxprune.layers import ChannelGather
 from fxprune.measurements import Stopwatch
 from fxprune.passes import FoldBatchNorm, FuseConvs
+from fxprune.pipeline import common_block
 from fxprune.rewriting import calls
 from fxprune.timing import race
 from fxprune.tracing import Inputs, as_inputs, trace
@@ -218,7 +219,7 @@ def _fused_graph(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[fx.GraphMod
     meta = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, inputs)
     FoldBatchNorm()(gm)
     pruned = frozenset(record.plan.layers) if record is not None else frozenset()
-    outcome = FuseConvs(meta, pruned)(gm)
+    outcome = FuseConvs(meta, pruned, common_block(record.plan) if record is not None else 1)(gm)
     for node in gm.graph.nodes:  # a view of channels_last memory may not exist
         is_view = node.op == "call_method" and node.target == "view" and not node.kwargs
         if is_view and not isinstance(node.args[1], torch.dtype):

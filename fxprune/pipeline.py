@@ -33,7 +33,7 @@ def default_pipeline(plan: PrunePlan, inputs: tuple[Any, ...], *, fold_batch_nor
         inputs: arguments of forward as meta tensors.
         fold_batch_norm: also fold BatchNorm, after which the result is exact in evaluation mode only.
     """
-    block = math.lcm(*(kernels.block for kernels in plan.layers.values()))  # of which each layer keeps its own share
+    block = common_block(plan)
     passes: tuple[Pass, ...] = (
         GroupConvs(plan),
         MergeGathers(block),  # before sinking: an identity would be a wish
@@ -46,6 +46,11 @@ def default_pipeline(plan: PrunePlan, inputs: tuple[Any, ...], *, fold_batch_nor
     )
     # Last: only without gathers between them does BatchNorm follow its convolution directly.
     return (*passes, FoldBatchNorm()) if fold_batch_norm else passes
+
+
+def common_block(plan: PrunePlan) -> int:
+    """Length of the blocks, in channels, that passes shall keep whole: that of each layer divides it; 1 is no rule."""
+    return math.lcm(*(kernels.block for kernels in plan.layers.values()))
 
 
 def run(gm: fx.GraphModule, passes: Sequence[Pass], inputs: tuple[Any, ...]) -> Mapping[str, Outcome]:

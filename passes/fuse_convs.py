@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 
 from fxprune.fused import FusedConv2d
 from fxprune.layers import ChannelGather
+from fxprune.orders import alignment
 from fxprune.rewriting import Memory, Outcome, Skip, calls, first_reader, new_path, read_by_name
 from fxprune.tracing import is_hooked, meta_values
 
@@ -38,10 +39,13 @@ class FuseConvs:
     Attributes:
         inputs: arguments of forward as meta tensors, to know shapes.
         pruned: names of the convolutions that had one group before they were pruned.
+        block: convolutions shall read aligned blocks of this many channels: a permutation between two convolutions
+            that moves no whole blocks goes to the one that writes.
     """
 
     inputs: tuple[Any, ...]
     pruned: Collection[str] = ()
+    block: int = 1
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
         values, _ = meta_values(gm, self.inputs)
@@ -57,7 +61,7 @@ class FuseConvs:
         claimed: dict[fx.Node, list[_Step]] = {}
         taken: set[fx.Node] = set()
         for node in reversed(convs):  # of two convolutions that are added the later one can take the other's result
-            claimed[node] = _tail(gm, node, (values, larger), memory, convs, taken)
+            claimed[node] = _tail(gm, node, (values, larger), memory, convs, taken, self.block)
             taken.update(step.node for step in claimed[node])
         through = {
             node
@@ -142,13 +146,15 @@ def _tail(
     memory: Memory,
     convs: Collection[fx.Node],
     taken: Collection[fx.Node],
+    block: int,
 ) -> list[_Step]:
     """What follows the convolution and can be computed with it."""
     steps: list[_Step] = []
     last, stage = node, 0
     while len(last.users) == 1 and (user := next(iter(last.users))) not in taken:
         gather = _gather(gm, user)
-        if gather is not None and stage < 1 and gather.is_permutation and not _all_read_through(user, convs, memory):
+        left = gather is not None and _all_read_through(user, convs, memory) and _moves_blocks(gather, block)
+        if gather is not None and stage < 1 and gather.is_permutation and not left:
             step, stage = _Step(user, order=gather.index.clone()), 1
         elif stage < 2 and (residual := _residual(user, last, values)) is not None:
             step, stage = _Step(user, residual=residual), 2
@@ -177,6 +183,10 @@ def _reads_through(gather: fx.Node, reader: fx.Node, memory: Memory) -> bool:
 def _all_read_through(gather: fx.Node, convs: Collection[fx.Node], memory: Memory) -> bool:
     """Whether all readers are convolutions that can read the input of the gather instead."""
     return all(user in convs and _reads_through(gather, user, memory) for user in gather.users)
+
+
+def _moves_blocks(gather: ChannelGather, block: int) -> bool:
+    return block == 1 or alignment(gather.index.cpu().numpy(), block) == block
 
 
 def _gather(gm: fx.GraphModule, node: fx.Node) -> ChannelGather | None:
