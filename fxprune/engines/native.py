@@ -11,7 +11,7 @@ from fxprune.kernels import native
 
 
 class NativeConv2d(Engine):
-    """`fxprune_native::conv2d`, float32 on the CPU, channels_last."""
+    """`fxprune_native::conv2d`, float32 on the CPU."""
 
     name = "native"
 
@@ -27,7 +27,8 @@ class NativeConv2d(Engine):
         self.dilation, self.channels = conv.dilation, conv.channels
         self.minimum, self.maximum = conv.minimum, conv.maximum
         weight, index = native.by_address(conv.weight, conv.reads())
-        packed = native.pack(weight, conv.bias, conv.groups)
+        self.channels_last = memory_format == torch.channels_last
+        packed = native.pack(weight, conv.bias, conv.groups, self.channels_last)
         order = torch.arange(conv.out_channels) if conv.order is None else conv.order
         self.register_buffer("weights", packed.weights)
         self.register_buffer("bias", packed.bias)
@@ -40,16 +41,15 @@ class NativeConv2d(Engine):
         if conv.weight.device.type != "cpu" or conv.weight.dtype != torch.float32:
             where = f"{conv.weight.dtype} on {conv.weight.device.type}"
             return f"the compiled kernel is for float32 on the CPU, not {where}"
-        if memory_format != torch.channels_last:
-            return "the compiled kernel is for channels_last"
-        if conv.groups == conv.channels > 1:
-            return "one channel a group leaves the registers of the compiled kernel empty"
+        if conv.groups == conv.channels > 1 and memory_format == torch.channels_last:
+            return "one filter a group leaves the registers of the compiled kernel empty in channels_last"
         return native.obstacle()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.fxprune_native.conv2d(
             x, self.weights, self.bias, self.panels, self.index, self.places, residual,
             self.kernel_size, self.stride, self.padding, self.dilation, self.channels, self.minimum, self.maximum,
+            self.channels_last,
         )  # fmt: skip
         return y
 

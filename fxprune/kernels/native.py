@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fxprune.errors import KernelError
 
-SOURCES = ("native_conv.cpp", "native_ops.cpp")
-HEADERS = ("native_conv.h",)
+SOURCES = ("native_channels_last.cpp", "native_contiguous.cpp", "native_ops.cpp")
+HEADERS = ("native_conv.h", "native_vectors.h")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-std=c++20", "-fopenmp")
 SECONDS = 300  # a build takes about ten
 TOLERANCE = 1e-4
@@ -31,7 +31,8 @@ class Packed(NamedTuple):
     """Weights in the order in which the kernel reads them.
 
     Attributes:
-        weights: for each panel `(taps, k, width)`, one after another, float32.
+        weights: for each panel `(taps, k, width)`, or `(k, taps, width)` unless channels_last, one after another,
+            float32.
         bias: for each panel `(width,)`, one after another, float32.
         panels: `(P, 7)` int64, the fields of `fxprune::Panel` in native_conv.h.
     """
@@ -130,26 +131,25 @@ def _is_whole(library: Path) -> bool:
         return False
 
 
-def pack(weight: Tensor, bias: Tensor | None, groups: int) -> Packed:
+def pack(weight: Tensor, bias: Tensor | None, groups: int, channels_last: bool = True) -> Packed:
     """Cut the filters of each group into panels that fill the registers.
 
     Args:
         weight: `(O, k, kh, kw)` float32.
         bias: `(O,)` or None.
         groups: number of groups.
+        channels_last: the memory format of the kernel that is to read them.
     """
-    widest = int(torch.ops.fxprune_native.widest_lanes())
-    filters, kept = weight.shape[:2]
-    width = filters // groups
-    rows = weight.flatten(2).permute(2, 1, 0)  # (taps, k, O)
+    width = weight.shape[0] // groups
+    rows = weight.flatten(2).permute(2, 1, 0) if channels_last else weight.flatten(2).permute(1, 2, 0)
     panels, weights, biases = [], [], []
     offset = bias_offset = 0
     for group in range(groups):
         first, stop = group * width, (group + 1) * width
         while first < stop:
-            lanes, vectors = _registers(stop - first, widest)
+            lanes, vectors = _registers(stop - first) if channels_last else (_power_of_two(stop - first), 1)
             taken = min(stop - first, lanes * vectors)
-            panel = weight.new_zeros(rows.shape[0], kept, lanes * vectors)
+            panel = weight.new_zeros(*rows.shape[:2], lanes * vectors)
             panel[:, :, :taken] = rows[:, :, first : first + taken]
             shift = weight.new_zeros(lanes * vectors)
             if bias is not None:
@@ -170,14 +170,20 @@ def by_address(weight: Tensor, reads: Tensor) -> tuple[Tensor, Tensor]:
     return weight.gather(1, columns[:, :, None, None].expand_as(weight)), ascending
 
 
-def _registers(filters: int, widest: int) -> tuple[int, int]:
+def _registers(filters: int) -> tuple[int, int]:
     """Lanes and number of the registers for the next panel of a group that has `filters` left."""
+    widest = int(torch.ops.fxprune_native.widest_lanes())
     if filters > widest:
         return widest, 2
     lanes = widest
     while lanes > 4 and filters <= lanes // 2:
         lanes //= 2
     return lanes, 1
+
+
+def _power_of_two(filters: int) -> int:
+    """The largest power of two that is no more than `filters`, nor than a panel has."""
+    return min(int(torch.ops.fxprune_native.most_filters()), 1 << (filters.bit_length() - 1))
 
 
 def processor() -> str:
@@ -194,14 +200,15 @@ def processor() -> str:
 def _fake_conv2d(
     input: Tensor, weights: Tensor, bias: Tensor, panels: Tensor, index: Tensor, out: Tensor, residual: Tensor | None,
     kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], channels: int,
-    minimum: float | None, maximum: float | None,
+    minimum: float | None, maximum: float | None, channels_last: bool = True,
 ) -> Tensor:  # fmt: skip
     size = [(input.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
-    return input.new_empty((input.shape[0], out.shape[0], *size)).contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return input.new_empty((input.shape[0], out.shape[0], *size)).contiguous(memory_format=memory_format)
 
 
 def _test() -> float:
-    """Largest error on a small convolution with everything in it, relative to the largest output."""
+    """Largest error on small convolutions with everything in them, relative to the largest output."""
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 6, 9, 17), (36, 4, 3, 3), (36,)))
     index = torch.stack([torch.randperm(6, generator=generator)[:4] for _ in range(2)])
@@ -209,9 +216,12 @@ def _test() -> float:
     expected = F.conv2d(x[:, index.flatten()], weight, bias, 1, 1, 1, 2)[:, places.argsort()]
     residual = torch.randn(expected.shape, generator=generator)
     expected = (expected + residual).clamp(0, 6)
-    packed = pack(weight, bias, 2)
-    found = torch.ops.fxprune_native.conv2d(
-        x, packed.weights, packed.bias, packed.panels, index.int(), places.int(), residual,
-        [3, 3], [1, 1], [1, 1], [1, 1], 6, 0.0, 6.0,
-    )  # fmt: skip
-    return float((found - expected).abs().max() / expected.abs().max())
+    gaps = []
+    for channels_last in (True, False):
+        packed = pack(weight, bias, 2, channels_last)
+        found = torch.ops.fxprune_native.conv2d(
+            x, packed.weights, packed.bias, packed.panels, index.int(), places.int(), residual,
+            [3, 3], [1, 1], [1, 1], [1, 1], 6, 0.0, 6.0, channels_last,
+        )  # fmt: skip
+        gaps.append(float((found - expected).abs().max() / expected.abs().max()))
+    return max(gaps)

@@ -1,4 +1,4 @@
-// The operator fxprune_native::conv2d: checks, allocation and threads around the kernel of native_conv.cpp.
+// The operator fxprune_native::conv2d: checks, allocation and threads around the kernels.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -24,7 +24,7 @@ bool is_within(const at::Tensor& places, int64_t stop) {
 
 // Tables that disagree would make the kernel read or write outside of its memory.
 void check_tables(const at::Tensor& weights, const at::Tensor& bias, const at::Tensor& panels, const at::Tensor& index,
-                  const at::Tensor& out, int64_t taps, int64_t channels) {
+                  const at::Tensor& out, int64_t taps, int64_t channels, bool channels_last) {
   TORCH_CHECK(panels.dim() == 2 && panels.size(1) == sizeof(fxprune::Panel) / sizeof(int64_t) && index.dim() == 2 &&
                   out.dim() == 1,
               "fxprune: panels must be (P, 7), index (groups, kept) and out (O), not ", panels.sizes(), ", ",
@@ -39,7 +39,8 @@ void check_tables(const at::Tensor& weights, const at::Tensor& bias, const at::T
   for (int64_t i = 0; i < panels.size(0); ++i, ++panel) {
     const int64_t width = panel->lanes * panel->vectors;
     TORCH_CHECK(panel->group >= 0 && panel->group < index.size(0) && panel->first == filters && panel->filters > 0 &&
-                    panel->filters <= width && fxprune::has_tile(panel->lanes, panel->vectors) &&
+                    panel->filters <= width && (channels_last || panel->filters == width) &&
+                    fxprune::has_panel(panel->lanes, panel->vectors, channels_last) &&
                     panel->weights >= 0 && panel->weights + taps * index.size(1) * width <= weights.numel() &&
                     panel->bias >= 0 && panel->bias + width <= bias.numel(),
                 "fxprune: panel ", i, " does not fit the weights, the bias or the index; pack them anew");
@@ -48,11 +49,75 @@ void check_tables(const at::Tensor& weights, const at::Tensor& bias, const at::T
   TORCH_CHECK(filters == out.size(0), "fxprune: the panels have ", filters, " filters, and out has ", out.size(0));
 }
 
+// Runs `work(i, scratch)` for all `i` below `tasks`, in threads.
+template <typename Work>
+void in_parallel(int64_t tasks, int64_t scratch_size, const Work& work) {
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(new float[scratch_size]);  // not set to zero: that takes time
+    for (int64_t i = begin; i < end; ++i) work(i, scratch.get());
+  });
+}
+
+// How many shares of the panels give each thread a task, if there are `tasks` with all panels.
+int64_t shares(int64_t tasks, int64_t panels) {
+  const int64_t threads = at::get_num_threads();
+  return std::min(panels, tasks >= threads ? 1 : (threads + tasks - 1) / tasks);
+}
+
+// Tasks: as many pixels as have their input and output in the cache, all panels. Rows that are longer are cut, short
+// ones taken together, over all images.
+void run_channels_last(fxprune::Geometry g, const fxprune::Operands& a) {
+  if (g.kernel_height * g.kernel_width * g.stride_height * g.stride_width == 1 && !(g.padding_height | g.padding_width)) {
+    g.width = g.out_width = g.images * g.height * g.width;  // all pixels are one row
+    g.images = g.height = g.out_height = 1;
+  }
+  const int64_t rows = g.images * g.out_height;
+  const int64_t per_row = g.out_width * std::max(g.stride_width * g.stride_height * g.channels, g.out_channels);
+  const int64_t cuts = g.padding_width ? 1 : std::max<int64_t>(1, (per_row + kBudget - 1) / kBudget);
+  const int64_t row_step = std::min(rows, std::max<int64_t>(1, kBudget / per_row));
+  const int64_t parts = (rows + row_step - 1) / row_step;
+  const int64_t splits = shares(parts * cuts, a.panel_count);
+  in_parallel(parts * cuts * splits, fxprune::channels_last_scratch(g, row_step), [&](int64_t i, float* scratch) {
+    const int64_t split = i % splits, cut = i / splits % cuts, part = i / splits / cuts;
+    fxprune::Task task{};
+    task.first_row = rows * part / parts;
+    task.last_row = rows * (part + 1) / parts;
+    task.first_column = g.out_width * cut / cuts;
+    task.last_column = g.out_width * (cut + 1) / cuts;
+    task.first_panel = a.panel_count * split / splits;
+    task.last_panel = a.panel_count * (split + 1) / splits;
+    fxprune::run_channels_last(g, a, task, scratch);
+  });
+}
+
+// Tasks: as many rows of an image as have their input and output in the cache, but not so few that copying the rows
+// around them takes long.
+void run_contiguous(fxprune::Geometry g, const fxprune::Operands& a) {
+  if (g.kernel_height * g.kernel_width * g.stride_height * g.stride_width == 1 && !(g.padding_height | g.padding_width)) {
+    g.width = g.out_width = g.height * g.width;  // all pixels of an image are one row
+    g.height = g.out_height = 1;
+  }
+  const int64_t per_row = std::max(g.width * g.stride_height * g.channels, g.out_width * g.out_channels);
+  const int64_t row_step = std::min(g.out_height, std::max<int64_t>(4, kBudget / per_row));
+  const int64_t parts = (g.out_height + row_step - 1) / row_step;
+  const int64_t splits = shares(g.images * parts, a.panel_count);
+  in_parallel(g.images * parts * splits, fxprune::contiguous_scratch(g, row_step), [&](int64_t i, float* scratch) {
+    const int64_t split = i % splits, part = i / splits % parts;
+    fxprune::Task task{};
+    task.image = i / splits / parts;
+    task.first_row = g.out_height * part / parts;
+    task.last_row = g.out_height * (part + 1) / parts;
+    task.first_panel = a.panel_count * split / splits;
+    task.last_panel = a.panel_count * (split + 1) / splits;
+    fxprune::run_contiguous(g, a, task, scratch);
+  });
+}
+
 // panels (P, 7) int64, see fxprune::Panel; index (groups, kept) int32; out (O,) int32.
 at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias, const at::Tensor& panels,
                   const at::Tensor& index, const at::Tensor& out, const std::optional<at::Tensor>& residual,
                   at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                  int64_t channels, std::optional<double> minimum, std::optional<double> maximum) {
+                  int64_t channels, std::optional<double> minimum, std::optional<double> maximum, bool channels_last) {
   TORCH_CHECK(input.dim() == 4 && input.scalar_type() == at::kFloat && input.device().is_cpu(),
               "fxprune: the compiled convolution takes float32 (N, C, H, W) on the CPU, not ", input.scalar_type(), " ",
               input.sizes(), " on ", input.device());
@@ -64,8 +129,9 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weights, const at::
   TORCH_CHECK(is_pair(kernel, 1) && is_pair(stride, 1) && is_pair(padding, 0) && is_pair(dilation, 1),
               "fxprune: no convolution has kernel ", kernel, ", stride ", stride, ", padding ", padding, ", dilation ",
               dilation);
-  check_tables(weights, bias, panels, index, out, kernel[0] * kernel[1], channels);
-  const at::Tensor x = input.contiguous(at::MemoryFormat::ChannelsLast);
+  check_tables(weights, bias, panels, index, out, kernel[0] * kernel[1], channels, channels_last);
+  const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  const at::Tensor x = input.contiguous(format);
   fxprune::Geometry g{};
   g.images = x.size(0);
   g.channels = channels;
@@ -85,20 +151,15 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weights, const at::
   g.out_width = out_size(g.width, kernel[1], stride[1], padding[1], dilation[1]);
   TORCH_CHECK(g.out_height > 0 && g.out_width > 0, "fxprune: an input of ", g.height, "x", g.width,
               " is smaller than the kernel");
-  at::Tensor y = at::empty({g.images, g.out_channels, g.out_height, g.out_width},
-                           x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  at::Tensor y = at::empty({g.images, g.out_channels, g.out_height, g.out_width}, x.options().memory_format(format));
   at::Tensor added;
   if (residual) {
     TORCH_CHECK(residual->sizes() == y.sizes() && residual->scalar_type() == at::kFloat,
                 "fxprune: the residual must be float32 ", y.sizes(), ", not ", residual->scalar_type(), " ",
                 residual->sizes());
-    added = residual->contiguous(at::MemoryFormat::ChannelsLast);
+    added = residual->contiguous(format);
   }
   if (!y.numel()) return y;
-  if (kernel[0] * kernel[1] == 1 && stride[0] * stride[1] == 1 && !(padding[0] | padding[1])) {
-    g.width = g.out_width = g.images * g.height * g.width;  // all pixels are one row
-    g.images = g.height = g.out_height = 1;
-  }
 
   constexpr double infinity = std::numeric_limits<double>::infinity();
   fxprune::Operands a{};
@@ -113,44 +174,22 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weights, const at::
   a.y = y.data_ptr<float>();
   a.panels = reinterpret_cast<const fxprune::Panel*>(panels.const_data_ptr<int64_t>());
   a.panel_count = panels.size(0);
-
-  // Tasks: as many pixels as have their input and output in the cache, all panels. Rows that are longer are cut, short ones taken
-  // together; where that gives fewer tasks than threads, each takes a share of the panels.
-  const int64_t rows = g.images * g.out_height;
-  const int64_t per_row = g.out_width * std::max(g.stride_width * g.stride_height * g.channels, g.out_channels);
-  const int64_t cuts = g.padding_width ? 1 : std::max<int64_t>(1, (per_row + kBudget - 1) / kBudget);
-  const int64_t row_step = std::min(rows, std::max<int64_t>(1, kBudget / std::max<int64_t>(per_row, 1)));
-  const int64_t row_tasks = (rows + row_step - 1) / row_step;
-  const int64_t threads = at::get_num_threads();
-  const int64_t splits = std::min(a.panel_count, row_tasks * cuts >= threads ? 1 : (threads + row_tasks * cuts - 1) / (row_tasks * cuts));
-  const int64_t scratch_size = fxprune::scratch_size(g, row_step);
-  at::parallel_for(0, row_tasks * cuts * splits, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> scratch(new float[scratch_size]);  // not set to zero: that takes time
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t split = i % splits, cut = i / splits % cuts, part = i / splits / cuts;
-      fxprune::Task task{};
-      task.first_row = rows * part / row_tasks;
-      task.last_row = rows * (part + 1) / row_tasks;
-      task.first_column = g.out_width * cut / cuts;
-      task.last_column = g.out_width * (cut + 1) / cuts;
-      task.first_panel = a.panel_count * split / splits;
-      task.last_panel = a.panel_count * (split + 1) / splits;
-      fxprune::run(g, a, task, scratch.get());
-    }
-  });
+  channels_last ? run_channels_last(g, a) : run_contiguous(g, a);
   return y;
 }
 
 int64_t widest_lanes() { return fxprune::widest_lanes(); }
+int64_t most_filters() { return fxprune::most_filters(); }
 
 }  // namespace
 
 TORCH_LIBRARY(fxprune_native, m) {
   m.def("widest_lanes() -> int", &widest_lanes);
+  m.def("most_filters() -> int", &most_filters);
   m.def(
       "conv2d(Tensor input, Tensor weights, Tensor bias, Tensor panels, Tensor index, Tensor out, Tensor? residual, "
-      "int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, int channels, float? minimum, float? maximum) "
-      "-> Tensor");
+      "int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, int channels, float? minimum, float? maximum, "
+      "bool channels_last=True) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(fxprune_native, CPU, m) { m.impl("conv2d", &conv2d); }

@@ -1,30 +1,24 @@
-#include "native_conv.h"
-
+// channels_last: SIMD lanes are output channels. The work is cut into tiles of a few neighbouring pixels of one output row
+// times one panel of filters, whose sums stay in registers.
 #include <algorithm>
 #include <cstring>
 #include <limits>
 #include <vector>
 
+#include "native_conv.h"
+#include "native_vectors.h"
+
 namespace fxprune {
 namespace {
 
-// GCC and clang vectors: they become AVX-512, AVX or NEON registers, and a * b + c one fused multiply-add.
-template <int LANES>
-struct Vector {
-  typedef float type __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
-};
-
 #if defined(__AVX512F__)
-constexpr int kWidest = 16;  // 32 registers: 14 pixels x 2 vectors, 2 of weights, 1 of input
-constexpr int kPixels = 14;
+constexpr int kPixels = 14;  // 32 registers: 14 pixels x 2 vectors, 2 of weights, 1 of input
 constexpr int kPixelsOfTwo = 14;
 #elif defined(__AVX__)
-constexpr int kWidest = 8;  // 16 registers: 6 x 2 or 12 x 1
-constexpr int kPixels = 12;
+constexpr int kPixels = 12;  // 16 registers: 6 x 2 or 12 x 1
 constexpr int kPixelsOfTwo = 6;
 #else
-constexpr int kWidest = 4;  // NEON has 32 registers
-constexpr int kPixels = 14;
+constexpr int kPixels = 14;  // NEON has 32 registers
 constexpr int kPixelsOfTwo = 12;
 #endif
 
@@ -221,11 +215,12 @@ void sweep(const Geometry& g, const Operands& a, const Task& task) {
 
 int64_t widest_lanes() { return kWidest; }
 
-bool has_tile(int64_t lanes, int64_t vectors) {
+bool has_panel(int64_t lanes, int64_t vectors, bool channels_last) {
+  if (!channels_last) return vectors == 1 && (lanes == 1 || lanes == 2 || lanes == 4 || lanes == 8) && lanes <= most_filters();
   return vectors == 2 ? lanes == kWidest : vectors == 1 && lanes >= 4 && lanes <= kWidest && !(lanes & (lanes - 1));
 }
 
-int64_t scratch_size(const Geometry& g, int64_t rows) {
+int64_t channels_last_scratch(const Geometry& g, int64_t rows) {
   if (!g.padding_width) return 0;
   // From one output row to the next the input moves on by the stride, from one image to the next by what is left of it.
   const int64_t reach = (g.kernel_height - 1) * g.dilation_height + 1;
@@ -235,7 +230,7 @@ int64_t scratch_size(const Geometry& g, int64_t rows) {
   return std::min(span, g.images * g.height) * (g.width + 2 * g.padding_width) * g.channels;
 }
 
-void run(const Geometry& g, const Operands& a, const Task& task, float* scratch) {
+void run_channels_last(const Geometry& g, const Operands& a, const Task& task, float* scratch) {
   const PaddedRows rows(g, a.x, task, scratch);
   // Sums that go to scattered channels are stored as they are; residual and bounds follow in a sweep over whole pixels,
   // which needs all panels.
