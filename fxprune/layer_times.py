@@ -2,17 +2,17 @@
 
 import copy
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from fxprune.acceleration import FORMATS, Form, accelerate, acceleration_report, form_calls, form_key, operand_shapes
-from fxprune.engines import ENGINES
+from fxprune.engines import ENGINES, Engine
 from fxprune.fused import FusedConv2d
 from fxprune.latency import LatencyOption, LatencyTable, LayerLatency, setting
 from fxprune.measurements import Stopwatch
@@ -26,7 +26,8 @@ from fxprune.tracing import trace
 # few layers that are wide enough to gain.
 RATIOS = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 GROUP_COUNTS = (2, 4, 8)
-ROUNDS = 15  # of the whole network against its convolutions
+ROUNDS = 15  # of the whole network against what is not in the table
+MOST_REST = 0.99  # noise must not leave the layers without time
 
 
 @torch.no_grad()
@@ -58,19 +59,15 @@ def measure_layers(
     formats = [name.split()[1] for name in dense.seconds]
     sites = [(name, node, conv) for node, conv in calls(graph, FusedConv2d) if (name := _name(node, counts))]
     layers: dict[str, dict[str, LayerLatency]] = {name: {} for name in formats}
-    with tqdm(total=len(formats) * len(sites), desc="timing", unit="conv", disable=not progress) as bar:
-        for memory_format, timed in layers.items():
-            for name, node, conv in sites:
-                found = _time(name, conv, counts[name], shapes[node.name], FORMATS[memory_format], stopwatch)
-                timed[name] = _sum(timed[name], found) if name in timed else found
-                bar.update()
+    for name, node, conv in tqdm(sites, desc="timing", unit="conv", disable=not progress):
+        for memory_format, found in _time(name, conv, counts[name], shapes[node.name], formats, stopwatch).items():
+            timed = layers[memory_format]
+            timed[name] = _sum(timed[name], found) if name in timed else found
     stopwatch.save()
     convs = {name: sum(layer.seconds for layer in timed.values()) for name, timed in layers.items()}
-    best, format_ = dense.memory_format, FORMATS[dense.memory_format]
     whole = dense.seconds[dense.chosen]
     if sites:
-        alone = [_fastest_dense(conv, shapes[node.name], format_, stopwatch) for _, node, conv in sites]
-        whole = convs[best] / _share(network, inputs, alone)
+        whole = convs[dense.memory_format] / (1 - _rest_share(network, inputs, counts))
     tables = []
     for name, timed in layers.items():
         rest = whole * dense.seconds[f"dense {name}"] / dense.seconds[dense.chosen] - convs[name]
@@ -78,23 +75,38 @@ def measure_layers(
     return min(tables, key=lambda table: table.least)
 
 
-def _share(network: nn.Module, inputs: tuple[Any, ...], alone: Sequence[Callable[[], object]]) -> float:
-    """The share of the time of a network that some of its layers take, when called one after the other.
+class _Known(nn.Module):
+    """A layer whose output is known beforehand: it takes no time."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *operands: Tensor) -> Tensor:
+        return self.output
+
+
+def _rest_share(network: fx.GraphModule, inputs: tuple[Any, ...], names: Collection[str]) -> float:
+    """The share of the time of an accelerated network that remains if some of its convolutions take none.
 
     Seconds that were measured at different times cannot be subtracted: the machine may have been busier. A share of
     neighbouring rounds can be trusted.
     """
-
-    def layers() -> None:
-        for call in alone:
-            call()
-
+    rest = copy.deepcopy(network)
+    outputs: dict[str, Tensor] = {}
+    for node, engine in calls(rest, Engine):
+        if _name(node, names):
+            path = str(node.target)
+            engine.register_forward_hook(lambda _, operands, output, path=path: outputs.update({path: output}))
+    rest(*inputs)
+    for path, output in outputs.items():
+        rest.add_submodule(path, _Known(output.clone()))
     timings = race(
-        {"network": functools.partial(network, *inputs), "layers": layers},
+        {"network": functools.partial(network, *inputs), "rest": functools.partial(rest, *inputs)},
         rounds=ROUNDS,
-        device=next(leaf.device for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)),
+        device=next(iter(outputs.values())).device,
     )
-    return min(1.0, timings["layers"].relative_to(timings["network"]))
+    return min(MOST_REST, timings["rest"].relative_to(timings["network"]))
 
 
 def _fused(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
@@ -117,28 +129,37 @@ def _time(
     conv: FusedConv2d,
     counts: Collection[int],
     shapes: list[torch.Size],
-    memory_format: torch.memory_format,
+    formats: Collection[str],
     stopwatch: Stopwatch,
-) -> LayerLatency:
-    """Time one call of a convolution and all its options, in one race."""
+) -> dict[str, LayerLatency]:
+    """Time one call of a convolution and all its options, by memory format, in one race."""
     options = list(_options(conv, counts))
     variants = [conv, *(_pruned(conv, shape) for _, shape in options)]
-    forms = [_forms(variant, shapes, memory_format, is_dense=variant is conv) for variant in variants]
-    seconds = stopwatch.times(key for keys in forms for key in keys)
+    forms = {
+        memory_format: [
+            _forms(variant, shapes, FORMATS[memory_format], is_dense=variant is conv) for variant in variants
+        ]
+        for memory_format in formats
+    }
+    seconds = stopwatch.times(key for tried in forms.values() for keys in tried for key in keys)
     if seconds is None:
         seconds = stopwatch.race(
             {
                 key: call
-                for variant, keys in zip(variants, forms, strict=True)
-                for key, call in form_calls(keys, variant, shapes, memory_format).items()
+                for memory_format, tried in forms.items()
+                for variant, keys in zip(variants, tried, strict=True)
+                for key, call in form_calls(keys, variant, shapes, FORMATS[memory_format]).items()
             }
         )
-    dense, *pruned = (min(seconds[key] for key in keys) for keys in forms)
-    timed = (
-        LatencyOption(shape.form, shape.groups, shape.kept, ratio, time)
-        for (ratio, shape), time in zip(options, pruned, strict=True)
-    )
-    return LayerLatency(name, conv.out_channels, conv.channels, dense, tuple(timed))
+    found = {}
+    for memory_format, tried in forms.items():
+        dense, *pruned = (min(seconds[key] for key in keys) for keys in tried)
+        timed = (
+            LatencyOption(shape.form, shape.groups, shape.kept, ratio, time)
+            for (ratio, shape), time in zip(options, pruned, strict=True)
+        )
+        found[memory_format] = LayerLatency(name, conv.out_channels, conv.channels, dense, tuple(timed))
+    return found
 
 
 def _forms(
@@ -147,17 +168,6 @@ def _forms(
     """The ways to compute a convolution, by key."""
     forms = (Form(engine, is_dense) for engine in ENGINES if not engine.obstacle(conv, memory_format))
     return {form_key(form, conv, shapes, memory_format): form for form in forms}
-
-
-def _fastest_dense(
-    conv: FusedConv2d, shapes: list[torch.Size], memory_format: torch.memory_format, stopwatch: Stopwatch
-) -> Callable[[], object]:
-    """A call of a convolution that was timed, in its fastest dense form."""
-    forms = _forms(conv, shapes, memory_format, is_dense=True)
-    seconds = stopwatch.times(forms)
-    assert seconds is not None
-    key = min(seconds, key=seconds.__getitem__)
-    return form_calls({key: forms[key]}, conv, shapes, memory_format)[key]
 
 
 def _options(conv: FusedConv2d, counts: Collection[int]) -> Iterator[tuple[float, Shape]]:
