@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.acceleration import ACCELERATION, accelerate, acceleration_report
-from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct
+from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct, survey
 from fxprune.channels import ChannelAnalysis, analyze_channels
 from fxprune.criteria import Criterion, ScoreFunction
 from fxprune.errors import (
@@ -120,7 +120,7 @@ def compile(
             the tensor cores where their number is `"auto"`, and blocks are 8; None plans as for `"cpu"`.
         share_groups: layers that write the same channels (the blocks of a residual stage) and have equally many groups
             get the same groups of filters, so that one order suits all and their outputs need no gather. It costs some
-            accuracy. None is True with a target, else False.
+            accuracy. None is True with a target and channels kept one by one, else False.
         criterion: importance of a kernel for method `"cocluster"`: a name in `fxprune.criteria.CRITERIA`, a
             `Criterion`, or a function `(name, conv) -> (O, C)`.
         variety: make the criterion keep rare kernels: a name in `fxprune.variety.VARIETIES` or a `Variety`.
@@ -373,7 +373,7 @@ def _plan(
         table = data.sensitivity(model, sensitivity, groups, target, ignore, seed, progress)
         ratio = table.ratios(share, cost, together)
         form = "overlap" if form == "auto" else form
-    shares = resolve_sharing(share_groups, target, method)
+    shares = resolve_sharing(share_groups, resolve_block(block, target, method), target, method)
     writers = common_writers(data.trace.module, data.trace.values) if shares else ()
     if latency is not None:
         ratio, groups = _for_latency(
@@ -408,6 +408,9 @@ def _plan(
     )
     if data.batches is None:
         return planner.from_weights(progress), None
+    if planner.sharing:
+        for name, samples in survey(data.trace.module, data.batches, planner.sharing, seed=seed, progress=progress):
+            planner.survey(name, samples)
     masked = copy.deepcopy(model)
     return planner.plan(data.reconstruct(masked, planner.shapes, planner.choose, seed, progress)), masked
 

@@ -124,11 +124,22 @@ class Planner:
         self._convs = convs
         self._together = self._sharing(writers)
         self._labels: dict[str, Labels] = {}
+        self._energies: dict[str, Matrix] = {}
 
     @property
     def sharing(self) -> Collection[str]:
         """The convolutions whose groups of filters are also those of another."""
         return self._together.keys()
+
+    def survey(self, name: str, samples: Samples) -> None:
+        """Learn what a layer of `sharing` reads in the dense network; with calibration, for all of them before the
+        first is chosen: the groups are decided at once, when most layers before them are not pruned yet.
+        """
+        assert self._moments is not None
+        conv = self._convs[name]
+        moment = self._moments[name] = samples.second_moment(conv.in_channels)
+        energy = conv.weight.detach().double().square().sum((2, 3)) * moment * samples.scale.double().square()[:, None]
+        self._energies[name] = energy.cpu().numpy()
 
     def from_weights(self, progress: bool = False) -> PrunePlan:
         """Make the whole plan, without samples.
@@ -262,7 +273,11 @@ class Planner:
             layers = []
             for other in together:
                 shape = self.shapes[other]
-                scores = kernel_scores(other, self._convs[other], self._score, self._criterion)
+                scores = (
+                    self._energies[other]  # of what the next layer reads, which the reconstruction is to keep
+                    if self._method == "reconstruction"
+                    else kernel_scores(other, self._convs[other], self._score, self._criterion)
+                )
                 layers.append(Layer(in_blocks(scores, shape.block), shape.kept // shape.block, shape.form))
             with threadpool_limits(1):
                 labels = common_groups(layers, self.shapes[name].groups, self._seed)
@@ -366,11 +381,13 @@ def resolve_block(block: int | None, target: str | None, method: str) -> int:
     return block
 
 
-def resolve_sharing(share_groups: bool | None, target: str | None, method: str) -> bool:
+def resolve_sharing(share_groups: bool | None, block: int, target: str | None, method: str) -> bool:
     """Whether layers that write the same channels get the same groups of filters.
 
     Args:
         share_groups: None is what suits the target: True if there is one. It costs some accuracy and saves gathers.
+        block: as `resolve_block` gives it. Blocks that are read whole hold the order of the stream, so that sharing
+            would save nothing: None is False for more than 1.
         target: one of `TARGETS`, or None.
         method: one of `METHODS`. Those of papers group each layer by itself: None is False for them.
 
@@ -378,7 +395,7 @@ def resolve_sharing(share_groups: bool | None, target: str | None, method: str) 
         PlanError: a value is not legal, or the method cannot share.
     """
     if share_groups is None:
-        return target is not None and method not in PUBLISHED
+        return target is not None and block == 1 and method not in PUBLISHED
     if not isinstance(share_groups, bool):
         raise PlanError(f"share_groups is {share_groups!r}; it must be True, False, or None for what suits the target")
     if share_groups and method in PUBLISHED:

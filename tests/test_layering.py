@@ -38,7 +38,7 @@ ORDER = (
     ("calibration.batches", "fused", "kernels.native", "rewriting"),
     ("calibration.following", "calibration.lockstep"),
     ("calibration.samples", "shapes", "sharing"),
-    ("calibration.least_squares",),
+    ("calibration.least_squares", "calibration.survey"),
     ("calibration.refit",),
     ("calibration",),
     ("planning",),

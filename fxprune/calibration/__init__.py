@@ -2,10 +2,11 @@
 
 `batches` reads the data, `lockstep` runs the dense and the pruned network over them, `following` sees what comes after
 a layer, `samples` draws the rows of its least squares problem, `least_squares` solves it, `refit` does so for one layer
-after the other.
+after the other; `survey` looks at layers of the dense network beforehand.
 """
 
 from fxprune.calibration.batches import Batch, Calibration, read_batches
 from fxprune.calibration.refit import FITS, Choose, LayerFit, reconstruct
+from fxprune.calibration.survey import survey
 
-__all__ = ["FITS", "Batch", "Calibration", "Choose", "LayerFit", "read_batches", "reconstruct"]
+__all__ = ["FITS", "Batch", "Calibration", "Choose", "LayerFit", "read_batches", "reconstruct", "survey"]
