@@ -229,8 +229,7 @@ class LatencyTable:
                 LinearConstraint(one_each, 1, 1),
                 LinearConstraint(np.array([seconds]) / self.seconds, -np.inf, share - self.rest / self.seconds),
             ],
-            # With presolve HiGHS 1.8 prints to stdout when it has to repair a solution.
-            options={"mip_rel_gap": 0, "presolve": False},
+            options={"mip_rel_gap": 0},
         )
         if result.x is None:
             raise PlanError(f"latency={share:.4g}: the integer program was not solved: {result.message}")

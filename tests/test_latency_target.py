@@ -122,9 +122,8 @@ def test_small_damages_count() -> None:
     assert table.choose(0.9, damage | {"b": [3e-7]}).keys() == {"a"}
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_many_layers_are_no_trouble(seed: int, capfd: pytest.CaptureFixture[str]) -> None:
-    random = np.random.default_rng(seed)
+def test_many_layers_are_no_trouble() -> None:
+    random = np.random.default_rng(0)
     layers = [(1.0, list(random.uniform(0.2, 1.1, 21))) for _ in range(8)]
     one = table_of(0.5, *layers)
     many = tuple(replace(layer, name=f"{layer.name}{i}") for i in range(20) for layer in one.layers)
@@ -132,7 +131,6 @@ def test_many_layers_are_no_trouble(seed: int, capfd: pytest.CaptureFixture[str]
     damage = {layer.name: [float(1 / o.seconds + random.uniform()) for o in layer.options] for layer in many}
     choice = table.choose(0.6, damage)
     assert 0.599 < table.predicted(choice) <= 0.6 * (1 + 1e-6)
-    assert capfd.readouterr() == ("", "")  # stdout is for the result of the command line
 
 
 def test_a_share_of_one_is_the_dense_network() -> None:
