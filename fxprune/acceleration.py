@@ -21,6 +21,7 @@ from fxprune.choices import AccelerationReport, LayerChoice
 from fxprune.engines import ENGINES, Engine
 from fxprune.errors import AccelerationError, VerificationError
 from fxprune.fused import FusedConv2d, gather_channels
+from fxprune.kernels.gather_conv import aligned_block
 from fxprune.layers import ChannelGather
 from fxprune.measurements import Stopwatch
 from fxprune.passes import FoldBatchNorm, FuseConvs
@@ -324,7 +325,8 @@ def form_key(form: Form, conv: FusedConv2d, shapes: list[torch.Size], memory_for
     """All that the time of a form depends on, but for the machine."""
     parts = (
         form, list(conv.weight.shape), conv.groups, conv.stride, conv.padding, conv.dilation, conv.bias is not None,
-        conv.index is not None, conv.order is not None, conv.minimum, conv.maximum, [list(s) for s in shapes],
+        0 if conv.index is None else aligned_block(conv.index, conv.weight.shape[1]), conv.order is not None,
+        conv.minimum, conv.maximum, [list(s) for s in shapes],
         str(conv.weight.dtype), str(memory_format),
     )  # fmt: skip
     return " ".join(map(str, parts))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fxprune.kernels.native import cache_directory, processor
+from fxprune.kernels.native import cache_directory, processor, source_digest
 from fxprune.timing import race
 
 ROUNDS = 9
@@ -64,7 +64,9 @@ class Stopwatch:
 def _machine(device: torch.device) -> str:
     """What a time depends on beside the layer, as part of a file name."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}-{torch.get_num_threads()}"
-    return "".join(c if c.isalnum() else "-" for c in f"{device.type}-{name}-torch{torch.__version__}")
+    return "".join(
+        c if c.isalnum() else "-" for c in f"{device.type}-{name}-torch{torch.__version__}-{source_digest()}"
+    )
 
 
 def _read(path: Path) -> dict[str, float]:

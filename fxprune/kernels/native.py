@@ -92,11 +92,8 @@ def build() -> Path:
     flags = (*FLAGS, f"-I{torch_root}/include", f"-I{torch_root}/include/torch/csrc/api/include")
     libraries = (f"-L{torch_root}/lib", "-lc10", "-ltorch_cpu")
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    digest = hashlib.sha256()
-    sources = [(here / name).read_text(encoding="utf-8") for name in SOURCES + HEADERS]
-    for part in (compiler, *flags, abi, torch.__version__, processor(), *sources):
-        digest.update(part.encode())
-    folder, name = cache_directory(), f"native-{digest.hexdigest()[:16]}"
+    made_of = " ".join((compiler, *flags, abi, torch.__version__, processor(), source_digest()))
+    folder, name = cache_directory(), f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
     for built in folder.glob(f"{name}-*.so"):
         if _is_whole(built):
             return built
@@ -117,6 +114,13 @@ def build() -> Path:
             f"the compiled kernel cannot be built with {compiler} in {folder}: {error}; set CXX or FXPRUNE_CACHE"
         ) from error
     return target
+
+
+@functools.cache
+def source_digest() -> str:
+    """Name of this version of the kernel: eight hexadecimal digits."""
+    here = Path(__file__).parent
+    return hashlib.sha256(b"".join((here / name).read_bytes() for name in SOURCES + HEADERS)).hexdigest()[:8]
 
 
 def _digest(library: Path) -> str:
