@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
+import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -137,9 +138,11 @@ class Planner:
         """
         assert self._moments is not None
         conv = self._convs[name]
-        moment = self._moments[name] = samples.second_moment(conv.in_channels)
-        energy = conv.weight.detach().double().square().sum((2, 3)) * moment * samples.scale.double().square()[:, None]
-        self._energies[name] = energy.cpu().numpy()
+        self._moments[name] = samples.second_moment(conv.in_channels)
+        # About the mean, which the intercept of the refit takes care of.
+        variance = samples.inputs.square().mean(0, dtype=torch.float64)
+        energy = (conv.weight.detach().double().flatten(1) * samples.scale[:, None]).square() * variance
+        self._energies[name] = energy.view(*conv.weight.shape[:2], -1).sum(2).cpu().numpy()
 
     def from_weights(self, progress: bool = False) -> PrunePlan:
         """Make the whole plan, without samples.
