@@ -5,8 +5,12 @@ One choice for each layer, least total damage, bounded total time: a multiple-ch
 Pisinger, "Knapsack Problems", Springer 2004, chapter 11), solved exactly as an integer program.
 """
 
+import contextlib
+import ctypes
 import json
 import math
+import os
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from glob import escape
@@ -221,16 +225,17 @@ class LatencyTable:
         # x[i] is 1 if option i is taken: one of each layer, all within the time.
         rows = np.unique(names, return_inverse=True)[1]
         one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
-        result = milp(
-            np.array(costs) * DAMAGE_SCALE / (max(costs) or 1.0),
-            integrality=np.ones(len(rows)),
-            bounds=(0, 1),
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint(np.array([seconds]) / self.seconds, -np.inf, share - self.rest / self.seconds),
-            ],
-            options={"mip_rel_gap": 0},
-        )
+        with _silent():
+            result = milp(
+                np.array(costs) * DAMAGE_SCALE / (max(costs) or 1.0),
+                integrality=np.ones(len(rows)),
+                bounds=(0, 1),
+                constraints=[
+                    LinearConstraint(one_each, 1, 1),
+                    LinearConstraint(np.array([seconds]) / self.seconds, -np.inf, share - self.rest / self.seconds),
+                ],
+                options={"mip_rel_gap": 0},
+            )
         if result.x is None:
             raise PlanError(f"latency={share:.4g}: the integer program was not solved: {result.message}")
         taken = zip(names, options, result.x > 0.5, strict=True)
@@ -277,6 +282,28 @@ class LatencyTable:
                 if option.seconds < layer.seconds and cost < least:
                     least = cost
                     yield layer.name, option, option.seconds, cost
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep what C code prints off the standard output, where the command line may be writing JSON: HiGHS 1.12, of scipy
+    1.17, prints a line of its own now and then, whatever its options say.
+    """
+    try:
+        sys.stdout.flush()
+        kept = os.dup(1)
+    except (OSError, ValueError, AttributeError):  # there is no standard output
+        yield
+        return
+    with open(os.devnull, "wb") as sink:
+        os.dup2(sink.fileno(), 1)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError, TypeError, AttributeError):  # not on every system
+                ctypes.CDLL(None).fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def check_latency(share: object) -> None:

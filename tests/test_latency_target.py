@@ -7,6 +7,8 @@ that counts multiply-accumulates.
 import itertools
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -653,3 +655,12 @@ def test_the_command_line_plans_by_latency(clock: Clock, nets: None, capsys: pyt
     assert "latency=0.6 needs the device to be fast on" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main([*arguments, "--target", "cpu", "--macs", "0.5"])
+
+
+def test_what_the_solver_prints_is_kept_off_the_standard_output() -> None:
+    program = (
+        "import ctypes\nfrom fxprune.latency import _silent\nc = ctypes.CDLL(None)\nc.printf(b'seen\\n')\n"
+        "c.fflush(None)\nwith _silent():\n    c.printf(b'spoils\\n')\nprint('json')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["seen", "json"]
