@@ -53,9 +53,10 @@ class Stopwatch:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             merged = {**_read(self.path), **self._seconds}
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as file:
-                json.dump(merged, file)
-            os.replace(file.name, self.path)
+            with tempfile.TemporaryDirectory(dir=self.path.parent) as scratch:
+                whole = Path(scratch) / self.path.name
+                whole.write_text(json.dumps(merged), encoding="utf-8")
+                os.replace(whole, self.path)
         except OSError:
             return
         self._is_new = False
@@ -64,9 +65,8 @@ class Stopwatch:
 def _machine(device: torch.device) -> str:
     """What a time depends on beside the layer, as part of a file name."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}-{torch.get_num_threads()}"
-    return "".join(
-        c if c.isalnum() else "-" for c in f"{device.type}-{name}-torch{torch.__version__}-{source_digest()}"
-    )
+    parts = (device.type, name, f"torch{torch.__version__}", source_digest())
+    return "".join(c if c.isalnum() else "-" for c in "-".join(parts))
 
 
 def _read(path: Path) -> dict[str, float]:
@@ -77,4 +77,4 @@ def _read(path: Path) -> dict[str, float]:
         return {}
     if not isinstance(times, dict):
         return {}
-    return {str(key): float(t) for key, t in times.items() if isinstance(t, int | float) and t > 0}
+    return {str(key): float(t) for key, t in times.items() if isinstance(t, float) and t > 0}
