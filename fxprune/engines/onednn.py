@@ -15,7 +15,8 @@ from fxprune.fused import FusedConv2d, gather_channels
 
 class OneDnnConv2d(Engine):
     """`mkldnn::_convolution_pointwise` on a packed weight, which is no ordinary tensor: the model can be copied,
-    pickled and scripted, but a scripted one cannot be saved.
+    pickled and scripted, but a scripted one cannot be saved. Its activations make
+    finite numbers of NaN and infinity.
     """
 
     name = "onednn"
