@@ -189,7 +189,8 @@ def test_views_in_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
     "x",
     [
         image(1), image(7), image(0), image(2, 5), image(3, 31), image(2, 12).transpose(2, 3),
-        image(4, 24)[::2, :, 1::2], image(1).expand(4, -1, -1, -1), image(2).contiguous(memory_format=torch.channels_last),
+        image(4, 24)[::2, :, 1::2], image(1).expand(4, -1, -1, -1),
+        image(2).contiguous(memory_format=torch.channels_last),
     ],
     ids=["one", "seven", "empty", "small", "odd", "transposed", "strided", "expanded", "channels_last"],
 )  # fmt: skip
@@ -321,9 +322,15 @@ def test_every_layer_gets_its_fastest_form(monkeypatch: pytest.MonkeyPatch) -> N
 def test_choices_are_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path))
     monkeypatch.setattr(acceleration, "FORMATS", {"contiguous": torch.contiguous_format})
-    slow, raced = pruned(), []
+    slow = pruned()
+    raced: list[str] = []
     right = measurements.Stopwatch.race
-    monkeypatch.setattr(measurements.Stopwatch, "race", lambda self, calls: raced.append(1) or right(self, calls))
+
+    def race(self: measurements.Stopwatch, calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+        raced.extend(calls)
+        return right(self, calls)
+
+    monkeypatch.setattr(measurements.Stopwatch, "race", race)
     first = accelerate(slow, image())
     assert raced
     raced.clear()

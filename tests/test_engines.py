@@ -87,7 +87,7 @@ def check(conv: FusedConv2d, x: Tensor, residual: Tensor | None = None) -> list[
         if engine.name == "onednn":  # its own activations, which TorchInductor calls too, make NaN and infinity finite
             found = found.double().where(expected.isfinite(), expected)
         torch.testing.assert_close(
-            found.double(), expected, rtol=0, atol=limit, equal_nan=True, msg=lambda m, e=engine: f"{e.name}: {m}"
+            found.double(), expected, rtol=0, atol=limit, equal_nan=True, msg=f"{engine.name} differs"
         )
         assert torch.equal(x.nan_to_num(), kept[0].nan_to_num()), f"{engine.name} writes into its input"
         if residual is not None and kept[1] is not None:
@@ -97,7 +97,8 @@ def check(conv: FusedConv2d, x: Tensor, residual: Tensor | None = None) -> list[
 
 
 def shape_of(conv: FusedConv2d, x: Tensor) -> torch.Size:
-    return conv.copy().to("meta")(x.to("meta")).shape
+    y: Tensor = conv.copy().to("meta")(x.to("meta"))
+    return y.shape
 
 
 def choose(generator: torch.Generator, options: Any) -> Any:
@@ -221,7 +222,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         y: Tensor = self.engine(x, residual)
-        return y + self.engine(x)
+        z: Tensor = self.engine(x)
+        return y + z
 
 
 def layers(**options: Any) -> Iterator[tuple[Layer, Tensor, Tensor]]:
@@ -295,8 +297,8 @@ def test_a_fresh_process_unpickles_them(tmp_path: Path) -> None:
 def test_they_refuse_to_move() -> None:
     for layer, x, residual in layers():
         expected = layer(x, residual)
-        for move in (lambda e: e.to("meta"), lambda e: e.double(), lambda e: e.half(), lambda e: e.to(torch.bfloat16)):
+        for target in ("meta", torch.float64, torch.float16, torch.bfloat16):
             with pytest.raises(AccelerationError, match=r"accelerated for torch.float32 on cpu, and cannot become"):
-                move(layer)
+                layer.to(target)
         for stay in (layer.to("cpu"), layer.eval(), layer.cpu(), layer.float(), layer.requires_grad_(False)):
             assert torch.equal(stay(x, residual), expected)

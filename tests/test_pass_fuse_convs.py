@@ -205,21 +205,24 @@ def writes_into_the_input(m: Net, x: Tensor) -> Tensor:
     x = x * 1
     y = m.c(x)
     x.mul_(2)
-    return y + x
+    z: Tensor = y + x
+    return z
 
 
 def writes_into_the_residual(m: Net, x: Tensor) -> Tensor:
     z = x * 1
     y = m.c(x) + z
     z.mul_(2)
-    return y.relu()
+    r: Tensor = y.relu()
+    return r
 
 
 def writes_into_a_view_of_the_input(m: Net, x: Tensor) -> Tensor:
     x = x * 1
     y = m.c(x)
     x.transpose(2, 3).add_(1)
-    return y.relu()
+    z: Tensor = y.relu()
+    return z
 
 
 def writes_into_what_a_gather_read(m: Net, x: Tensor) -> Tensor:
@@ -257,7 +260,8 @@ def test_a_write_after_the_chain_does_no_harm() -> None:
     def body(m: Net, x: Tensor) -> Tensor:
         x = x * 1
         y = m.c(x).relu()
-        return y * x.mul_(2)
+        z: Tensor = y * x.mul_(2)
+        return z
 
     fuse(body, "x -> mul -> c_fused\nmul -> mul_\nc_fused, mul_ -> mul_1 -> output")
 
