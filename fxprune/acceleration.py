@@ -37,6 +37,7 @@ ACCELERATION = "fxprune_acceleration"
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 ROUNDS = 9  # of the race between whole graphs
+TURN_SECONDS = 0.02  # a turn of it lasts at least about this long
 MARGIN = 1.15  # a memory format whose convolutions alone are slower by this factor is not raced
 # Largest difference to the model before, relative to the largest output: some hundred steps of the type (TF32 for
 # float32 on CUDA), or else what the model itself makes of such a step on its input, times a few for its many layers.
@@ -97,7 +98,8 @@ def accelerate(
     formats = FORMATS if any(value == 4 for value in _dimensions(inputs)) else {"contiguous": torch.contiguous_format}
     stopwatch = Stopwatch(device, remember)
     choices: dict[str, _Choices] = {}
-    with tqdm(total=len(formats) * len(graph.graph.nodes), desc="timing", disable=not progress, leave=False) as bar:
+    count = len(formats) * sum(1 for _ in calls(graph, FusedConv2d))
+    with tqdm(total=count, desc="timing", disable=not progress, leave=False) as bar:
         for name, memory_format in formats.items():
             choices[name] = _choose(graph, inputs, memory_format, stopwatch, bar)
     stopwatch.save()
@@ -107,6 +109,7 @@ def accelerate(
         {name: functools.partial(candidate, *inputs) for name, candidate in graphs.items()},
         rounds=ROUNDS,
         device=device,
+        min_seconds=TURN_SECONDS,
         progress="comparing" if progress else None,
     )
     chosen = min(timings, key=lambda name: timings[name].fastest)
