@@ -11,7 +11,7 @@ exactly.
 from fxprune.acceleration import accelerate, acceleration_report
 from fxprune.channels import ChannelAnalysis
 from fxprune.choices import AccelerationReport
-from fxprune.compiler import analyze, compile, make_plan, mask, measure_latency, measure_sensitivity, report, rewrite
+from fxprune.compiler import analyze, compile, make_plan, measure_latency, measure_sensitivity, report
 from fxprune.errors import (
     AccelerationError,
     CalibrationError,
@@ -29,6 +29,7 @@ from fxprune.layers import ChannelGather
 from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.report import Report
 from fxprune.sensitivity import Sensitivity
+from fxprune.steps import mask, rewrite
 from fxprune.storage import load, save
 from fxprune.verification import Verification, verify
 

@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 import fxprune
 from fxprune import demo
-from fxprune.compiler import record_of
 from fxprune.criteria import CRITERIA
 from fxprune.errors import CalibrationError, FxpruneError, VerificationError
 from fxprune.exports import save_onnx, save_torchscript
 from fxprune.models import default_input_size, example_inputs, load_model
 from fxprune.planning import METHODS
 from fxprune.shapes import TARGETS
+from fxprune.steps import record_of
 from fxprune.variety import VARIETIES
 
 EPILOG = """\

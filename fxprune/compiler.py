@@ -1,64 +1,30 @@
-"""The steps of compilation: plan, mask, rewrite, verify. Only `mask` changes the function."""
+"""What users call: plan, mask, rewrite, verify in one step, and what is measured for it."""
 
-import copy
-import inspect
-import warnings
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
-import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import fx, nn
 
 from fxprune.acceleration import ACCELERATION, accelerate, acceleration_report
-from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct, survey
+from fxprune.calibration import Calibration
 from fxprune.channels import ChannelAnalysis, analyze_channels
 from fxprune.criteria import Criterion, ScoreFunction
 from fxprune.errors import (
-    AccelerationError,
-    CalibrationError,
     FxpruneError,
-    NothingRewrittenWarning,
-    PlanError,
-    TraceError,
 )
-from fxprune.latency import LatencyOption, LatencyTable, as_patterns, check_latency, damages, meet
-from fxprune.layer_times import GROUP_COUNTS, measure_layers
-from fxprune.pipeline import default_pipeline, run
-from fxprune.planning import PUBLISHED, Planner, match_patterns, resolve_block, resolve_sharing
-from fxprune.plans import GroupedKernels, PrunePlan
-from fxprune.report import Report, layer_costs, make_report
-from fxprune.rewriting import calls, first_reader, read_by_name
-from fxprune.sensitivity import Cost, Sensitivity, check_share, measure
-from fxprune.shapes import TARGETS, Groups
-from fxprune.sharing import common_writers
+from fxprune.latency import LatencyTable
+from fxprune.layer_times import measure_layers
+from fxprune.plan_making import check_target, group_counts, plan_for
+from fxprune.plans import PrunePlan
+from fxprune.report import Report
+from fxprune.sensitivity import Sensitivity
+from fxprune.shapes import Groups
 from fxprune.snapshots import Snapshot
-from fxprune.tracing import Inputs, Trace, as_inputs, meta_values, trace
+from fxprune.steps import mask, record_of, rewrite
+from fxprune.subject import Subject
+from fxprune.tracing import Inputs, as_inputs, trace
 from fxprune.variety import Variety
-from fxprune.verification import RECORD
 from fxprune.verification import verify as verify_models
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a compiled module remembers, under `gm.meta["fxprune"]`: survives deepcopy, not pickle.
-
-    Attributes:
-        plan: the plan that was applied.
-        report: the account of the result.
-        inputs: arguments of forward as meta tensors, as the shapes were known at compile time.
-        modes: modes in which the graph follows the model.
-        options: how the passes were configured.
-        rounding: relative step of the weights' type if a pass rounded weights anew (folded BatchNorm), else 0.
-    """
-
-    plan: PrunePlan
-    report: Report
-    inputs: tuple[Any, ...]
-    modes: tuple[str, ...]
-    options: Mapping[str, Any]
-    rounding: float = 0.0
 
 
 def compile(
@@ -148,9 +114,9 @@ def compile(
     """
     if verify and example_inputs is None and calibration is None:
         raise FxpruneError("verify=True needs example_inputs to run the models on; pass them, or leave verify out")
-    _check_target(model, target, example_inputs, calibration)
-    data = _Data(model, example_inputs, calibration)
-    plan, masked = _plan(
+    check_target(model, target, example_inputs, calibration)
+    data = Subject(model, example_inputs, calibration)
+    plan, masked = plan_for(
         model,
         data,
         ratio,
@@ -219,9 +185,9 @@ def make_plan(
     With calibration data each layer is planned on what the layers before it, pruned and refitted, give it. `mask` with
     the same data then finds the same weights.
     """
-    plan, _ = _plan(
+    plan, _ = plan_for(
         model,
-        _Data(model, example_inputs, calibration),
+        Subject(model, example_inputs, calibration),
         ratio,
         macs,
         params,
@@ -242,232 +208,6 @@ def make_plan(
         progress=progress,
     )
     return plan
-
-
-def mask(
-    model: nn.Module, plan: PrunePlan, calibration: Calibration | None = None, *, progress: bool = False
-) -> nn.Module:
-    """Return a copy of `model` in which the kernels that `plan` drops are zero: the oracle of every later step.
-
-    Args:
-        model: the dense model. It is not changed.
-        plan: what to drop.
-        calibration: see `compile`; with it the kernels that stay are refitted.
-        progress: show a bar on stderr.
-
-    Raises:
-        PlanError: the plan was made for another model.
-        CalibrationError: the calibration data are malformed, or do not fit the model.
-    """
-    plan.check(model)
-    masked = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, kernels in plan.layers.items():
-            weight = masked.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            weight.mul_(kernels.mask().to(weight.device)[:, :, None, None])
-    if calibration is not None:
-        data = _Data(model, None, calibration)
-        data.reconstruct(masked, plan.layers, lambda name, conv, samples: plan.layers[name], plan.seed, progress)
-    return masked
-
-
-class _Data:
-    """The trace of a model, with the inputs that it was given: an example, calibration data, both or none."""
-
-    def __init__(self, model: nn.Module, example_inputs: Inputs | None, calibration: Calibration | None) -> None:
-        self.batches, self._inputs, self.example_inputs = None, example_inputs, example_inputs
-        if calibration is not None:
-            given = _arguments_needed(model) if example_inputs is None else len(as_inputs(example_inputs))
-            self.batches = read_batches(calibration, given)
-            if example_inputs is None:
-                self._inputs, self.example_inputs = self.batches[0], _first_two(self.batches[0])
-        try:
-            self.trace = trace(model, self._inputs)
-        except TraceError as error:
-            if example_inputs is None and calibration is not None:
-                trace(model)  # it fails too if the model is at fault
-                raise CalibrationError(f"calibration batch 0 does not fit the model: {error}") from error
-            raise
-
-    def sensitivity(
-        self,
-        model: nn.Module,
-        table: Sensitivity | None,
-        groups: Groups | Mapping[str, Groups],
-        target: str | None,
-        ignore: str | Iterable[str],
-        seed: int,
-        progress: bool,
-    ) -> Sensitivity:
-        """The sensitivity of all convolutions that can be pruned, from `table` if there is one."""
-        obstacles = _obstacles(model, self.trace)
-        planner = Planner(model, groups=groups, form="overlap", ignore=ignore, obstacles=obstacles, target=target)
-        shapes = {name: shape.groups for name, shape in planner.shapes.items()}
-        if table is not None:
-            return table.among(model, shapes)
-        costs = layer_costs(self.trace.module, self.trace.values)
-        return measure(self.trace.module, shapes, costs, self.batches, seed=seed, progress=progress)
-
-    def reconstruct(
-        self, masked: nn.Module, layers: Collection[str], choose: Choose, seed: int, progress: bool
-    ) -> dict[str, GroupedKernels]:
-        """Prune and refit `masked`, a copy of the model, in place."""
-        assert self.batches is not None
-        twin = trace(masked, self._inputs)
-        kernels, fits = reconstruct(
-            self.trace.module, twin.module, self.batches, layers, choose, seed=seed, progress=progress
-        )
-        setattr(masked, FITS, fits)
-        return kernels
-
-
-def _plan(
-    model: nn.Module,
-    data: _Data,
-    ratio: float | Mapping[str, float] | None,
-    macs: float | None,
-    params: float | None,
-    sensitivity: Sensitivity | None,
-    *,
-    latency: float | None,
-    latency_table: LatencyTable | None,
-    groups: Groups | Mapping[str, Groups],
-    method: str,
-    form: str,
-    block: int | None,
-    target: str | None,
-    share_groups: bool | None,
-    ignore: str | Iterable[str],
-    seed: int,
-    progress: bool,
-    **options: Any,
-) -> tuple[PrunePlan, nn.Module | None]:
-    """The plan, and the masked model if it was refitted on the way."""
-    budgets: dict[Cost, float] = {}
-    if macs is not None:
-        budgets["macs"] = macs
-    if params is not None:
-        budgets["params"] = params
-    if len(budgets) + (ratio is not None) + (latency is not None) > 1:
-        raise PlanError("ratio, macs, params and latency exclude one another; pass one of them")
-    if (budgets or latency is not None) and form == "partition":
-        raise PlanError("a budget needs ratios of any value, which the partition form has not; leave form out")
-    if sensitivity is not None and not isinstance(sensitivity, Sensitivity):
-        raise PlanError(
-            f"sensitivity is a {type(sensitivity).__name__}; pass what fxprune.measure_sensitivity returned, or "
-            "Sensitivity.from_json"
-        )
-    if sensitivity is not None and not budgets and latency is None:
-        raise PlanError("sensitivity is for a budget; pass macs= or params= or latency= with it, or leave it out")
-    if latency_table is not None and not isinstance(latency_table, LatencyTable):
-        raise PlanError(
-            f"latency_table is a {type(latency_table).__name__}; pass what fxprune.measure_latency returned, or "
-            "LatencyTable.from_json"
-        )
-    if latency_table is not None and latency is None:
-        raise PlanError("latency_table is for a share of the latency; pass latency= with it, or leave it out")
-    for cost, share in budgets.items():
-        check_share(share, cost)
-        together = resolve_block(block, target, method)
-        table = data.sensitivity(model, sensitivity, groups, target, ignore, seed, progress)
-        ratio = table.ratios(share, cost, together)
-        form = "overlap" if form == "auto" else form
-    shares = resolve_sharing(share_groups, resolve_block(block, target, method), target, method)
-    writers = common_writers(data.trace.module, data.trace.values) if shares else ()
-    if latency is not None:
-        ratio, groups = _for_latency(
-            model,
-            data,
-            latency,
-            latency_table,
-            sensitivity,
-            groups=groups,
-            form="overlap" if method in PUBLISHED else form,
-            target=target,
-            ignore=ignore,
-            seed=seed,
-            progress=progress,
-            block=resolve_block(block, target, method),
-            writers=writers,
-        )
-    planner = Planner(
-        model,
-        0.5 if ratio is None else ratio,
-        groups=groups,
-        method=method,
-        form=form,
-        block=block,
-        target=target,
-        ignore=ignore,
-        seed=seed,
-        calibrated=data.batches is not None,
-        obstacles=_obstacles(model, data.trace),
-        writers=writers,
-        **options,
-    )
-    if data.batches is None:
-        return planner.from_weights(progress), None
-    if planner.sharing:
-        for name, samples in survey(data.trace.module, data.batches, planner.sharing, seed=seed, progress=progress):
-            planner.survey(name, samples)
-    masked = copy.deepcopy(model)
-    return planner.plan(data.reconstruct(masked, planner.shapes, planner.choose, seed, progress)), masked
-
-
-def _for_latency(
-    model: nn.Module,
-    data: _Data,
-    latency: float,
-    table: LatencyTable | None,
-    sensitivity: Sensitivity | None,
-    *,
-    groups: Groups | Mapping[str, Groups],
-    form: str,
-    target: str | None,
-    ignore: str | Iterable[str],
-    seed: int,
-    progress: bool,
-    **options: Any,
-) -> tuple[dict[str, float], Mapping[str, Groups]]:
-    """Ratio and number of groups of each layer, by pattern, with which a share of the dense latency remains."""
-    check_latency(latency)
-    if target is None:
-        raise PlanError(f"latency={latency:.4g} needs the device to be fast on; pass target='cpu' or target='cuda'")
-    counts = _group_counts(model, data.trace, groups, target, ignore)
-    _check_target(model, target, data.example_inputs, None)
-    assert data.example_inputs is not None
-    inputs = as_inputs(data.example_inputs)
-    measured = measure_layers(model, inputs, counts, progress=progress) if table is None else table
-    open_ = measured.among(model, inputs, counts, form)
-    known = data.sensitivity(model, sensitivity, groups, target, ignore, seed, progress)
-
-    def share_of(choice: Mapping[str, LatencyOption]) -> float:
-        # Which kernels stay changes no time: the cheapest plan will do.
-        ratios, groups = as_patterns(open_, choice)
-        planner = Planner(model, ratios, groups=groups, form=form, target=target, ignore=ignore, seed=seed, **options)
-        plan = planner.from_weights(progress)
-        pruned = rewrite(mask(model, plan), plan, inputs)
-        return acceleration_report(accelerate(pruned, inputs, progress=progress)).relative
-
-    return as_patterns(open_, meet(open_, latency, damages(model, open_, known, seed), share_of))
-
-
-def _group_counts(
-    model: nn.Module,
-    traced: Trace,
-    groups: Groups | Mapping[str, Groups],
-    target: str,
-    ignore: str | Iterable[str],
-) -> dict[str, tuple[int, ...]]:
-    """The numbers of groups to time for each convolution that can be pruned."""
-    planner = Planner(
-        model, groups=groups, form="overlap", ignore=ignore, obstacles=_obstacles(model, traced), target=target
-    )
-    convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    wanted = match_patterns("groups", groups, convs) if isinstance(groups, Mapping) else dict.fromkeys(convs, groups)
-    counts = ((name, wanted.get(name, "auto")) for name in planner.shapes)
-    return {name: GROUP_COUNTS if count == "auto" else (count,) for name, count in counts}
 
 
 def measure_latency(
@@ -495,10 +235,10 @@ def measure_latency(
         AccelerationError: the model is not on the target, or cannot be accelerated.
         TraceError: the model cannot be traced.
     """
-    data = _Data(model, example_inputs, None)
+    data = Subject(model, example_inputs, None)
     target = target or next((p.device.type for p in model.parameters()), "cpu")
-    counts = _group_counts(model, data.trace, groups, target, ignore)
-    _check_target(model, target, example_inputs, None)
+    counts = group_counts(model, data.trace, groups, target, ignore)
+    check_target(model, target, example_inputs, None)
     return measure_layers(model, as_inputs(example_inputs), counts, progress=progress)
 
 
@@ -530,66 +270,7 @@ def measure_sensitivity(
         PlanError: nothing can be pruned, or the MACs are not known.
         CalibrationError: the calibration data are malformed, or do not fit the model.
     """
-    return _Data(model, example_inputs, calibration).sensitivity(model, None, groups, target, ignore, seed, progress)
-
-
-def rewrite(
-    masked: nn.Module, plan: PrunePlan, example_inputs: Inputs | None = None, *, fold_batch_norm: bool = False
-) -> fx.GraphModule:
-    """Rewrite a masked model into grouped convolutions. Exact: the result computes what `masked` computes.
-
-    Args:
-        masked: what `mask` returned, perhaps trained further with its zeros kept. It is not changed.
-        plan: the plan it was masked with.
-        example_inputs: positional arguments of forward, for shapes; probed if absent.
-        fold_batch_norm: see `compile`.
-
-    Raises:
-        PlanError: the plan was made for another model.
-        PassError: a kernel that the plan drops is not zero.
-        TraceError: the model cannot be traced, or no usual image size fits it and no example is given.
-
-    Warns:
-        NothingRewrittenWarning: the plan names no convolution.
-    """
-    plan.check(masked)
-    traced = trace(masked, example_inputs)
-    gm = traced.module
-    dense = layer_costs(gm, traced.values)
-    params_dense = sum(p.numel() for p in gm.parameters())  # auxiliary heads that are never called are not pruned away
-    run(gm, default_pipeline(plan, traced.inputs, fold_batch_norm=fold_batch_norm), traced.inputs)
-    _own_tensors(gm, masked)
-    notes = [*traced.notes, *(f"{name}: {note}" for name, note in plan.notes.items())]
-    if traced.probed:
-        notes.append(
-            "no example_inputs: MACs are for an assumed input size, and the result was not verified"
-            if traced.inputs
-            else _NO_SHAPES
-        )
-    if fold_batch_norm:
-        notes.append("BatchNorm is folded: the result equals the masked model in evaluation mode only")
-    report = make_report(
-        plan,
-        dense,
-        gm,
-        meta_values(gm, traced.inputs)[0] if traced.inputs else {},
-        errors={name: fit.refitted for name, fit in getattr(masked, FITS, {}).items()},
-        params_dense=params_dense,
-        input_shapes=tuple(tuple(leaf.shape) for leaf in tree_leaves(traced.inputs) if isinstance(leaf, Tensor)),
-        notes=tuple(notes),
-    )
-    modes = ("eval",) if fold_batch_norm else traced.modes
-    rounding = max((torch.finfo(p.dtype).eps for p in gm.parameters() if p.is_floating_point()), default=0.0)
-    options = {"fold_batch_norm": fold_batch_norm}
-    gm.meta[RECORD] = Record(plan, report, traced.inputs, modes, options, rounding if fold_batch_norm else 0.0)
-    if not plan.layers:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:3])
-        warnings.warn(
-            f"no convolution was rewritten, the result is as large as the model ({reasons})",
-            NothingRewrittenWarning,
-            stacklevel=2,
-        )
-    return gm
+    return Subject(model, example_inputs, calibration).sensitivity(model, None, groups, target, ignore, seed, progress)
 
 
 def analyze(model: nn.Module, example_inputs: Inputs | None = None) -> ChannelAnalysis:
@@ -614,114 +295,3 @@ def report(pruned: nn.Module) -> Report:
         compiled: Report = accelerated.compiled
         return compiled
     return record_of(pruned).report
-
-
-_NO_SHAPES = (
-    "no example_inputs, and no usual input size fits the model: "
-    "all channels keep their order, and more gathers remain than need be"
-)
-
-
-def _check_target(
-    model: nn.Module, target: str | None, example_inputs: Inputs | None, calibration: Calibration | None
-) -> None:
-    """See that a model can be accelerated for `target` before hours of planning."""
-    if target not in TARGETS:
-        return  # None, or what the planner will refuse
-    if example_inputs is None and calibration is None:
-        raise AccelerationError(
-            f"target={target!r} needs example_inputs to time the model on; pass them, or leave target out"
-        )
-    found = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
-    if found - {target}:
-        raise AccelerationError(
-            f"target={target!r}, but the model is on {', '.join(sorted(found))}; move model and example_inputs to "
-            f"{target} first, or plan with make_plan(target={target!r}) and accelerate there"
-        )
-
-
-def _obstacles(model: nn.Module, traced: Trace) -> dict[str, str]:
-    """Convolutions that the traced graph does not allow to be grouped, with the reason."""
-    called = {str(node.target): conv for node, conv in calls(traced.module, nn.Conv2d)}
-    named = read_by_name(traced.module)
-    obstacles = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Conv2d):
-            continue
-        whole = next((path for path in traced.opaque if name.startswith(f"{path}.")), None)
-        if whole is not None:
-            obstacles[name] = f"inside {whole}: {traced.opaque[whole]}"
-        elif name not in called:
-            obstacles[name] = "the traced graph never calls it"
-        elif reader := first_reader(called[name].parameters(), named):
-            obstacles[name] = f"its parameters are also read by {reader}, which needs them dense"
-    return obstacles
-
-
-def _arguments_needed(model: nn.Module) -> int:
-    """How many positional arguments of forward have no default."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters)
-
-
-def _first_two(batch: Batch) -> Batch:
-    """Two samples are enough of an example, where all tensors agree on what a sample is."""
-    sizes = {leaf.shape[:1] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
-    if len(sizes) != 1 or torch.Size() in sizes:
-        return batch
-    first: Batch = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) else leaf, batch)
-    return first
-
-
-def record_of(pruned: nn.Module) -> Record:
-    """Return what a compiled module remembers of its compilation.
-
-    Raises:
-        FxpruneError: the module was not compiled by fxprune, or lost its record in pickling.
-    """
-    meta = getattr(pruned, "meta", None)
-    record = meta.get(RECORD) if isinstance(meta, dict) else None
-    if isinstance(meta, dict) and ACCELERATION in meta:
-        raise FxpruneError(
-            "the model is accelerated: its weights are packed for one device; pass the module that it was made from"
-        )
-    if not isinstance(record, Record):
-        raise FxpruneError(
-            f"{type(pruned).__name__} carries no record of a compilation; "
-            "pass the module that fxprune.compile, rewrite or load returned"
-        )
-    return record
-
-
-def _own_tensors(gm: fx.GraphModule, masked: nn.Module) -> None:
-    """Give `gm` its own copy of every tensor that it still shares with the masked model, one copy for each, so that
-    ties stay.
-    """
-    shared = {id(t) for t in (*masked.parameters(), *masked.buffers())}
-    copies: dict[int, Tensor] = {}
-    for module in gm.modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is None or id(tensor) not in shared:
-                    continue
-                if id(tensor) not in copies:
-                    data = tensor.detach().clone()
-                    copies[id(tensor)] = (
-                        nn.Parameter(data, requires_grad=tensor.requires_grad)
-                        if isinstance(tensor, nn.Parameter)
-                        else data
-                    )
-                store[name] = copies[id(tensor)]  # type: ignore[assignment]  # a parameter replaces a parameter
-
-
-__all__ = [
-    "Record",
-    "analyze",
-    "compile",
-    "make_plan",
-    "mask",
-    "measure_latency",
-    "measure_sensitivity",
-    "report",
-    "rewrite",
-]

@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from fxprune.acceleration import FORMATS, Form, accelerate, acceleration_report, form_calls, form_key, operand_shapes
+from fxprune.acceleration import FORMATS, accelerate, acceleration_report
 from fxprune.engines import ENGINES, Engine
+from fxprune.forms import Form, form_calls, form_key, operand_shapes
 from fxprune.fused import FusedConv2d
 from fxprune.latency import LatencyOption, LatencyTable, LayerLatency, setting
 from fxprune.measurements import Stopwatch

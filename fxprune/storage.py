@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.compiler import mask, record_of, rewrite
 from fxprune.errors import FxpruneError, StorageError
 from fxprune.plans import PrunePlan
+from fxprune.steps import mask, record_of, rewrite
 
 FORMAT = "fxprune"
 VERSION = 1

@@ -12,7 +12,7 @@ from equality import randomize
 from torch import Tensor, fx, nn
 
 import fxprune
-from fxprune import acceleration, measurements
+from fxprune import acceleration, forms, measurements
 from fxprune.acceleration import accelerate, acceleration_report
 from fxprune.engines import ENGINES, LibraryConv2d
 from fxprune.errors import AccelerationError, FxpruneError, PlanError, VerificationError
@@ -346,7 +346,7 @@ def test_control_a_broken_engine_is_found_out(monkeypatch: pytest.MonkeyPatch) -
     right = FusedConv2d.forward
     model = net()
     accelerate(model, image(), remember=False)
-    monkeypatch.setattr(acceleration, "ENGINES", (LibraryConv2d,))
+    monkeypatch.setattr(forms, "ENGINES", (LibraryConv2d,))
     monkeypatch.setattr(FusedConv2d, "forward", lambda self, x, residual=None: 1.01 * right(self, x, residual))
     with pytest.raises(VerificationError, match=r"the accelerated model differs by .* defect of fxprune"):
         accelerate(model, image(), remember=False)

@@ -20,8 +20,8 @@ from zoo import CASES, Case
 
 import fxprune
 from fxprune.calibration.refit import FITS, LayerFit
-from fxprune.compiler import record_of
 from fxprune.plans import PrunePlan
+from fxprune.steps import record_of
 
 Batches = Sequence[tuple[Tensor, ...]]
 

@@ -22,7 +22,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import AccelerationError, LatencyTable, PlanError, acceleration, cli, latency, layer_times, measurements
+from fxprune import (
+    AccelerationError,
+    LatencyTable,
+    PlanError,
+    acceleration,
+    cli,
+    forms,
+    latency,
+    layer_times,
+    measurements,
+)
 from fxprune.engines import LibraryConv2d
 from fxprune.latency import LatencyOption, LayerLatency, as_patterns, damages, meet
 from fxprune.planning import Planner
@@ -337,7 +347,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clock:
     clock = Clock()
     monkeypatch.setenv("FXPRUNE_CACHE", str(tmp_path / "cache"))
-    for module in (acceleration, layer_times):
+    for module in (forms, layer_times):
         monkeypatch.setattr(module, "ENGINES", (LibraryConv2d,))
     for race in (acceleration, layer_times, measurements):
         monkeypatch.setattr(race, "race", clock.race)
@@ -446,7 +456,7 @@ def test_real_times_are_positive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(measurements, "TURN_SECONDS", 1e-5)
     monkeypatch.setattr(measurements, "ROUNDS", 2)
     monkeypatch.setattr(layer_times, "RATIOS", (0.5,))
-    for module in (acceleration, layer_times):
+    for module in (forms, layer_times):
         monkeypatch.setattr(module, "ENGINES", (LibraryConv2d,))
     table = fxprune.measure_latency(net(), example_inputs=image(), groups=2)
     assert [layer.name for layer in table.layers] == NAMES

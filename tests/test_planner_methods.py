@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import PlanError, PrunePlan
-from fxprune.compiler import record_of
 from fxprune.criteria import CRITERIA, Criterion, Taylor
 from fxprune.planning import METHODS
+from fxprune.steps import record_of
 from fxprune.variety import VARIETIES, Variety
 
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import PlanError
-from fxprune.compiler import record_of
 from fxprune.sensitivity import TOLERANCE, Cost, LayerSensitivity, Sensitivity
+from fxprune.steps import record_of
 
 Build = Callable[[], nn.Module]
 
@@ -322,7 +322,7 @@ def test_shares_out_of_range(measured: Sensitivity, cost: Cost, share: Any) -> N
 
 
 def test_a_share_is_checked_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxprune.compiler.measure", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("fxprune.subject.measure", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(PlanError, match=r"macs is 1\.5"):
         fxprune.make_plan(net(32), macs=1.5, example_inputs=images(2))
     with pytest.raises(pytest.fail.Exception, match="measured"):

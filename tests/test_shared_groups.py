@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from zoo import CASES, Case
 
 import fxprune
-import fxprune.compiler
+import fxprune.plan_making
 import fxprune.planning
 from fxprune import PlanError, PrunePlan
 from fxprune.cli import main
@@ -324,7 +324,7 @@ def test_filters_that_do_not_divide_are_refused() -> None:
 
 
 def test_control_groups_that_differ_leave_gathers(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fxprune.compiler, "common_writers", lambda *_: ())
+    monkeypatch.setattr(fxprune.plan_making, "common_writers", lambda *_: ())
     gm, plan = compiled(net, X, "partition", True)
     assert len(groups_of(plan)) > 1
     assert behind_grouped_convs(gm) != []
