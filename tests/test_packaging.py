@@ -10,6 +10,7 @@ import pytest
 
 import fxprune
 from fxprune import cli
+from fxprune.kernels import native
 
 ROOT = Path(__file__).parent.parent
 MACHINE_PATH = re.compile(r"/(?:home|root|Users|work|mnt|scratch)/[\w.]|/tmp/\w|\b[A-Z]:\\\\?Users\b")
@@ -34,9 +35,13 @@ def test_the_console_command_is_main(setup: configparser.RawConfigParser) -> Non
     assert (name, target) == ("fxprune", f"{cli.__name__}:{cli.main.__name__}")
 
 
-def test_the_type_marker_is_packaged(setup: configparser.RawConfigParser) -> None:
-    assert setup["options.package_data"]["fxprune"] == "py.typed"
-    assert (ROOT / "fxprune" / "py.typed").is_file()
+def test_files_that_are_not_python_are_packaged(setup: configparser.RawConfigParser) -> None:
+    patterns = [pattern.strip() for pattern in setup["options.package_data"]["fxprune"].split(",")]
+    package = ROOT / "fxprune"
+    found = {str(path.relative_to(package)) for pattern in patterns for path in package.glob(pattern)}
+    others = {str(path.relative_to(package)) for path in package.rglob("*") if path.suffix in (".cpp", ".h", ".typed")}
+    assert found == others
+    assert {"py.typed", *(f"kernels/{name}" for name in native.SOURCES + native.HEADERS)} == found
 
 
 def test_passes_is_a_relative_link() -> None:
