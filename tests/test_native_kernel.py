@@ -1,6 +1,7 @@
 """The compiled kernel as a guest: built once, absent without harm, and deaf to wrong arguments."""
 
 import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -267,3 +268,38 @@ def test_an_index_out_of_range_in_an_engine_is_an_error() -> None:
         NativeConv2d(conv, torch.channels_last)(torch.randn(1, 3, 2, 2))
     with pytest.raises((IndexError, RuntimeError)):  # by version of torch
         LibraryConv2d(conv, torch.contiguous_format)(torch.randn(1, 3, 2, 2))
+
+
+# --- on other processors --------------------------------------------------------------------------------------------
+
+SEVERAL = """
+import torch
+from fxprune.engines import NativeConv2d
+from fxprune.fused import FusedConv2d
+from fxprune.kernels import native
+assert not native.obstacle(), native.obstacle()
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(0)
+for groups, width in ((1, 48), (2, 20), (4, 8), (8, 3)):
+    for pixels in (5, 8, 16, 29):
+        for kernel, stride in ((1, 1), (3, 1), (3, 2)):
+            conv = torch.nn.Conv2d(6 * groups, groups * width, kernel, stride, kernel // 2, groups=groups)
+            fused = FusedConv2d(conv, 12)
+            fused.index = torch.cat([torch.randperm(12, generator=generator)[:6] for _ in range(groups)])
+            fused.order = torch.randperm(groups * width, generator=generator)
+            fused.minimum = 0.0
+            x = torch.randn(2, 12, pixels, pixels, generator=generator)
+            for memory_format in (torch.channels_last, torch.contiguous_format):
+                found = NativeConv2d(fused, memory_format)(x)
+                torch.testing.assert_close(found, fused(x), rtol=1e-4, atol=1e-4, check_stride=False)
+print(int(torch.ops.fxprune_native.widest_lanes()))
+"""
+
+
+@needs_kernel
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are for x86")
+@pytest.mark.parametrize("flags, lanes", [("-mno-avx512f", {"8", "4"}), ("-mno-avx512f -mno-avx", {"4"})])
+def test_with_narrower_registers(flags: str, lanes: set[str], tmp_path: Path) -> None:
+    compiler = f"{os.environ.get('CXX', 'g++')} {flags}"
+    assert child(SEVERAL, CXX=compiler, FXPRUNE_CACHE=str(tmp_path)) in lanes
