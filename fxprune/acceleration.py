@@ -9,6 +9,7 @@
 import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from fxprune.choices import AccelerationReport, LayerChoice
 from fxprune.engines import Engine
 from fxprune.errors import AccelerationError, VerificationError
-from fxprune.forms import Choices, all_forms, choose, time_forms
+from fxprune.forms import Choices, all_forms, operand_shapes, time_forms
 from fxprune.fused import FusedConv2d
 from fxprune.inference_graph import FormatKeepingGather, fused_graph, with_engines
 from fxprune.measurements import Stopwatch
@@ -78,10 +79,10 @@ def accelerate(
     formats = FORMATS if any(value == 4 for value in _dimensions(inputs)) else {"contiguous": torch.contiguous_format}
     stopwatch = Stopwatch(device, remember)
     choices: dict[str, Choices] = {}
-    count = len(formats) * sum(1 for _ in calls(graph, FusedConv2d))
-    with tqdm(total=count, desc="timing", disable=not progress, leave=False) as bar:
+    shapes = operand_shapes(graph, inputs)
+    with tqdm(total=len(formats) * len(shapes), desc="timing", disable=not progress, leave=False) as bar:
         for name, memory_format in formats.items():
-            choices[name] = time_forms(graph, inputs, memory_format, stopwatch, bar)
+            choices[name] = time_forms(graph, shapes, memory_format, stopwatch, bar)
     stopwatch.save()
 
     graphs = dict(_candidates(graph, inputs, choices))
@@ -104,7 +105,7 @@ def accelerate(
         chosen=chosen,
         seconds={name: timing.fastest for name, timing in timings.items()},
         relative=timings[chosen].relative_to(timings[best_dense]),
-        layers=tuple(choose(choices[memory_format_name], dense=chosen.startswith("dense"))),
+        layers=_layers(choices[memory_format_name], dense=chosen.startswith("dense")),
         gathers=sum(1 for _ in calls(result, FormatKeepingGather)),
         difference=gap,
         notes=skipped,
@@ -153,13 +154,18 @@ def _candidates(
     totals = {name: sum(layer.seconds[layer.chosen] for layer in found.values()) for name, found in choices.items()}
     dense_totals = {name: sum(layer.dense_seconds for layer in found.values()) for name, found in choices.items()}
     for name, found in choices.items():
-        best, dense = list(choose(found, dense=False)), list(choose(found, dense=True))
+        best, dense = _layers(found, dense=False), _layers(found, dense=True)
         if dense_totals[name] <= MARGIN * min(dense_totals.values()):
             engines = _engines(graph, dense, FORMATS[name])
             yield f"dense {name}", with_engines(graph, inputs, engines, FORMATS[name])
         if best != dense and totals[name] <= MARGIN * min(totals.values()):
             engines = _engines(graph, best, FORMATS[name])
             yield f"pruned {name}", with_engines(graph, inputs, engines, FORMATS[name])
+
+
+def _layers(found: Choices, dense: bool) -> tuple[LayerChoice, ...]:
+    """The choices of a whole graph: the fastest form of each convolution, or its fastest dense form."""
+    return tuple(replace(layer, chosen=layer.dense_form) if dense else layer for layer in found.values())
 
 
 def _engines(

@@ -27,9 +27,14 @@ class LayerChoice:
     obstacles: Mapping[str, str]
 
     @property
+    def dense_form(self) -> str:
+        """The fastest dense form."""
+        return min((form for form in self.seconds if form.startswith("dense")), key=self.seconds.__getitem__)
+
+    @property
     def dense_seconds(self) -> float:
         """Time of the fastest dense form."""
-        return min(seconds for form, seconds in self.seconds.items() if form.startswith("dense"))
+        return self.seconds[self.dense_form]
 
 
 @dataclass(frozen=True)

@@ -41,16 +41,15 @@ def all_forms() -> Iterator[Form]:
 
 def time_forms(
     graph: fx.GraphModule,
-    inputs: tuple[Any, ...],
+    operands: Mapping[str, list[torch.Size]],
     memory_format: torch.memory_format,
     stopwatch: Stopwatch,
     bar: "tqdm[Any]",
 ) -> Choices:
-    """Time every form of every fused convolution at the shapes that `inputs` give it, and choose the fastest."""
-    seen = operand_shapes(graph, inputs)
+    """Time every form of every fused convolution at the shapes of its operands, and choose the fastest."""
     found: Choices = {}
     for node, conv in calls(graph, FusedConv2d):
-        shapes = seen[node.name]
+        shapes = operands[node.name]
         forms: dict[str, Form] = {}
         obstacles: dict[str, str] = {}
         for form in all_forms():
@@ -105,11 +104,3 @@ def form_key(form: Form, conv: FusedConv2d, shapes: list[torch.Size], memory_for
         str(conv.weight.dtype), str(memory_format),
     )  # fmt: skip
     return " ".join(map(str, parts))
-
-
-def choose(found: Choices, dense: bool) -> Iterator[LayerChoice]:
-    """The choices of a graph: the fastest form of each convolution, or its fastest dense form."""
-    for layer in found.values():
-        forms = {form: time for form, time in layer.seconds.items() if not dense or form.startswith("dense")}
-        chosen = min(forms, key=forms.__getitem__)
-        yield LayerChoice(layer.name, layer.input_shape, chosen, layer.seconds, layer.obstacles)

@@ -8,20 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from fxprune.acceleration import FORMATS, accelerate, acceleration_report
 from fxprune.engines import ENGINES, Engine
 from fxprune.forms import Form, form_calls, form_key, operand_shapes
 from fxprune.fused import FusedConv2d
+from fxprune.inference_graph import fused_graph
 from fxprune.latency import LatencyOption, LatencyTable, LayerLatency, setting
 from fxprune.measurements import Stopwatch
-from fxprune.passes import FoldBatchNorm, FuseConvs
 from fxprune.rewriting import calls
 from fxprune.shapes import BLOCKS, Shape, choose_shape
 from fxprune.timing import race
-from fxprune.tracing import trace
 
 # What is timed: these ratios, and of a number of groups n also 1 - 1/n, the partition form. More groups than 8 leave
 # few layers that are wide enough to gain.
@@ -52,7 +50,7 @@ def measure_layers(
     """
     network = accelerate(model, inputs, progress=progress)
     dense = acceleration_report(network)
-    graph = _fused(model, inputs)
+    graph, _ = fused_graph(model, inputs)
     shapes = operand_shapes(graph, inputs)
     device, dtype, input_shapes = setting(model, inputs)
     stopwatch = Stopwatch(torch.device(dense.device))
@@ -108,15 +106,6 @@ def _rest_share(network: fx.GraphModule, inputs: tuple[Any, ...], names: Collect
         device=next(iter(outputs.values())).device,
     )
     return min(MOST_REST, timings["rest"].relative_to(timings["network"]))
-
-
-def _fused(model: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
-    """The model in evaluation mode with `FusedConv2d` in place of its convolutions."""
-    gm = copy.deepcopy(trace(model, inputs).module).eval()
-    FoldBatchNorm()(gm)
-    FuseConvs(tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, inputs))(gm)
-    gm.recompile()
-    return gm
 
 
 def _name(node: fx.Node, names: Collection[str]) -> str | None:
