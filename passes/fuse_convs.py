@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
@@ -27,9 +28,11 @@ from fxprune.orders import alignment
 from fxprune.rewriting import Memory, Outcome, Skip, calls, first_reader, new_path, read_by_name
 from fxprune.tracing import is_hooked, meta_values
 
-_ADDS = frozenset(("add", "iadd", "add_", "__add__", "__iadd__", "__radd__"))
-_RELUS = frozenset(("relu", "relu_"))
-_CLAMPS = frozenset(("clamp", "clamp_", "clip", "clip_"))
+# Targets of nodes: functions, and names of methods.
+_ADDS_IN_PLACE = frozenset(("add_", "__iadd__", operator.iadd))
+_ADDS = frozenset(("add", "__add__", "__radd__", operator.add, torch.add)) | _ADDS_IN_PLACE
+_RELUS = frozenset(("relu", "relu_", torch.relu, torch.relu_, F.relu, F.relu_))
+_CLAMPS = frozenset(("clamp", "clamp_", "clip", "clip_", torch.clamp, torch.clamp_, torch.clip, torch.clip_))
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def _why_not(node: fx.Node, conv: nn.Conv2d, values: Mapping[fx.Node, Any], read
         conv.padding == "same" and any(_same_padding(conv, axis) is None for axis in (0, 1))
     ):
         return f"padding {conv.padding_mode}, {conv.padding}: no fused form pads like that"
-    if is_hooked(conv) or hasattr(conv, "parametrizations"):
+    if is_hooked(conv):
         return "it has hooks or a computed weight"
     if reader:
         return f"{reader} reads a parameter of it"
@@ -201,9 +204,7 @@ def _residual(user: fx.Node, value: fx.Node, values: Sequence[Mapping[fx.Node, A
     """What `user` adds to `value`, if it is an addition of two tensors of one type that have one shape in all runs: a
     parameter `(1, C, H, W)` has the shape of a single image, and is broadcast over two.
     """
-    name = str(user.target) if user.op == "call_method" else getattr(user.target, "__name__", "")
-    known = user.op == "call_method" or user.target in (operator.add, operator.iadd, torch.add)
-    if user.op not in ("call_method", "call_function") or name not in _ADDS or not known:
+    if user.op not in ("call_method", "call_function") or user.target not in _ADDS:
         return None
     if len(user.args) != 2 or user.kwargs or not all(isinstance(arg, fx.Node) for arg in user.args):
         return None
@@ -211,7 +212,7 @@ def _residual(user: fx.Node, value: fx.Node, values: Sequence[Mapping[fx.Node, A
     if first is second:
         return None
     other = second if first is value else first
-    if name in ("iadd", "add_", "__iadd__") and first is not value:
+    if user.target in _ADDS_IN_PLACE and first is not value:
         return None  # writes into the other value
     assert isinstance(other, fx.Node)
     if not all(_alike(run.get(value), run.get(other)) for run in values if value in run):
@@ -248,15 +249,13 @@ def _bounds(gm: fx.GraphModule, user: fx.Node) -> tuple[float | None, float | No
         if type(module) in (nn.ReLU6, nn.Hardtanh):
             return float(module.min_val), float(module.max_val)  # type: ignore[arg-type]
         return None
-    name = str(user.target) if user.op == "call_method" else getattr(user.target, "__name__", "")
-    if user.op == "call_function" and getattr(user.target, "__module__", "") not in ("torch", "torch.nn.functional"):
-        if user.target not in (torch.relu, torch.relu_, torch.clamp, torch.clip, torch.clamp_, torch.clip_):
-            return None
-    if name in _RELUS and len(user.args) == 1:
+    if user.op not in ("call_method", "call_function"):
+        return None
+    if user.target in _RELUS and len(user.args) == 1:
         return 0.0, None
-    if name == "relu6" and len(user.args) == 1:
+    if user.target is F.relu6 and len(user.args) == 1:
         return 0.0, 6.0
-    if name in _CLAMPS and not set(user.kwargs) - {"min", "max"}:
+    if user.target in _CLAMPS and not set(user.kwargs) - {"min", "max"}:
         low, high = (*user.args[1:], None, None)[:2]
         low, high = user.kwargs.get("min", low), user.kwargs.get("max", high)
         if isinstance(low, int | float | None) and isinstance(high, int | float | None) and (low, high) != (None, None):
