@@ -53,13 +53,7 @@ class FusedConv2d(nn.Module):
         if index is not None:
             x = gather_channels(x, index)
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        if order is not None:
-            y = gather_channels(y, order)
-        if residual is not None:
-            y += residual
-        if self.minimum is not None or self.maximum is not None:
-            y = torch.clamp_(y, self.minimum, self.maximum)
-        return y
+        return finish(y, order, residual, self.minimum, self.maximum)
 
     def extra_repr(self) -> str:
         parts = [f"{self.channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
@@ -103,3 +97,16 @@ def gather_channels(x: Tensor, index: Tensor) -> Tensor:
     if x.is_contiguous():
         return x.index_select(1, index)
     return x.permute(0, 2, 3, 1).index_select(3, index).permute(0, 3, 1, 2)
+
+
+def finish(
+    y: Tensor, order: Tensor | None, residual: Tensor | None, minimum: float | None, maximum: float | None
+) -> Tensor:
+    """What follows a convolution that does not do it itself: order, residual, bounds. It writes into `y`."""
+    if order is not None:
+        y = gather_channels(y, order)
+    if residual is not None:
+        y += residual
+    if minimum is not None or maximum is not None:
+        y = torch.clamp_(y, minimum, maximum)
+    return y

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.jit import is_scripting  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from fxprune.engines.engine import Engine
-from fxprune.fused import FusedConv2d, gather_channels
+from fxprune.fused import FusedConv2d, finish, gather_channels
 
 
 class OneDnnConv2d(Engine):
@@ -58,17 +58,13 @@ class OneDnnConv2d(Engine):
                 x, residual, self.packed, self.bias, self.padding, self.stride, self.dilation, self.groups,
                 "add", None, "relu" if self.is_relu else None, [], None,
             )  # fmt: skip
-            return y if self.is_relu else self._clamp(y)
+            return y if self.is_relu else finish(y, None, None, self.minimum, self.maximum)
         if residual is None and order is None and (self.is_relu or self.is_bounded):
             return self._activated(x)
         y = torch.ops.mkldnn._convolution_pointwise(
             x, self.packed, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
         )
-        if order is not None:
-            y = gather_channels(y, order)
-        if residual is not None:
-            y += residual
-        return self._clamp(y)
+        return finish(y, order, residual, self.minimum, self.maximum)
 
     def _activated(self, x: Tensor) -> Tensor:
         if self.is_relu or is_scripting():  # TorchScript has no way to write a list of scalars
@@ -76,17 +72,12 @@ class OneDnnConv2d(Engine):
                 x, self.packed, self.bias, self.padding, self.stride, self.dilation, self.groups,
                 "relu" if self.is_relu else "none", [], "",
             )  # fmt: skip
-            return y if self.is_relu else self._clamp(y)
+            return y if self.is_relu else finish(y, None, None, self.minimum, self.maximum)
         bounded: Tensor = torch.ops.mkldnn._convolution_pointwise(
             x, self.packed, self.bias, self.padding, self.stride, self.dilation, self.groups,
             "hardtanh", [self.minimum, self.maximum], "",
         )  # fmt: skip
         return bounded
-
-    def _clamp(self, y: Tensor) -> Tensor:
-        if self.minimum is not None or self.maximum is not None:
-            y = torch.clamp_(y, self.minimum, self.maximum)
-        return y
 
     @torch.jit.unused
     def _pack(self, weight: Tensor) -> Tensor:
