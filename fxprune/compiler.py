@@ -9,9 +9,7 @@ from fxprune.acceleration import ACCELERATION, accelerate, acceleration_report
 from fxprune.calibration import Calibration
 from fxprune.channels import ChannelAnalysis, analyze_channels
 from fxprune.criteria import Criterion, ScoreFunction
-from fxprune.errors import (
-    FxpruneError,
-)
+from fxprune.errors import FxpruneError
 from fxprune.latency import LatencyTable
 from fxprune.layer_times import measure_layers
 from fxprune.plan_making import check_target, group_counts, plan_for
@@ -237,7 +235,7 @@ def measure_latency(
     """
     data = Subject(model, example_inputs, None)
     target = target or next((p.device.type for p in model.parameters()), "cpu")
-    counts = group_counts(model, data.trace, groups, target, ignore)
+    counts = group_counts(model, data, groups, target, ignore)
     check_target(model, target, example_inputs, None)
     return measure_layers(model, as_inputs(example_inputs), counts, progress=progress)
 

@@ -8,10 +8,7 @@ from torch import nn
 
 from fxprune.acceleration import accelerate, acceleration_report
 from fxprune.calibration import Calibration, survey
-from fxprune.errors import (
-    AccelerationError,
-    PlanError,
-)
+from fxprune.errors import AccelerationError, PlanError
 from fxprune.latency import LatencyOption, LatencyTable, as_patterns, check_latency, damages, meet
 from fxprune.layer_times import GROUP_COUNTS, measure_layers
 from fxprune.planning import PUBLISHED, Planner, match_patterns, resolve_block, resolve_sharing
@@ -21,7 +18,7 @@ from fxprune.shapes import TARGETS, Groups
 from fxprune.sharing import common_writers
 from fxprune.steps import mask, rewrite
 from fxprune.subject import Subject, find_obstacles
-from fxprune.tracing import Inputs, Trace, as_inputs
+from fxprune.tracing import Inputs, as_inputs
 
 
 def plan_for(
@@ -136,7 +133,7 @@ def _for_latency(
     check_latency(latency)
     if target is None:
         raise PlanError(f"latency={latency:.4g} needs the device to be fast on; pass target='cpu' or target='cuda'")
-    counts = group_counts(model, data.trace, groups, target, ignore)
+    counts = group_counts(model, data, groups, target, ignore)
     check_target(model, target, data.example_inputs, None)
     assert data.example_inputs is not None
     inputs = as_inputs(data.example_inputs)
@@ -157,15 +154,13 @@ def _for_latency(
 
 def group_counts(
     model: nn.Module,
-    traced: Trace,
+    data: Subject,
     groups: Groups | Mapping[str, Groups],
     target: str,
     ignore: str | Iterable[str],
 ) -> dict[str, tuple[int, ...]]:
     """The numbers of groups to time for each convolution that can be pruned."""
-    planner = Planner(
-        model, groups=groups, form="overlap", ignore=ignore, obstacles=find_obstacles(model, traced), target=target
-    )
+    planner = data.overlap_planner(model, groups, target, ignore)
     convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     wanted = match_patterns("groups", groups, convs) if isinstance(groups, Mapping) else dict.fromkeys(convs, groups)
     counts = ((name, wanted.get(name, "auto")) for name in planner.shapes)

@@ -12,10 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.acceleration import ACCELERATION
 from fxprune.calibration import FITS, Calibration
-from fxprune.errors import (
-    FxpruneError,
-    NothingRewrittenWarning,
-)
+from fxprune.errors import FxpruneError, NothingRewrittenWarning
 from fxprune.pipeline import default_pipeline, run
 from fxprune.plans import PrunePlan
 from fxprune.report import Report, layer_costs, make_report

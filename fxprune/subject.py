@@ -8,10 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct
-from fxprune.errors import (
-    CalibrationError,
-    TraceError,
-)
+from fxprune.errors import CalibrationError, TraceError
 from fxprune.planning import Planner
 from fxprune.plans import GroupedKernels
 from fxprune.report import layer_costs
@@ -39,6 +36,17 @@ class Subject:
                 raise CalibrationError(f"calibration batch 0 does not fit the model: {error}") from error
             raise
 
+    def overlap_planner(
+        self,
+        model: nn.Module,
+        groups: Groups | Mapping[str, Groups],
+        target: str | None,
+        ignore: str | Iterable[str],
+    ) -> Planner:
+        """A planner whose shapes are those of all convolutions that can be pruned, in the form that any ratio has."""
+        obstacles = find_obstacles(model, self.trace)
+        return Planner(model, groups=groups, form="overlap", ignore=ignore, obstacles=obstacles, target=target)
+
     def sensitivity(
         self,
         model: nn.Module,
@@ -50,8 +58,7 @@ class Subject:
         progress: bool,
     ) -> Sensitivity:
         """The sensitivity of all convolutions that can be pruned, from `table` if there is one."""
-        obstacles = find_obstacles(model, self.trace)
-        planner = Planner(model, groups=groups, form="overlap", ignore=ignore, obstacles=obstacles, target=target)
+        planner = self.overlap_planner(model, groups, target, ignore)
         shapes = {name: shape.groups for name, shape in planner.shapes.items()}
         if table is not None:
             return table.among(model, shapes)
