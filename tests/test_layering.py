@@ -26,7 +26,7 @@ ORDER = (
     ("channels.operators",),
     ("channels.analysis",),
     ("channels",),
-    ("plans",),
+    ("plans", "units"),
     ("eligibility", "methods.clustering", "snapshots"),
     ("methods.cocluster", "methods.kernel_selection", "methods.same_size_dbscan"),
     ("methods.equal_clusters", "methods.reconstruction", "methods.srgkp"),
