@@ -1,6 +1,8 @@
 """Labelled images for the benchmarks: CIFAR-10 sheets, and folders of photos named by their class."""
 
 import functools
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxprune.errors import FxpruneError
+
+
+class DataError(FxpruneError):
+    """Images or their labels are damaged, or do not fit together."""
+
 
 @dataclass(frozen=True)
 class Normalization:
-    """Mean and standard deviation of each colour channel, of pixels in [0, 1]."""
+    """Mean and standard deviation of each of C colour channels, of pixels in [0, 1]."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Normalize `(N, 3, H, W)` pixels in [0, 1]."""
-        shape = (1, 3, 1, 1)
+        """Normalize `(N, C, H, W)` pixels in [0, 1]."""
+        shape = (1, -1, 1, 1)
         return (pixels - torch.tensor(self.mean).reshape(shape)) / torch.tensor(self.std).reshape(shape)
 
 
@@ -63,6 +71,7 @@ def open_images(source: str) -> Images:
     Raises:
         ValueError: another kind of source, or a folder without images.
         FileNotFoundError: the folder or one of its files is absent.
+        DataError: a file is damaged, or does not fit the others; some are only noticed when images are read.
     """
     kind, folder = _parse(source)
     return READERS[kind](folder)
@@ -106,8 +115,8 @@ def cifar10_test(folder: Path) -> Images:
 
     The folder holds `cifar10_test_00.webp`, one sheet, and `labels.npz` with `y_test`.
     """
-    images = _sheet(folder / "cifar10_test_00.webp")
-    labels = _labels(folder, "y_test")
+    images = read_sheet(folder / "cifar10_test_00.webp")
+    labels = read_labels(folder, "y_test", SHEET)
     return Images(SHEET, lambda chosen: (images[list(chosen)].float() / 255, labels[list(chosen)]))
 
 
@@ -117,11 +126,9 @@ def cifar10_train(folder: Path) -> Images:
     The folder holds the sheets `cifar10_train_00.webp` and on, or the first few of them, and `labels.npz` with
     `y_train`.
     """
-    sheets = sorted(folder.glob("cifar10_train_[0-9][0-9].webp"))
-    if not sheets:
-        raise FileNotFoundError(f"{folder}: has no cifar10_train_00.webp")
-    labels = _labels(folder, "y_train")
-    decode = functools.lru_cache(maxsize=1)(_sheet)
+    sheets = training_sheets(folder)
+    labels = read_labels(folder, "y_train", SHEET * len(sheets))
+    decode = functools.lru_cache(maxsize=1)(read_sheet)
 
     def read(chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
         index = torch.tensor(chosen)
@@ -134,19 +141,68 @@ def cifar10_train(folder: Path) -> Images:
     return Images(SHEET * len(sheets), read)
 
 
-def _sheet(path: Path) -> Tensor:
-    """The images of a sheet, `(5000, 3, 32, 32)` uint8."""
+def training_sheets(folder: Path) -> list[Path]:
+    """Files of the training images of CIFAR-10, `cifar10_train_00.webp` and on.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DataError: one in between is missing, so that the labels would belong to other images.
+    """
+    sheets = sorted(folder.glob("cifar10_train_[0-9][0-9].webp"))
+    if not sheets:
+        raise FileNotFoundError(f"{folder}: has no cifar10_train_00.webp")
+    for number, sheet in enumerate(sheets):
+        if sheet.stem != f"cifar10_train_{number:02d}":
+            missing = f"cifar10_train_{number:02d}.webp"
+            raise DataError(f"{folder}: has {sheet.name} but no {missing}; add it, or remove those that follow it")
+    return sheets
+
+
+def read_sheet(path: Path) -> Tensor:
+    """The images of a sheet, `(5000, 3, 32, 32)` uint8.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DataError: it is damaged, or of another size.
+    """
     from PIL import Image
 
-    with Image.open(path) as sheet:
-        pixels = np.asarray(sheet.convert("RGB"))
+    try:
+        with Image.open(path) as sheet:
+            pixels = np.asarray(sheet.convert("RGB"))
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises depends on where a file ends
+        raise DataError(f"{path}: cannot be read as an image ({error}); replace it") from error
+    if pixels.shape != (1600, 3200, 3):
+        height, width, _ = pixels.shape
+        raise DataError(f"{path}: has {width}x{height} pixels; a sheet of {SHEET} images has 3200x1600; replace it")
     # (row, y, column, x, colour) -> (row, column, colour, y, x)
     return torch.tensor(pixels.reshape(50, 32, 100, 32, 3).transpose(0, 2, 4, 1, 3).reshape(SHEET, 3, 32, 32))
 
 
-def _labels(folder: Path, name: str) -> Tensor:
-    with np.load(folder / "labels.npz") as arrays:
-        return torch.tensor(arrays[name].astype(np.int64))
+def read_labels(folder: Path, name: str, count: int) -> Tensor:
+    """The first `count` labels of the array `name` in `labels.npz`, int64.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DataError: it is damaged, or has no such array, too few labels or ones that are no CIFAR-10 class.
+    """
+    path = folder / "labels.npz"
+    try:
+        with np.load(path) as arrays:
+            labels = torch.tensor(arrays[name].astype(np.int64))
+    except FileNotFoundError:
+        raise
+    except KeyError:
+        raise DataError(f"{path}: has no array {name}; replace it") from None
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read as arrays of labels ({error}); replace it") from error
+    if labels.ndim != 1 or len(labels) < count:
+        raise DataError(f"{path}: {name} has shape {tuple(labels.shape)}; {count} labels are needed; replace it")
+    if labels.min() < 0 or labels.max() > 9:
+        raise DataError(f"{path}: {name} has labels from {labels.min()} to {labels.max()}; CIFAR-10 has 0 to 9")
+    return labels[:count]
 
 
 def photos(folder: Path) -> Images:

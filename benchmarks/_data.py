@@ -1,0 +1,272 @@
+"""Training data: what is trained on, what chooses between epochs, and what is only looked at in the end.
+
+    data = open_data("cifar10:DIR", validation=5000, seed=0)
+    for epoch in range(epochs):
+        for positions in data.order(epoch).tensor_split(data.train_count // 64):
+            inputs, labels = data.training_batch(positions, epoch)
+
+Everything random is a function of the seed, the epoch and the image alone.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from benchmarks._augmentation import ORDER, VARIATION, generator, shift_and_flip
+from benchmarks._folders import open_photos
+from benchmarks._images import (
+    CIFAR10,
+    IMAGENET,
+    SHEET,
+    DataError,
+    Normalization,
+    read_labels,
+    read_sheet,
+    training_sheets,
+)
+
+SPLIT_SEED = 0
+"""Of the images that are split off. It is the same for every run: a network that one seed has trained and another
+fine-tunes has then never seen the images that choose its best epoch."""
+DIGITS_TEST = 360
+"""Test images of the digits, a fifth; they come without a split of their own."""
+DIGITS = Normalization((0.305,), (0.376,))
+"""Of the pixels of the digits that are not tested with."""
+
+
+class Pictures(Protocol):
+    """Labelled pictures of one size."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Int64 `(N,)`, from 0 to `classes - 1`."""
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+
+    def read(self, chosen: Tensor) -> Tensor:
+        """Those of the indices `chosen`, int64 `(B,)`, as float32 `(B, C, H, W)` in [0, 1]."""
+
+    def read_varied(self, chosen: Tensor, seed: int, epoch: int) -> Tensor:
+        """The same, varied at random; how is a function of seed, epoch and index."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images in three parts: to train with, to validate with, and to test with.
+
+    Attributes:
+        name: `"cifar10"`, `"digits"` or `"folder"`.
+        normalize: what the pixels go through last.
+        pictures: those of the first two parts.
+        training: indices of `pictures` to train with, int64 `(train_count,)`. A *position* is one in this list.
+        validation: indices of `pictures` to validate with, int64 `(validation_count,)`.
+        test: pictures to test with.
+        seed: of order and augmentation.
+        augment: whether images to train with are varied at random.
+    """
+
+    name: str
+    normalize: Normalization
+    pictures: Pictures
+    training: Tensor
+    validation: Tensor
+    test: Pictures
+    seed: int
+    augment: bool
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        return self.pictures.classes
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.pictures.shape
+
+    @property
+    def train_count(self) -> int:
+        """How many images there are to train with."""
+        return len(self.training)
+
+    @property
+    def validation_count(self) -> int:
+        """How many images there are to validate with."""
+        return len(self.validation)
+
+    @property
+    def test_count(self) -> int:
+        """How many images there are to test with."""
+        return len(self.test.labels)
+
+    def order(self, epoch: int) -> Tensor:
+        """The shuffled positions of an epoch, int64 `(train_count,)`, each once."""
+        return torch.randperm(self.train_count, generator=generator(self.seed, ORDER, epoch))
+
+    def training_batch(self, positions: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """The images to train with at these positions, varied as they are in this epoch.
+
+        Returns:
+            Normalized float32 `(B, C, H, W)`, and labels, int64 `(B,)`.
+
+        Raises:
+            DataError: an image is damaged.
+        """
+        if not self.augment:
+            return self.plain_batch(positions)
+        chosen = self.training[positions]
+        pixels = self.pictures.read_varied(chosen, self.seed, epoch)
+        return self.normalize(pixels), self.pictures.labels[chosen]
+
+    def plain_batch(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The same as they are, as to calibrate with."""
+        return self._plain(self.pictures, self.training[positions])
+
+    def validation_batches(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all images to validate with and their labels, as `training_batch` gives them but not varied."""
+        return self._plain_batches(self.pictures, self.validation, batch)
+
+    def test_batches(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all images to test with and their labels, not varied."""
+        return self._plain_batches(self.test, torch.arange(self.test_count), batch)
+
+    def _plain_batches(self, pictures: Pictures, indices: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(indices), batch):
+            yield self._plain(pictures, indices[start : start + batch])
+
+    def _plain(self, pictures: Pictures, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        return self.normalize(pictures.read(chosen)), pictures.labels[chosen]
+
+
+def open_data(
+    source: str, *, validation: int, seed: int = 0, augment: bool = True, normalize: Normalization | None = None
+) -> Data:
+    """Open training data.
+
+    Args:
+        source: `cifar10:DIR`, sheets and labels as `benchmarks._images` reads them; images are moved by up to 4 pixels
+            and mirrored. `digits`, the 8x8 digits of scikit-learn; moved by up to 1 pixel. `folder:DIR`, photos in
+            `train/CLASS/` and in `test/CLASS/` or, where there is no `test`, in `val/CLASS/`; cropped, resized and
+            mirrored. They are brought to 224x224 pixels, or as many as in `folder:DIR?size=96`.
+        validation: how many of the images to train with are held back to choose by, equally of each class, the same
+            for every seed.
+        seed: of order and augmentation, from 0.
+        augment: whether images to train with are varied at random.
+        normalize: how the network in question wants its inputs; None for the statistics of the source (of ImageNet
+            for a folder).
+
+    Raises:
+        DataError: another kind of source, or a damaged one, see `benchmarks._images` and `benchmarks._folders`; or it
+            cannot be split like this.
+        FileNotFoundError: a file of the source is absent.
+    """
+    if seed < 0:
+        raise DataError(f"seed {seed}: must not be negative")
+    kind, _, place = source.partition(":")
+    pictures: Pictures
+    test: Pictures
+    if source == "digits":
+        pictures, test, usual = *_digits(), DIGITS
+    elif kind == "cifar10" and place:
+        pictures, test, usual = *_cifar10(Path(place)), CIFAR10
+    elif kind == "folder" and (match := re.fullmatch(r"(.+?)(?:\?size=([1-9]\d*))?", place)):
+        pictures, test, usual = *open_photos(Path(match[1]), int(match[2] or 224)), IMAGENET
+    else:
+        raise DataError(f"{source!r}: must be cifar10:DIR, digits, folder:DIR or folder:DIR?size=PIXELS")
+    training, held_back = _split(pictures.labels, validation, f"{kind}: {validation} images to validate with")
+    return Data(kind, normalize or usual, pictures, training, held_back, test, seed, augment)
+
+
+def _split(labels: Tensor, count: int, what: str) -> tuple[Tensor, Tensor]:
+    """Sorted indices of all but `count` images, and of these; both have the same shares of the classes."""
+    from sklearn.model_selection import train_test_split
+
+    every = torch.arange(len(labels))
+    if count == 0:
+        return every, every[:0]
+    try:
+        parts = train_test_split(every.numpy(), test_size=count, random_state=SPLIT_SEED, stratify=labels.numpy())
+    except ValueError as error:  # a class would have no image in one of the parts
+        raise DataError(f"{what} of {len(labels)}: {error}; ask for another number, or for 0") from error
+    rest, drawn = (torch.from_numpy(part).sort().values for part in parts)
+    return rest, drawn
+
+
+@dataclass(frozen=True)
+class Held:
+    """Pictures held in memory.
+
+    Attributes:
+        pixels: uint8 `(N, C, H, W)`.
+        labels: int64 `(N,)`.
+        classes: how many there are.
+        white: the largest pixel.
+        shift: largest number of pixels by which a varied picture is moved; zeros move in.
+        flip: whether every other varied picture is mirrored.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    classes: int
+    white: int
+    shift: int
+    flip: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        channels, height, width = self.pixels.shape[1:]
+        return channels, height, width
+
+    def read(self, chosen: Tensor) -> Tensor:
+        """Those of the indices `chosen`, int64 `(B,)`, as float32 `(B, C, H, W)` in [0, 1]."""
+        return self.pixels[chosen].float() / self.white
+
+    def read_varied(self, chosen: Tensor, seed: int, epoch: int) -> Tensor:
+        """The same, moved and mirrored at random: He et al. 2016, Deep Residual Learning, section 4.2."""
+        corners, flips = _draw(len(self.labels), self.shift, seed, epoch)
+        flips = flips[chosen] & self.flip
+        return shift_and_flip(self.pixels[chosen], corners[chosen], flips, self.shift).float() / self.white
+
+
+@lru_cache(maxsize=2)
+def _draw(count: int, shift: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+    """Corners and flips of all pictures of an epoch, for `shift_and_flip`."""
+    draw = generator(seed, VARIATION, epoch)
+    corners = torch.randint(0, 2 * shift + 1, (count, 2), generator=draw)
+    return corners, torch.rand(count, generator=draw) < 0.5
+
+
+def _cifar10(folder: Path) -> tuple[Held, Held]:
+    sheets = training_sheets(folder)
+    pixels = torch.empty(SHEET * len(sheets), 3, 32, 32, dtype=torch.uint8)
+    for number, sheet in enumerate(sheets):
+        pixels[SHEET * number : SHEET * (number + 1)] = read_sheet(sheet)
+    test = read_sheet(folder / "cifar10_test_00.webp")
+    return (
+        Held(pixels, read_labels(folder, "y_train", len(pixels)), 10, white=255, shift=4, flip=True),
+        Held(test, read_labels(folder, "y_test", len(test)), 10, white=255, shift=4, flip=True),
+    )
+
+
+def _digits() -> tuple[Held, Held]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels, labels = torch.tensor(digits.images).byte().unsqueeze(1), torch.tensor(digits.target)
+    rest, test = _split(labels, DIGITS_TEST, "digits: test images")
+    parts = (Held(pixels[part], labels[part], 10, white=16, shift=1, flip=False) for part in (rest, test))
+    training, held_out = parts
+    return training, held_out
