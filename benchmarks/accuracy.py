@@ -96,11 +96,11 @@ class Pruning:
         return f"planning {self.seconds['plan']:.1f} s, masking {self.seconds['mask']:.1f} s, peak memory {peak}"
 
 
-def build(name: str, weights: Path | None) -> tuple[nn.Module, Normalization]:
+def build(name: str, weights: Path | None, seed: int = 0) -> tuple[nn.Module, Normalization]:
     """Return a model by name, CIFAR-10 or any that `fxprune compile` knows, and how its inputs are normalized."""
     if name in CIFAR_MODELS:
-        return load_model(f"benchmarks._cifar:{name}", weights), CIFAR_MODELS[name]
-    return load_model(name, weights), IMAGENET
+        return load_model(f"benchmarks._cifar:{name}", weights, seed), CIFAR_MODELS[name]
+    return load_model(name, weights, seed), IMAGENET
 
 
 def prune(
