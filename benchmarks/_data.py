@@ -2,7 +2,7 @@
 
     data = open_data("cifar10:DIR", validation=5000, seed=0)
     for epoch in range(epochs):
-        for positions in data.order(epoch).tensor_split(data.train_count // 64):
+        for positions in data.order(epoch).split(64):
             inputs, labels = data.training_batch(positions, epoch)
 
 Everything random is a function of the seed, the epoch and the image alone.
@@ -251,13 +251,14 @@ def _draw(count: int, shift: int, seed: int, epoch: int) -> tuple[Tensor, Tensor
 
 def _cifar10(folder: Path) -> tuple[Held, Held]:
     sheets = training_sheets(folder)
+    labels, test_labels = read_labels(folder, "y_train", SHEET * len(sheets)), read_labels(folder, "y_test", SHEET)
     pixels = torch.empty(SHEET * len(sheets), 3, 32, 32, dtype=torch.uint8)
     for number, sheet in enumerate(sheets):
         pixels[SHEET * number : SHEET * (number + 1)] = read_sheet(sheet)
     test = read_sheet(folder / "cifar10_test_00.webp")
     return (
-        Held(pixels, read_labels(folder, "y_train", len(pixels)), 10, white=255, shift=4, flip=True),
-        Held(test, read_labels(folder, "y_test", len(test)), 10, white=255, shift=4, flip=True),
+        Held(pixels, labels, 10, white=255, shift=4, flip=True),
+        Held(test, test_labels, 10, white=255, shift=4, flip=True),
     )
 
 

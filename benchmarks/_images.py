@@ -190,7 +190,7 @@ def read_labels(folder: Path, name: str, count: int) -> Tensor:
     """
     path = folder / "labels.npz"
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:  # given a path, numpy leaves a damaged file open
             labels = torch.tensor(arrays[name].astype(np.int64))
     except FileNotFoundError:
         raise
