@@ -29,8 +29,10 @@ from fxprune.layers import ChannelGather
 from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.report import Report
 from fxprune.sensitivity import Sensitivity
+from fxprune.sparsification import Sparsifier, hold, sparsify
 from fxprune.steps import mask, rewrite
 from fxprune.storage import load, save
+from fxprune.tickets import random_ticket, rewind
 from fxprune.verification import Verification, verify
 
 __version__ = "0.1.0"
@@ -51,6 +53,7 @@ __all__ = [
     "PrunePlan",
     "Report",
     "Sensitivity",
+    "Sparsifier",
     "StorageError",
     "TraceError",
     "Verification",
@@ -59,13 +62,17 @@ __all__ = [
     "acceleration_report",
     "analyze",
     "compile",
+    "hold",
     "load",
     "make_plan",
     "mask",
     "measure_latency",
     "measure_sensitivity",
+    "random_ticket",
     "report",
+    "rewind",
     "rewrite",
     "save",
+    "sparsify",
     "verify",
 ]

@@ -16,6 +16,9 @@ ours; Zhu & Gupta (see `Agp`) stop before the end too, how early differs between
 STEEPEST = 30
 """Beyond this the ends of the logistic curve are so flat that their differences are lost to rounding."""
 
+ROUNDING = 1e-9
+"""A moment this little before a step of `Iterative`, in steps, is that of the step."""
+
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
@@ -33,8 +36,8 @@ class Schedule(ABC):
     Raises:
         PlanError: a field has no legal value.
 
-    >>> schedule = Agp(start=0.2, end=0.8)
-    >>> [schedule(progress) for progress in (0.1, 0.2, 0.5, 0.8, 1.0)]
+    >>> schedule = Agp(start=0.25, end=0.75)
+    >>> [schedule(progress) for progress in (0.1, 0.25, 0.5, 0.75, 1.0)]
     [0.0, 0.0, 0.875, 1.0, 1.0]
     """
 
@@ -115,7 +118,7 @@ class Iterative(Schedule):
 
     def shape(self, elapsed: float) -> float:
         """Steps up."""
-        return (math.floor(elapsed * self.steps) + 1) / self.steps
+        return (math.floor(elapsed * self.steps + ROUNDING) + 1) / self.steps
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def load_snapshots(snapshots: Iterable[Snapshot], model: nn.Module) -> tuple[Map
         if isinstance(module, nn.Conv2d) and (key := f"{name}.weight" if name else "weight") in names
     }
     loaded = tuple(
-        _checked(f"snapshot {index}{_path_of(snapshot)}", _state_of(index, snapshot), convs, names)
+        _checked(f"snapshot {index}{_path_of(snapshot)}", state_of(f"snapshot {index}", snapshot), convs, names)
         for index, snapshot in enumerate(snapshots)
     )
     if not loaded:
@@ -55,18 +55,27 @@ def _path_of(snapshot: Snapshot) -> str:
     return f" ({os.fspath(snapshot)})" if isinstance(snapshot, str | os.PathLike) else ""
 
 
-def _state_of(index: int, snapshot: Snapshot) -> dict[str, Tensor]:
+def state_of(what: str, snapshot: Snapshot) -> dict[str, Tensor]:
+    """The state dict that a snapshot holds, whole and as it came.
+
+    Args:
+        what: as errors are to call it.
+        snapshot: a state dict, a module, or the path of a file, see `load_snapshots`.
+
+    Raises:
+        PlanError: it cannot be read, or holds no state dict.
+    """
     if isinstance(snapshot, nn.Module):
         return dict(snapshot.state_dict())
     if isinstance(snapshot, str | os.PathLike):
         try:
             return read_state_dict(Path(snapshot))
         except StorageError as error:
-            raise PlanError(f"snapshot {index}: {error}") from error
+            raise PlanError(f"{what}: {error}") from error
     state = unwrap(snapshot)
     if state is None:
         raise PlanError(
-            f"snapshot {index} is a {type(snapshot).__name__} that holds no state dict; pass model.state_dict(), a "
+            f"{what} is a {type(snapshot).__name__} that holds no state dict; pass model.state_dict(), a "
             "module, or the path of a file with a state dict"
         )
     return state

@@ -1,0 +1,100 @@
+"""Plans on the way to another plan: the same groups of filters, which lose their input channels little by little.
+
+A grouped convolution has one number of groups, and equally many channels in each. So both the number and the filters of
+the groups are those of the plan at the target, and only the kept channels shrink: from the channels that a group still
+has it keeps the most important ones, by the weights of that moment. Kept sets are nested in time.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import numpy as np
+from torch import nn
+
+from fxprune.criteria import Evidence, kernel_scores, resolve
+from fxprune.methods.clustering import Matrix
+from fxprune.methods.cocluster import choose_channels, in_blocks
+from fxprune.plans import GroupedKernels, PrunePlan
+from fxprune.shapes import kept_channels
+from fxprune.snapshots import Snapshot, load_snapshots
+from fxprune.variety import Variety, cosine_similarity, vary
+
+
+def narrow(
+    model: nn.Module,
+    target: PrunePlan,
+    before: PrunePlan,
+    share: float,
+    *,
+    criterion: object = None,
+    variety: object = None,
+    snapshots: Iterable[Snapshot] | None = None,
+    seed: int = 0,
+) -> PrunePlan:
+    """The plan at a share of the target's sparsity that keeps nothing which `before` drops.
+
+    Args:
+        model: the model as it is now, pruned by `before`. It is only read.
+        target: where this leads, in overlap form.
+        before: an earlier plan towards the same target; layers that it does not name are still dense.
+        share: in `[0, 1]`. A layer of `C` channels keeps `(1 - share * ratio) * C` in each group, rounded as
+            `fxprune.shapes.kept_channels` does, never more than before.
+        criterion: see `fxprune.make_plan`, as for the others.
+        variety: the similarity is the cosine of the weights.
+        snapshots: for criteria that need an earlier state.
+        seed: of random scores.
+
+    Raises:
+        PlanError: a weight has no finite values, or the criterion gives no legal scores.
+    """
+    earlier = None if snapshots is None else load_snapshots(snapshots, model)[0]
+    name_of_criterion, score = resolve("l2" if criterion is None else criterion, Evidence(model, earlier, None, seed))
+    rule = Variety.parse(variety)
+    layers: dict[str, GroupedKernels] = {}
+    skipped = dict(target.skipped)
+    for name, last in target.layers.items():
+        ratio = last.asked_ratio * share
+        now = before.layers.get(name) or _dense(last)
+        wanted = last.kept_channels if share >= 1 else kept_channels(last.in_channels, ratio, last.block)
+        kept = min(now.kept_channels, max(wanted, last.kept_channels))
+        if kept == last.in_channels:
+            skipped[name] = f"ratio {ratio:.4g} removes none of {kept} channels yet"
+        elif kept == now.kept_channels:
+            layers[name] = replace(now, asked_ratio=ratio)
+        else:
+            conv = model.get_submodule(name)
+            assert isinstance(conv, nn.Conv2d)
+            scores = kernel_scores(name, conv, score, name_of_criterion)
+            layers[name] = replace(_narrowed(conv, now, kept, scores, rule), asked_ratio=ratio)
+    asked = target.ratio
+    reached = (
+        {pattern: value * share for pattern, value in asked.items()} if isinstance(asked, Mapping) else asked * share
+    )
+    notes = {name: note for name, note in target.notes.items() if name in layers}
+    return replace(target, layers=layers, skipped=skipped, ratio=reached, notes=notes)
+
+
+def _dense(last: GroupedKernels) -> GroupedKernels:
+    """The same groups of filters, which keep all channels."""
+    return replace(last, kept=(tuple(range(last.in_channels)),) * last.groups, block_cost=None)
+
+
+def _narrowed(
+    conv: nn.Conv2d, now: GroupedKernels, kept: int, scores: Matrix, variety: Variety | None
+) -> GroupedKernels:
+    """Keep the `kept` most important of the channels that each group has."""
+    groups = np.array(now.out_order).reshape(now.groups, -1)  # (n, d)
+    channels = np.array(now.kept)  # (n, k), ascending: whole blocks side by side
+    totals = in_blocks(np.take_along_axis(scores[groups].sum(1), channels, axis=1), now.block)  # (n, k / block)
+    redundancy = None
+    if variety is not None:
+        weight = conv.weight.detach().double().cpu().numpy().swapaxes(0, 1)  # (C, O, kh, kw)
+        kernels = np.stack(
+            [weight[np.ix_(mine, members)] for mine, members in zip(channels, groups, strict=True)]
+        )  # (n, k, d, kh, kw)
+        similarity = cosine_similarity(kernels.reshape(*totals.shape, -1))  # a block as a channel of many taps
+        totals, found = vary(totals, kept // now.block, similarity, variety)
+        redundancy = found.share
+    chosen = choose_channels(totals, kept // now.block, "overlap").repeat(now.block, axis=1)  # (n, k)
+    left = channels[chosen].reshape(now.groups, kept)
+    return replace(now, kept=tuple(tuple(map(int, row)) for row in left), redundancy=redundancy)
