@@ -1,7 +1,10 @@
-"""The CIFAR-10 residual networks of the accuracy benchmark.
+"""Networks for CIFAR-10: narrow residual ones, and two wide ones.
 
-Architecture: He et al., Deep Residual Learning for Image Recognition (2016), section 4.2, with shortcut option A: where
-the size halves, every second pixel is taken and the new channels are zero. Published weights differ in where those go.
+ResNet-20, 32, 56: He et al., Deep Residual Learning for Image Recognition (2016), section 4.2, with shortcut option A:
+where the size halves, every second pixel is taken and the new channels are zero. Published weights differ in where
+those go.
+
+VGG-16 and ResNet-18 are ImageNet networks in the form in which papers on pruning train them on CIFAR-10.
 """
 
 from functools import partial
@@ -62,6 +65,46 @@ def _stage(blocks: int, in_channels: int, out_channels: int, stride: int, zeros:
     return nn.Sequential(first, *(CifarBlock(out_channels, out_channels, 1, zeros) for _ in range(blocks - 1)))
 
 
+class CifarVGG16(nn.Module):
+    """VGG-16 for `(N, 3, 32, 32)` images; returns logits `(N, 10)`.
+
+    The 13 convolutions of Simonyan & Zisserman (2015), table 1 D, each with BatchNorm in place of a bias, and one
+    linear layer. Li et al., Pruning Filters for Efficient ConvNets (2017), section 4.1, have a second linear layer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for width, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+            for _ in range(depth):
+                conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+                layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+                channels = width
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.features(x).flatten(1))
+        return logits
+
+
+def cifar_resnet18() -> nn.Module:
+    """ResNet-18 for `(N, 3, 32, 32)` images; returns logits `(N, 10)`.
+
+    That of torchvision, but the first convolution is 3x3 of stride 1 and nothing is pooled behind it.
+    """
+    from torchvision.models import resnet18
+
+    model: nn.Module = resnet18(num_classes=10)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as all others there
+    model.maxpool = nn.Identity()
+    return model
+
+
+cifar_vgg16 = CifarVGG16
 resnet20 = partial(CifarResNet, 20)
 resnet32 = partial(CifarResNet, 32)
 resnet56 = partial(CifarResNet, 56)

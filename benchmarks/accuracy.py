@@ -31,10 +31,12 @@ from fxprune.models import load_model
 from fxprune.planning import match_patterns
 
 CIFAR_MODELS = {
-    "resnet20": IMAGENET,  # these three were trained with the statistics of ImageNet
+    "resnet20": IMAGENET,  # these three have published weights, trained with the statistics of ImageNet
     "resnet32": IMAGENET,
     "resnet56": IMAGENET,
     "resnet20_zeros_after": CIFAR10,
+    "cifar_vgg16": CIFAR10,
+    "cifar_resnet18": CIFAR10,
 }
 
 

@@ -16,6 +16,7 @@ import fxprune
 from benchmarks import _cifar, accuracy, compile_time, planning
 from benchmarks._environment import environment
 from benchmarks._images import CIFAR10, IMAGENET, Images, Normalization, open_disjoint, open_images
+from benchmarks._rivals import count_macs
 from fxprune.snapshots import Snapshot
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +87,17 @@ def test_cifar_networks_have_the_published_sizes(depth: int) -> None:
     model = _cifar.CifarResNet(depth)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions[depth]
     assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name,millions,macs", [("cifar_vgg16", 14.72, 313), ("cifar_resnet18", 11.17, 555)])
+def test_wide_cifar_networks_have_the_usual_sizes(name: str, millions: float, macs: int) -> None:
+    # Li et al. 2017, table 1: 1.5e7 parameters and 3.13e8 MACs; ResNet-18: 11.17 million, 0.56e9 MACs
+    model, normalize = accuracy.build(name, None)
+    x = torch.randn(2, 3, 32, 32)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
+    assert round(count_macs(model.eval(), x) / 1e6) == macs
+    assert model(x).shape == (2, 10)
+    assert normalize is CIFAR10
 
 
 @pytest.mark.parametrize("depth", [2, 18, 21])
