@@ -18,6 +18,7 @@ of `fxprune.criteria` over its filters and their input channels. What that sum i
   the extremes from layers with few input channels; `random_units` has no such preference.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -32,7 +33,7 @@ from fxprune.errors import PlanError
 from fxprune.methods import Labels, Matrix
 from fxprune.planning import match_patterns
 from fxprune.plans import freeze_ratio
-from fxprune.sensitivity import TOLERANCE, Cost, check_share
+from fxprune.sensitivity import ENOUGH, TOLERANCE, Cost, check_share
 from fxprune.shapes import kept_channels
 from fxprune.units import STAYS, ChannelUnits, Chosen, Units
 from fxprune.variety import Array, Redundancy, Variety, cosine_similarity, vary
@@ -315,33 +316,39 @@ def _within(units: ChannelUnits, steps: _Steps, gone: Chosen, cost: Cost, share:
     while low < high:  # the longest beginning that costs the target or more
         count = (low + high + 1) // 2
         low, high = (count, high) if costs.of(steps.beginning(count)) >= target else (low, count - 1)
+    # From there on the next step is too dear, and those after it that are not fill the gap.
     taken = steps.beginning(low)
-    while True:  # the next step is too dear: those after it that are not
+    nearest, miss = taken, math.inf
+    while True:
         ahead = steps.next(taken)
+        found, its_miss = _nearest(steps, costs, taken, ahead, target)
+        if its_miss < miss:
+            nearest, miss = found, its_miss
         fitting = ahead[costs.without(taken, ahead) >= target]
-        if not len(fitting):
-            break
+        if miss <= ENOUGH * target or not len(fitting):
+            return nearest
         taken[fitting[0]] = True
-    return _nearest(steps, costs, taken, ahead, target)
 
 
-def _nearest(steps: _Steps, costs: _Costs, taken: Chosen, ahead: Labels, target: float) -> Chosen:
-    """Of a choice, of it with one more step, and of it with one step for another, the nearest to the target."""
+def _nearest(steps: _Steps, costs: _Costs, taken: Chosen, ahead: Labels, target: float) -> tuple[Chosen, float]:
+    """Of a choice, of it with one more step, and of it with one step for another, the nearest to the target.
+
+    Also how far it is from the target: what is above it by more than `TOLERANCE` is farther than all that is below.
+    """
     back = steps.last(taken)
     swapped = costs.swapped(taken, back, ahead)
     swapped[steps.space[back][:, None] == steps.space[ahead]] = np.inf  # the same units again, out of order
     found = np.concatenate([[costs.of(taken)], costs.without(taken, ahead), swapped.ravel()])
-    miss = np.abs(found - target)
-    if miss.min() > TOLERANCE * target and (below := found <= target).any():
-        miss[~below] = np.inf
-    best = int(np.argmax(miss <= miss.min() + NOISE * target)) - 1  # the simplest of equals
+    misses = np.where(found > target * (1 + TOLERANCE), found, np.abs(found - target))
+    best = int(np.argmax(misses <= misses.min() + NOISE * target))  # the simplest of equals
+    miss, best = float(misses[best]), best - 1
     chosen = taken.copy()
     if best >= len(ahead):
         given, best = divmod(best - len(ahead), len(ahead))
         chosen[back[given]] = False
     if best >= 0:
         chosen[ahead[best]] = True
-    return chosen
+    return chosen, miss
 
 
 def _lowest(steps: _Steps, count: int, ratio: float) -> Chosen:
@@ -365,10 +372,10 @@ def _ratios(units: ChannelUnits, ratio: float | Mapping[str, float]) -> Array:
         name: np.unique(units.space[layer.writes[layer.writes != STAYS]]).tolist()
         for name, layer in units.layers.items()
     }
-    names = [name for name, found in spaces.items() if found or name in units.fixed]
+    names = [*(name for name, found in spaces.items() if found), *units.fixed]
     asked: dict[int, tuple[str, float]] = {}
     for name, value in match_patterns("ratio", ratio, names).items():
-        for space in spaces[name]:
+        for space in spaces.get(name, ()):
             other, before = asked.setdefault(space, (name, value))
             if before != value:
                 raise PlanError(
