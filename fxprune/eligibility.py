@@ -33,7 +33,7 @@ def skip_reason(module: nn.Module, shared_parameters: Set[int] = frozenset()) ->
     conv = module
     if "forward" in vars(conv) or "_conv_forward" in vars(conv):
         return "its forward was replaced; only plain Conv2d can be regrouped exactly"
-    if _computes_its_own_forward(type(conv)):
+    if computes_its_own_forward(type(conv)):
         return f"subclass {type(conv).__name__} computes its own forward; only plain Conv2d can be regrouped exactly"
     if parametrize.is_parametrized(conv):
         return "is parametrized, its weight is computed; call torch.nn.utils.parametrize.remove_parametrizations first"
@@ -98,7 +98,9 @@ def parameters_of_several_modules(model: nn.Module) -> Set[int]:
     return several
 
 
-def _computes_its_own_forward(kind: type[nn.Conv2d]) -> bool:
+def computes_its_own_forward(kind: type[nn.modules.conv._ConvNd]) -> bool:
+    """Whether a convolution does more than pad and convolve with its weight, as torch's own do."""
     if f"{kind.__module__}.{kind.__qualname__}" in EXACT_SUBCLASSES:
         return False
-    return kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward
+    plain = next(base for base in kind.__mro__ if base.__module__ == nn.modules.conv.__name__)
+    return any(getattr(kind, name, None) is not getattr(plain, name, None) for name in ("forward", "_conv_forward"))

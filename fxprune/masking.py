@@ -1,12 +1,12 @@
 """The entries of a model's parameters that a plan keeps, and how the others are made zero."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fxprune.errors import PlanError
-from fxprune.plans import PrunePlan
+from fxprune.plans import PrunePlan, RemovedChannels
 
 
 def kept_entries(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
@@ -23,13 +23,51 @@ def kept_entries(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
         PlanError: the plan was made for another model.
     """
     plan.check(model)
-    kept = {}
+    kept = entries_without_removed(model, plan)
     for name, kernels in plan.layers.items():
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        stays = kernels.mask().to(weight.device)
-        kept[f"{name}.weight"] = stays[:, :, None, None].expand(weight.shape).contiguous()
+        stays = kept.get(f"{name}.weight", torch.ones_like(weight, dtype=torch.bool)).clone()
+        removed = plan.removed.get(name, RemovedChannels())
+        rows, columns = remaining(weight.shape[0], removed.outputs), remaining(weight.shape[1], removed.inputs)
+        mask = torch.zeros(weight.shape[:2], dtype=torch.bool)
+        mask[:, list(removed.inputs)] = True  # zero times anything: these columns go with what wrote them
+        mask[rows[:, None], columns] = kernels.mask()
+        kept[f"{name}.weight"] = stays & mask.to(weight.device)[:, :, None, None]
     return kept
+
+
+def entries_without_removed(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
+    """The same for the channels alone that `plan` removes as a whole: what makes these channels zero stays not.
+
+    Filters and their biases, entries of depthwise convolutions, scales and shifts of normalisations. The weights that
+    would read the channels are left: they are multiplied by zero.
+    """
+    kept = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, channels in plan.removed.items():
+        outputs = list(channels.outputs)
+        if name in parameters:
+            stays = torch.ones_like(parameters[name], dtype=torch.bool)
+            stays.view(-1)[outputs] = False
+            kept[name] = stays
+            continue
+        module = model.get_submodule(name)
+        transposed = isinstance(module, nn.modules.conv._ConvNd) and module.transposed
+        for attribute in ("weight", "bias"):
+            parameter = getattr(module, attribute, None)
+            if isinstance(parameter, Tensor) and outputs:
+                stays = torch.ones_like(parameter, dtype=torch.bool)
+                stays.transpose(0, 1 if transposed and attribute == "weight" else 0)[outputs] = False
+                kept[f"{name}.{attribute}"] = stays
+    return kept
+
+
+def remaining(size: int, removed: Collection[int]) -> Tensor:
+    """The positions of `0..size - 1` that are not `removed`, ascending."""
+    stays = torch.ones(size, dtype=torch.bool)
+    stays[list(removed)] = False
+    return stays.nonzero().flatten()
 
 
 @torch.no_grad()

@@ -17,7 +17,15 @@ from torch import Tensor, fx, nn
 
 from fxprune.errors import PassError, VerificationError
 from fxprune.layers import ChannelGather
-from fxprune.passes import AbsorbGathers, AlignWindows, FoldBatchNorm, GroupConvs, MergeGathers, SinkGathers
+from fxprune.passes import (
+    AbsorbGathers,
+    AlignWindows,
+    FoldBatchNorm,
+    GroupConvs,
+    MergeGathers,
+    RemoveChannels,
+    SinkGathers,
+)
 from fxprune.plans import PrunePlan
 from fxprune.rewriting import Outcome, Pass, calls
 from fxprune.verification import TOLERANCE, difference, evaluate
@@ -35,6 +43,7 @@ def default_pipeline(plan: PrunePlan, inputs: tuple[Any, ...], *, fold_batch_nor
     """
     block = common_block(plan)
     passes: tuple[Pass, ...] = (
+        RemoveChannels(plan, inputs),  # first: the plan groups what is left
         GroupConvs(plan),
         MergeGathers(block),  # before sinking: an identity would be a wish
         SinkGathers(inputs, block),
@@ -50,7 +59,7 @@ def default_pipeline(plan: PrunePlan, inputs: tuple[Any, ...], *, fold_batch_nor
 
 def common_block(plan: PrunePlan) -> int:
     """Length of the blocks, in channels, that passes shall keep whole: that of each layer divides it; 1 is no rule."""
-    return math.lcm(*(kernels.block for kernels in plan.layers.values()))
+    return math.lcm(1, *(kernels.block for kernels in plan.layers.values()))
 
 
 def run(gm: fx.GraphModule, passes: Sequence[Pass], inputs: tuple[Any, ...]) -> Mapping[str, Outcome]:

@@ -7,10 +7,10 @@ import difflib
 import itertools
 import json
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from torch import nn
 from fxprune.errors import PlanError
 
 Form = Literal["partition", "overlap"]
+
+Value = TypeVar("Value")
 
 FORMAT = "fxprune-plan"
 VERSION = 1
@@ -175,17 +177,70 @@ class GroupedKernels:
 
 
 @dataclass(frozen=True)
+class RemovedChannels:
+    """Which channels of one module are removed as a whole.
+
+    Args:
+        outputs: filters of a convolution, features of a linear layer, entries of a normalisation or of a depthwise
+            convolution, or flattened elements of a parameter that the model reads itself; ascending.
+        inputs: input channels of a convolution or linear layer that go because nobody writes them any more, ascending.
+        asked_ratio: the share of filters that was asked to go, where it was; None in modules that merely follow.
+        redundancy: the share of filters that resemble another of the layer, if the planner looked for them.
+
+    Raises:
+        PlanError: a list is not strictly ascending from 0 on.
+    """
+
+    outputs: tuple[int, ...] = ()
+    inputs: tuple[int, ...] = ()
+    asked_ratio: float | None = None
+    redundancy: float | None = None
+
+    def __post_init__(self) -> None:
+        """Turn lists into tuples and check the rules above."""
+        for name in ("outputs", "inputs"):
+            channels = _integers(name, getattr(self, name))
+            if any(a >= b for a, b in itertools.pairwise((-1, *channels))):
+                raise PlanError(f"{name} is not strictly ascending from 0 on; sort the channels and list each once")
+            _set(self, name, channels)
+        if self.asked_ratio is not None:
+            _set(self, "asked_ratio", check_ratio(self.asked_ratio))
+        if self.redundancy is not None:
+            _set(self, "redundancy", _share("redundancy", self.redundancy))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as lists and numbers, ready for JSON."""
+        return {
+            "outputs": list(self.outputs),
+            "inputs": list(self.inputs),
+            "asked_ratio": self.asked_ratio,
+            "redundancy": self.redundancy,
+        }
+
+    @classmethod
+    def from_dict(cls, data: object) -> "RemovedChannels":
+        """Undo `to_dict`.
+
+        Raises:
+            PlanError: a field is missing, unknown or invalid.
+        """
+        return cls(**_fields(data, *(field.name for field in fields(cls))))
+
+
+@dataclass(frozen=True)
 class PrunePlan:
     """What is pruned in a model, and what was asked for.
 
     Args:
-        layers: module name to the grouping of that convolution.
+        layers: module name to the grouping of that convolution, as it is once `removed` has gone.
         skipped: module name of each `Conv2d` that stays dense, to the reason.
         ratio: the ratio that was asked for, or pattern to ratio; an empty mapping in a plan written by hand.
         method: how the groups were chosen.
         criterion: how a kernel's importance was measured.
         seed: of the random numbers that the method drew.
         notes: module name of a planned layer, to what the user should know of how it was planned.
+        removed: module name (or parameter name, where the model reads a parameter itself) to the channels that go as a
+            whole, in every module they touch.
 
     Two plans are equal when all fields are. A plan can be copied and pickled, but not hashed.
 
@@ -200,12 +255,14 @@ class PrunePlan:
     criterion: str = "manual"
     seed: int = 0
     notes: Mapping[str, str] = field(default_factory=dict)
+    removed: Mapping[str, RemovedChannels] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Make the mappings read-only and check them."""
         _set(self, "layers", _frozen("layers", self.layers, GroupedKernels))
         _set(self, "skipped", _frozen("skipped", self.skipped, str))
         _set(self, "notes", _frozen("notes", self.notes, str))
+        _set(self, "removed", _frozen("removed", self.removed, RemovedChannels))
         _set(self, "ratio", freeze_ratio(self.ratio))
         _set(self, "seed", _integer("seed", self.seed))
         for name in ("method", "criterion"):
@@ -213,7 +270,7 @@ class PrunePlan:
                 raise PlanError(f"{name} is {getattr(self, name)!r}; it must be a string")
         for name in self.layers.keys() & self.skipped.keys():
             raise PlanError(f"{name}: the layer is both planned and skipped; list it once")
-        for name in self.notes.keys() - self.layers.keys():
+        for name in self.notes.keys() - self.layers.keys() - self.removed.keys():
             raise PlanError(
                 f"notes: {name!r} is no planned layer; notes are about these, reasons for others in skipped"
             )
@@ -221,13 +278,18 @@ class PrunePlan:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle and deepcopy by the constructor: neither knows the mapping proxies that keep the plan constant."""
         ratio = dict(self.ratio) if isinstance(self.ratio, Mapping) else self.ratio
-        layers, skipped, notes = dict(self.layers), dict(self.skipped), dict(self.notes)
-        return PrunePlan, (layers, skipped, ratio, self.method, self.criterion, self.seed, notes)
+        layers, skipped, notes, removed = (dict(m) for m in (self.layers, self.skipped, self.notes, self.removed))
+        return PrunePlan, (layers, skipped, ratio, self.method, self.criterion, self.seed, notes, removed)
 
     def __str__(self) -> str:
         """A table: one line for each planned layer, then one for each skipped layer with its reason."""
-        width = max((len(name) for name in (*self.layers, *self.skipped)), default=5)
+        width = max((len(name) for name in (*self.layers, *self.removed, *self.skipped)), default=5)
         lines = [f"{len(self.layers)} convolutions to prune, {len(self.skipped)} left dense"]
+        filters = {name: channels for name, channels in self.removed.items() if channels.asked_ratio is not None}
+        if filters:
+            lines.append(f"{len(filters)} convolutions lose whole filters")
+        for name, channels in filters.items():
+            lines.append(f"{name:{width}}  {len(channels.outputs)} filters go (asked {channels.asked_ratio:.4g})")
         blocks = any(kernels.block > 1 for kernels in self.layers.values())
         if self.layers:
             header = f"{'layer':{width}}  {'form':9}  groups x filters  kept/channels  {'ratio (asked)':15}"
@@ -256,6 +318,7 @@ class PrunePlan:
                 "layers": {name: kernels.to_dict() for name, kernels in self.layers.items()},
                 "skipped": dict(self.skipped),
                 "notes": dict(self.notes),
+                "removed": {name: channels.to_dict() for name, channels in self.removed.items()},
             }
         )
 
@@ -275,17 +338,11 @@ class PrunePlan:
         version = data.pop("version", None)
         if version != VERSION:
             raise PlanError(f"the plan has version {version!r}, but only {VERSION} can be read; make the plan again")
-        # Plans of earlier versions have no notes.
-        values = _fields({"notes": {}} | data, "ratio", "method", "criterion", "seed", "layers", "skipped", "notes")
-        if not isinstance(values["layers"], dict):
-            raise PlanError("layers is not a JSON object; it must map module names to groupings")
-        layers = {}
-        for name, kernels in values["layers"].items():
-            try:
-                layers[name] = GroupedKernels.from_dict(kernels)
-            except PlanError as error:
-                raise PlanError(f"{name}: {error}") from error
-        return cls(**values | {"layers": layers})
+        names = (field.name for field in fields(cls))
+        values = _fields({"notes": {}, "removed": {}} | data, *names)  # plans of earlier versions lack these two
+        values["layers"] = _parsed("layers", values["layers"], GroupedKernels.from_dict)
+        values["removed"] = _parsed("removed", values["removed"], RemovedChannels.from_dict)
+        return cls(**values)
 
     def check(self, model: nn.Module) -> None:
         """See that the plan fits the model: each layer exists, is a dense `Conv2d`, and has the planned size.
@@ -306,12 +363,42 @@ class PrunePlan:
                     f"{name}: the convolution already has groups={module.groups}, but only groups=1 can be regrouped; "
                     "apply the plan to the dense model it was made for"
                 )
-            planned, found = (kernels.out_channels, kernels.in_channels), (module.out_channels, module.in_channels)
+            gone = self.removed.get(name)
+            outputs, inputs = (0, 0) if gone is None else (len(gone.outputs), len(gone.inputs))
+            planned = kernels.out_channels + outputs, kernels.in_channels + inputs
+            found = module.out_channels, module.in_channels
             if planned != found:
                 raise PlanError(
                     f"{name}: the plan is for {planned[0]} filters of {planned[1]} channels, "
                     f"but the convolution has {found[0]} of {found[1]}; {_REMAKE}"
                 )
+        parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+        for name, gone in self.removed.items():
+            if name not in modules and name not in parameters:
+                raise PlanError(
+                    f"{name}: {type(model).__name__} has nothing of this name{near_matches(name, modules)}; {_REMAKE}"
+                )
+            if name in parameters:
+                sizes = parameters[name].numel(), 0
+            else:
+                sizes = channels_of(modules[name])
+            for what, channels, size in zip(("output", "input"), (gone.outputs, gone.inputs), sizes, strict=True):
+                if channels and channels[-1] >= size:
+                    raise PlanError(f"{name}: the plan removes {what} {channels[-1]}, but there are {size}; {_REMAKE}")
+                if channels and len(channels) == size:
+                    raise PlanError(f"{name}: the plan removes all {size} {what}s; keep at least one")
+
+
+def channels_of(module: nn.Module) -> tuple[int, int]:
+    """How many output and input channels can be removed from a module by number: those of a layer, the entries of a
+    normalisation.
+    """
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return module.out_channels, module.in_channels
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return (len(weight), 0) if isinstance(weight, torch.Tensor) and weight.dim() == 1 else (0, 0)
 
 
 _REMAKE = "make a plan for this model with fxprune.make_plan"
@@ -417,6 +504,19 @@ def _frozen(what: str, mapping: object, kind: type) -> Mapping[str, Any]:
         if not isinstance(name, str) or not isinstance(value, kind):
             raise PlanError(f"{what}: {name!r} maps to a {type(value).__name__}; it must map names to {kind.__name__}")
     return MappingProxyType(dict(mapping))
+
+
+def _parsed(what: str, data: object, parse: Callable[[object], Value]) -> dict[str, Value]:
+    """A JSON object with each entry parsed; errors name the entry."""
+    if not isinstance(data, dict):
+        raise PlanError(f"{what} is not a JSON object; it must map module names to what is pruned there")
+    parsed = {}
+    for name, entry in data.items():
+        try:
+            parsed[name] = parse(entry)
+        except PlanError as error:
+            raise PlanError(f"{name}: {error}") from error
+    return parsed
 
 
 def _fields(data: object, *names: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 if __name__ != "fxprune.passes":
     raise ImportError("this folder is the package fxprune.passes; import it by that name")
 
+from fxprune.passes.remove_channels import RemoveChannels
 from fxprune.passes.group_convs import GroupConvs
 from fxprune.passes.sink_gathers import SinkGathers
 from fxprune.passes.merge_gathers import MergeGathers
@@ -11,4 +12,13 @@ from fxprune.passes.align_windows import AlignWindows
 from fxprune.passes.fold_batch_norm import FoldBatchNorm
 from fxprune.passes.fuse_convs import FuseConvs
 
-__all__ = ["AbsorbGathers", "AlignWindows", "FoldBatchNorm", "FuseConvs", "GroupConvs", "MergeGathers", "SinkGathers"]
+__all__ = [
+    "AbsorbGathers",
+    "AlignWindows",
+    "FoldBatchNorm",
+    "FuseConvs",
+    "GroupConvs",
+    "MergeGathers",
+    "RemoveChannels",
+    "SinkGathers",
+]

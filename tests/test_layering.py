@@ -37,6 +37,7 @@ ORDER = (
     ("criteria.standard", "criteria.taylor"),
     ("criteria",),
     ("calibration.batches", "fused", "kernels.native", "rewriting"),
+    ("compaction",),
     ("calibration.following", "calibration.lockstep", "removal"),
     ("calibration.samples", "shapes", "sharing"),
     ("calibration.least_squares", "calibration.survey"),
@@ -52,6 +53,7 @@ ORDER = (
         "passes.fuse_convs",
         "passes.group_convs",
         "passes.merge_gathers",
+        "passes.remove_channels",
         "passes.sink_gathers",
     ),
     ("passes.align_windows",),  # gives channel spaces another order as sink_gathers does

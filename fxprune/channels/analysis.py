@@ -173,7 +173,7 @@ def _interpret(state: State) -> Any:
     if node.op == "get_attr":
         owner, _, attribute = layer_name(node).rpartition(".")
         if not isinstance(state.value, Tensor) or all(
-            user.op == "output" or _rule(state.module, user) is None for user in node.users
+            user.op == "output" or rule_of(state.module, user) is None for user in node.users
         ):
             return state.unlabelled(state.value)
         return state.parameter(owner, attribute)
@@ -183,14 +183,14 @@ def _interpret(state: State) -> Any:
         module = state.module.get_submodule(layer_name(node))
         if is_hooked(module):
             return state.boundary(f"{node.target} has hooks or a parametrized weight")
-        if _rule(state.module, node) is None:
+        if rule_of(state.module, node) is None:
             labels = _through(state, module)
             return (
                 state.boundary(f"no rule for {type(module).__module__}.{type(module).__qualname__}")
                 if labels is None
                 else labels
             )
-    rule = _rule(state.module, node)
+    rule = rule_of(state.module, node)
     if rule is None:
         where, name = getattr(node.target, "__module__", None) or "torch", getattr(node.target, "__name__", node.target)
         return state.boundary(f"no rule for {where}.{name}")
@@ -211,10 +211,19 @@ def _interpret(state: State) -> Any:
         return state.boundary(f"its rule failed ({type(error).__name__}: {error})")
 
 
-def _rule(module: fx.GraphModule, node: fx.Node) -> Rule | None:
+def rule_of(module: fx.GraphModule, node: fx.Node) -> Rule | None:
+    """The rule of the operator that a node calls, or None."""
+    if node.op not in ("call_module", "call_method", "call_function"):
+        return None
     if node.op == "call_module":
         return rule_for(module.get_submodule(layer_name(node)))
     return METHODS.get(str(node.target)) if node.op == "call_method" else FUNCTIONS.get(node.target)
+
+
+def family_of(module: fx.GraphModule, node: fx.Node) -> str:
+    """Name of the function in `fxprune.channels.rules` that is, or makes, the rule of a node; empty without one."""
+    rule = rule_of(module, node)
+    return "" if rule is None else rule.__qualname__.partition(".")[0]
 
 
 def _through(state: State, module: nn.Module) -> Tensor | None:

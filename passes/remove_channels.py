@@ -1,0 +1,137 @@
+"""conv(x, W) without filter o, and the next conv without input channel o == the same, if filter o gives zero.
+
+W1 (O, C, kh, kw), W2 (P, O, kh, kw): y = W2 * f(W1 * x) reads channel o of f(W1 * x) in W2[:, o] only. If W1[o], its
+bias and the BatchNorm scale and shift of o are zero, and f keeps zero, that channel is zero: W2[:, o] does not matter.
+
+1. Every module and parameter that the plan names loses its channels: filters, input channels, entries.
+2. Operators that move channels with sizes written into them (slices, views, shuffles, padding) are corrected, see
+   `fxprune.compaction`; what cannot be corrected becomes a gather.
+Left alone: nothing that the plan names. An error: channels that are not zero, or of which the plan names some but not
+all that go together; channels that cannot go, with the reason (`fxprune.removability`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.channels import ChannelAnalysis, analyze_channels
+from fxprune.compaction import Classes, Compaction, shorten
+from fxprune.errors import PassError
+from fxprune.masking import entries_without_removed, remaining
+from fxprune.plans import PrunePlan, RemovedChannels
+from fxprune.removability import irremovable
+from fxprune.removal import entries_of
+from fxprune.rewriting import Outcome, Tensors
+from fxprune.tracing import meta_values
+
+COUNTS = {
+    "outputs": ("out_channels", "out_features", "num_features", "num_parameters", "num_channels"),
+    "inputs": ("in_channels", "in_features"),
+}
+"""Attributes in which modules repeat how many channels they have."""
+
+
+@dataclass(frozen=True)
+class RemoveChannels:
+    """Take the channels that `plan` removes out of every module.
+
+    Attributes:
+        plan: what to remove.
+        inputs: arguments of forward as meta tensors, to know shapes.
+    """
+
+    plan: PrunePlan
+    inputs: tuple[Any, ...]
+
+    def __call__(self, gm: fx.GraphModule) -> Outcome:
+        if not self.plan.removed:
+            return Outcome()
+        values, _ = meta_values(gm, self.inputs) if self.inputs else ({}, None)
+        analysis = analyze_channels(gm, values)
+        removed = self._atoms(analysis)
+        refused = irremovable(gm, values, analysis)
+        for c in np.unique(analysis.blocks.classes[removed]).tolist():
+            if c in refused:
+                raise PassError(f"a channel that the plan removes cannot go: {refused[c]}; make the plan anew")
+        self._check_zero(gm)
+        compaction = Compaction(gm, values, analysis, removed)
+        changed = compaction.apply()
+        tensors = Tensors(gm)
+        for name, channels in self.plan.removed.items():
+            _shrink(gm, tensors, analysis, compaction, name, channels)
+        return Outcome((*self.plan.removed, *changed))
+
+    def _atoms(self, analysis: ChannelAnalysis) -> Classes:
+        """Which atoms go; all of a class, and the plan must say so wherever they stand."""
+        classes = analysis.blocks.classes
+        gone = np.zeros(len(analysis.blocks.members), dtype=np.bool_)
+        entries = entries_of(analysis)
+        for entry in entries:
+            channels = self.plan.removed.get(entry.name)
+            if channels is not None:
+                gone[classes[entry.atoms[list(getattr(channels, entry.kind))]]] = True
+        for entry in entries:
+            channels = self.plan.removed.get(entry.name, None)
+            listed = () if channels is None else getattr(channels, entry.kind)
+            found = tuple(np.flatnonzero(gone[classes[entry.atoms]]).tolist())
+            if found != listed:
+                odd = sorted(set(found) ^ set(listed))[0]
+                raise PassError(
+                    f"{entry.name}: channel {odd} of its {entry.kind} goes together with others, and the plan removes "
+                    "some of them only; make the plan with fxprune.make_plan"
+                )
+        atoms: Classes = gone[classes]
+        return atoms
+
+    def _check_zero(self, gm: fx.GraphModule) -> None:
+        for name, stays in entries_without_removed(gm, self.plan).items():
+            count = int(gm.get_parameter(name)[~stays].count_nonzero())
+            if count:
+                raise PassError(
+                    f"{name}: {count} entries of channels that the plan removes are not zero; rewrite the model that "
+                    "fxprune.mask returns"
+                )
+
+
+def _shrink(
+    gm: fx.GraphModule,
+    tensors: Tensors,
+    analysis: ChannelAnalysis,
+    compaction: Compaction,
+    name: str,
+    channels: RemovedChannels,
+) -> None:
+    """Remove channels from one module, or from a parameter that the graph reads itself."""
+    holder, _, attribute = name.rpartition(".")
+    direct = next((s for s in analysis.scales if s.dim is None and (s.owner, s.attribute) == (holder, attribute)), None)
+    if direct is not None:
+        tensor = getattr(gm.get_submodule(holder), attribute)
+        labels = torch.from_numpy(direct.atoms).reshape(tensor.shape)
+        tensors.replace(tensor, shorten(tensor.detach(), compaction.keep(labels) or {}))
+        return
+    module = gm.get_submodule(name)
+    if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
+        transposed = isinstance(module, nn.modules.conv._ConvNd) and module.transposed
+        along = {"weight": ("inputs", "outputs") if transposed else ("outputs", "inputs"), "bias": ("outputs",)}
+    else:
+        along = {scale.attribute: ("outputs",) for scale in analysis.scales if scale.owner == name}
+    depthwise = isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
+    for attribute, kinds in along.items():
+        tensor = getattr(module, attribute)
+        if isinstance(tensor, Tensor):
+            kept = {d: remaining(tensor.shape[d], getattr(channels, kind)) for d, kind in enumerate(kinds)}
+            if depthwise:
+                kept.pop(1, None)
+            tensors.replace(tensor, shorten(tensor.detach(), kept))
+    for kind, attributes in COUNTS.items():
+        for attribute in attributes:
+            if isinstance(count := getattr(module, attribute, None), int):
+                setattr(module, attribute, count - len(getattr(channels, kind)))
+    if depthwise:
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        module.in_channels = module.groups = (
+            module.in_channels * module.out_channels // (module.out_channels + len(channels.outputs))
+        )
