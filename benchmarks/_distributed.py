@@ -6,6 +6,7 @@ are kept. `torch.nn.SyncBatchNorm` would share them, on CUDA only.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fxprune.errors import FxpruneError
+
 # Process 0 plans and evaluates alone, and the others wait. A process that dies is noticed at once, by its connections.
 PATIENCE = timedelta(hours=2)
+
+
+class GroupError(FxpruneError):
+    """Another process of the group is gone."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,9 @@ def joined(device: str) -> Iterator[Group]:
 
     Args:
         device: `"cpu"` or `"cuda"`; with several processes each takes the device of its local rank.
+
+    Raises:
+        GroupError: another process ended while this one waited for it.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -84,5 +94,13 @@ def joined(device: str) -> Iterator[Group]:
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Group(dist.get_rank(), dist.get_world_size(), here)
+    except RuntimeError as error:
+        # Gloo has no exception of its own, only words of its own.
+        if not isinstance(error, dist.DistError) and not re.search("gloo|Connection (closed|reset)", str(error)):
+            raise
+        raise GroupError(
+            f"process {dist.get_rank()} of {size}: another one has ended; what was saved last stays, --resume goes on "
+            "from there with any number of processes"
+        ) from error
     finally:
         dist.destroy_process_group()

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from benchmarks._data import Data
 from benchmarks._distributed import Group
 from benchmarks._recipe import Recipe
 from fxprune.errors import FxpruneError
-from fxprune.masking import zero_pruned
+from fxprune.sparsification import Sparsifier
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Types that forward may compute in; weights, losses and evaluation are float32."""
@@ -37,48 +37,6 @@ class TrainingError(FxpruneError):
 
 class Interrupted(FxpruneError):
     """The training was asked to stop, and has saved its state."""
-
-
-class Masking(Protocol):
-    """What holds pruned weights at zero while others are trained; `fxprune.sparsify` gives one that also prunes."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether all is pruned that shall be."""
-
-    def step(self) -> object:
-        """Called after each step of the optimizer."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> object:
-        """Go on where another one stopped."""
-
-
-@dataclass(frozen=True)
-class FixedMask:
-    """Holds the same entries at zero, whatever momentum and weight decay say.
-
-    Attributes:
-        model: what is trained.
-        kept: what `fxprune.masking.kept_entries` gave for it.
-    """
-
-    model: nn.Module
-    kept: Mapping[str, Tensor]
-    finished: bool = True
-
-    def step(self) -> None:
-        """Zero them."""
-        zero_pruned(self.model, self.kept)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: they never change."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
 
 
 @dataclass
@@ -152,7 +110,7 @@ class Trainer:
         data: the images.
         recipe: how.
         seed: of what modules draw, as dropout does.
-        masking: what holds pruned weights at zero.
+        sparsifier: holds pruned weights of `model` at zero, and perhaps prunes more; it has no optimizer of its own.
         teacher: a network whose logits are learned too, see `Recipe.loss`.
         amp: a name in `AMP` to compute in, or None for float32.
         channels_last: lay weights and images out with the channels innermost.
@@ -172,7 +130,7 @@ class Trainer:
         recipe: Recipe,
         *,
         seed: int = 0,
-        masking: Masking | None = None,
+        sparsifier: Sparsifier | None = None,
         teacher: nn.Module | None = None,
         amp: str | None = None,
         channels_last: bool = False,
@@ -183,7 +141,7 @@ class Trainer:
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model = self._place(model)
         self.teacher = None if teacher is None else self._place(teacher).eval()
-        self.data, self.recipe, self.seed, self.masking = data, recipe, seed, masking
+        self.data, self.recipe, self.seed, self.sparsifier = data, recipe, seed, sparsifier
         self.test_each_epoch = test_each_epoch
         self.dtype = None if amp is None else AMP[amp]
         # Gradients of half precision need scaling, or small ones vanish; those of bfloat16 have the range of float32.
@@ -238,7 +196,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "masking": None if self.masking is None else self.masking.state_dict(),
+            "sparsifier": None if self.sparsifier is None else self.sparsifier.state_dict(),
             "progress": asdict(self.progress),
             "epochs": [asdict(epoch) for epoch in self.epochs],
             "best": None if self.best is None else dict(vars(self.best)),
@@ -249,8 +207,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        if self.masking is not None:
-            self.masking.load_state_dict(state["masking"])
+        if self.sparsifier is not None:
+            self.sparsifier.load_state_dict(state["sparsifier"])
         self.progress = Progress(**state["progress"])
         self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         self.best = None if state["best"] is None else Best(**state["best"])
@@ -316,8 +274,8 @@ class Trainer:
         self.scaler.scale(loss * (self.group.size / len(positions))).backward()  # type: ignore[no-untyped-call]
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.masking is not None:
-            self.masking.step()
+        if self.sparsifier is not None:
+            self.sparsifier.step()
         self.progress.loss += total
         self.progress.images += len(positions)
         return asked > 0
@@ -331,7 +289,7 @@ class Trainer:
         test = self.accuracy(self.data.test_batches(EVALUATION_BATCH)) if self.test_each_epoch else None
         known = Epoch(**asdict(epoch) | {"validation_accuracy": validation, "test_accuracy": test})
         self.epochs.append(known)
-        pruned = self.masking is None or self.masking.finished
+        pruned = self.sparsifier is None or self.sparsifier.finished
         better = self.best is None or (validation is not None and validation > self.best.accuracy)
         if epoch.epoch and validation is not None and pruned and better:
             state = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}

@@ -18,7 +18,9 @@ Exit codes: 0 done, 2 an error, 130 (or 143) stopped by SIGINT (or SIGTERM), its
 """
 
 import argparse
+import copy
 import json
+import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -43,9 +45,9 @@ from benchmarks._data import Data, open_data
 from benchmarks._distributed import Group, joined
 from benchmarks._environment import environment
 from benchmarks._recipe import SCHEDULES, Recipe
-from benchmarks._training import AMP, EVALUATION_BATCH, FixedMask, Interrupted, Trainer, TrainingError
+from benchmarks._training import AMP, EVALUATION_BATCH, Interrupted, Trainer, TrainingError
 from benchmarks.accuracy import CIFAR_MODELS, build, prune
-from fxprune.masking import kept_entries
+from fxprune.schedules import SCHEDULES as SPARSITY_SCHEDULES
 
 PLAN_OPTIONS = ("ratio", "macs", "granularity", "groups", "form", "method", "criterion", "variety", "snapshots")
 """Options that go to `fxprune.make_plan`, which has its own defaults for those that are not given."""
@@ -58,14 +60,21 @@ class Networks:
     Attributes:
         dense: the network before pruning.
         trained: what is trained: the dense network, a masked or a rewritten one.
-        plan: what was pruned; None for the dense network.
         example: two training images, normalized, `(2, C, H, W)`.
+        plan: what was pruned before the training, if anything was.
+        sparsifier: holds the pruned weights of a masked network at zero, or prunes while it trains.
     """
 
     dense: nn.Module
     trained: nn.Module
-    plan: fxprune.PrunePlan | None
     example: Tensor
+    plan: fxprune.PrunePlan | None = None
+    sparsifier: fxprune.Sparsifier | None = None
+
+    @property
+    def masked(self) -> bool:
+        """Whether what is trained has pruned weights and all the same the dense shapes."""
+        return self.sparsifier is not None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Interrupted as stopped:
             print(f"benchmarks.train: {stopped}", file=sys.stderr)
             return 128 + received[0] if received else 130
-        except (fxprune.FxpruneError, OSError, ValueError, torch.distributed.DistError) as error:
+        except (fxprune.FxpruneError, OSError, ValueError) as error:
             print(f"benchmarks.train: error: {error}", file=sys.stderr)
             return 2
     return 0
@@ -115,17 +124,12 @@ def _train(options: argparse.Namespace, group: Group, received: list[int]) -> No
         options.data, validation=options.validation, seed=options.seed, normalize=CIFAR_MODELS.get(options.model)
     )
     networks = prepare(options, data, group, saved)
-    networks.dense.to(group.device)
-    networks.trained.to(group.device)
-    masked = networks.plan is not None and options.train == "masked"
     trainer = Trainer(
         networks.trained,
         data,
         recipe,
         seed=options.seed,
-        masking=FixedMask(networks.trained, kept_entries(networks.dense, networks.plan))
-        if masked and networks.plan
-        else None,
+        sparsifier=networks.sparsifier,
         teacher=networks.dense if recipe.distill_weight else None,
         amp=options.amp,
         channels_last=options.channels_last,
@@ -147,7 +151,7 @@ def _train(options: argparse.Namespace, group: Group, received: list[int]) -> No
 
     trainer.run(save, every=options.checkpoint_every, stopping=lambda: bool(received))
     if group.first:
-        log["result"] = finish(folder, networks, trainer, options.train)
+        log["result"] = finish(folder, networks, trainer)
         write_log(folder, log, trainer)
 
 
@@ -162,38 +166,60 @@ def prepare(options: argparse.Namespace, data: Data, group: Group, saved: dict[s
         TrainingError: it does not fit the images.
     """
     dense, _ = build(options.model, options.weights, options.seed)
-    positions = data.order(0)
-    example = data.plain_batch(positions[:2])[0]
+    example = data.plain_batch(data.order(0)[:2])[0]
     _check_fit(dense, example, data, options.model)
-    given = {name: getattr(options, name) for name in PLAN_OPTIONS if getattr(options, name) is not None}
-    text: str | None = None
-    masked: nn.Module | None = None
+    plan, masked = None, None
     if saved is not None:
-        text = saved["plan"]
-    elif group.first and (given or options.plan):
-        count = options.calibration_images
-        calibration = data.plain_batch(positions[:count])[0] if count else None
-        progress = sys.stderr.isatty()
-        if options.plan:
-            plan = fxprune.PrunePlan.from_json(options.plan.read_text(encoding="utf-8"))
-            masked = fxprune.mask(dense, plan, calibration, progress=progress).eval()
-        else:
-            pruning = prune(dense, example, calibration, progress, seed=options.seed, **given)
-            plan, masked = pruning.plan, pruning.masked
-        text = plan.to_json()
-    text = text if saved is not None else group.from_first(text)
-    if text is None:
-        return Networks(dense, dense, None, example)
-    plan = fxprune.PrunePlan.from_json(text)
-    masked = masked or fxprune.mask(dense, plan).eval()
+        plan = _parsed(saved["plan"])
+    elif _is_pruned(options) and not options.sparsify:
+        if group.first:
+            plan, masked = _prune(options, dense, data, example)
+        plan = _parsed(group.from_first(None if plan is None else plan.to_json()))
+    dense, example = dense.to(group.device), example.to(group.device)
+    if options.sparsify:
+        trained = copy.deepcopy(dense)
+        steps = options.epochs * math.ceil(data.train_count / options.batch)
+        given = _plan_options(options) | {"example_inputs": example, "seed": options.seed}
+        return Networks(
+            dense, trained, example, sparsifier=fxprune.sparsify(trained, options.sparsify, steps=steps, **given)
+        )
+    if plan is None:
+        return Networks(dense, dense, example)
+    masked = (masked or fxprune.mask(dense, plan)).to(group.device).eval()
     if options.train == "masked":
-        return Networks(dense, masked, plan, example)
+        return Networks(dense, masked, example, plan, fxprune.hold(masked, plan))
     compiled = fxprune.rewrite(masked, plan, example)
     fxprune.verify(compiled, masked, example)
-    return Networks(dense, compiled, plan, example)
+    return Networks(dense, compiled, example, plan)
 
 
-def finish(folder: Path, networks: Networks, trainer: Trainer, train: str) -> dict[str, Any]:
+def _prune(
+    options: argparse.Namespace, dense: nn.Module, data: Data, example: Tensor
+) -> tuple[fxprune.PrunePlan, nn.Module]:
+    """The plan, made or read, and the masked network, refitted if it is to be."""
+    count = options.calibration_images
+    calibration = data.plain_batch(data.order(0)[:count])[0] if count else None
+    progress = sys.stderr.isatty()
+    if options.plan:
+        plan = fxprune.PrunePlan.from_json(options.plan.read_text(encoding="utf-8"))
+        return plan, fxprune.mask(dense, plan, calibration, progress=progress)
+    pruning = prune(dense, example, calibration, progress, seed=options.seed, **_plan_options(options))
+    return pruning.plan, pruning.masked
+
+
+def _plan_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in PLAN_OPTIONS if getattr(options, name) is not None}
+
+
+def _is_pruned(options: argparse.Namespace) -> bool:
+    return bool(options.plan or _plan_options(options))
+
+
+def _parsed(text: str | None) -> fxprune.PrunePlan | None:
+    return None if text is None else fxprune.PrunePlan.from_json(text)
+
+
+def finish(folder: Path, networks: Networks, trainer: Trainer) -> dict[str, Any]:
     """Write the networks, and look at the test images: the result, ready for JSON.
 
     Raises:
@@ -208,16 +234,17 @@ def finish(folder: Path, networks: Networks, trainer: Trainer, train: str) -> di
         "test_accuracy": trainer.accuracy(data.test_batches(EVALUATION_BATCH)),
     }
     result: dict[str, Any] = {"last_epoch": last, "best_validation_epoch": None}
-    dense_form = networks.plan is None or train == "masked"
-    if dense_form:
+    plan = networks.plan if networks.sparsifier is None else networks.sparsifier.plan
+    dense_shapes = plan is None or networks.masked
+    if dense_shapes:
         write_whole(folder / "model.pt", lambda path: torch.save(_plain(model.state_dict()), path))
-    if networks.plan is not None:
-        text = networks.plan.to_json()
+    if plan is not None:
+        text = plan.to_json()
         write_whole(folder / "plan.json", lambda path: path.write_text(text, encoding="utf-8"))
-        result |= _rewritten(folder, networks, trainer, dense_form)
+        result |= _rewritten(folder, networks, plan, trainer)
     if trainer.best is not None:
         best, state = trainer.best, _plain(model.state_dict())
-        if dense_form:
+        if dense_shapes:
             write_whole(folder / "best.pt", lambda path: torch.save(_plain(best.state), path))
         model.load_state_dict(best.state)
         result["best_validation_epoch"] = {
@@ -232,14 +259,12 @@ def finish(folder: Path, networks: Networks, trainer: Trainer, train: str) -> di
     return result
 
 
-def _rewritten(folder: Path, networks: Networks, trainer: Trainer, dense_form: bool) -> dict[str, Any]:
+def _rewritten(folder: Path, networks: Networks, plan: fxprune.PrunePlan, trainer: Trainer) -> dict[str, Any]:
     """Rewrite what was trained as a masked model, and write the graph."""
-    assert networks.plan is not None
     compiled, found = trainer.model, {}
-    if dense_form:
-        example = networks.example.to(trainer.group.device)
-        compiled = fxprune.rewrite(trainer.model.eval(), networks.plan, example).eval()
-        check = fxprune.verify(compiled, trainer.model, example)
+    if networks.masked:
+        compiled = fxprune.rewrite(trainer.model.eval(), plan, networks.example).eval()
+        check = fxprune.verify(compiled, trainer.model, networks.example)
         accuracy = trainer.accuracy(trainer.data.test_batches(EVALUATION_BATCH), compiled)
         found = {"rewritten": {"test_accuracy": accuracy, "max_abs": check.max_abs, "max_rel": check.max_rel}}
         print(f"rewritten, {check}; test accuracy {accuracy:.2%}")
@@ -266,6 +291,7 @@ def settings_of(options: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
         "validation": options.validation,
         "plan": fingerprint(options.plan) if options.plan else None,
         **chosen,
+        "sparsify": options.sparsify,
         "calibration_images": options.calibration_images,
         "train": options.train,
         **asdict(recipe),
@@ -327,13 +353,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     _add_recipe(parser.add_argument_group("recipe (default: the fine-tuning of TMI-GKP)"))
     options = parser.parse_args(arguments)
     options.distill_weight, options.distill_temperature = options.distill
-    shaping = [name for name in PLAN_OPTIONS if getattr(options, name) is not None]
-    if options.plan and shaping:
-        parser.error(f"--plan is a plan already; leave --{' and --'.join(shaping)} out")
-    if not options.plan and not shaping and (options.calibration_images or options.train == "compiled"):
+    refitted = bool(options.calibration_images)
+    if options.plan and (_plan_options(options) or options.sparsify):
+        parser.error(f"--plan is a plan already; leave --{', --'.join([*_plan_options(options), 'sparsify'])} out")
+    if not _is_pruned(options) and (refitted or options.sparsify or options.train == "compiled"):
         parser.error(
-            "--calibration-images and --train compiled are for a pruned network; add --ratio, --macs or --plan"
+            "--calibration-images, --sparsify and --train compiled are for a pruned network; "
+            "add --ratio, --macs or --plan"
         )
+    if options.sparsify and (refitted or options.train == "compiled"):
+        parser.error("--sparsify prunes while the dense form trains; leave --calibration-images and --train out")
     return options
 
 
@@ -351,6 +380,7 @@ def _add_pruning(group: argparse._ArgumentGroup) -> None:
     add("--variety", help="make the criterion keep rare ones")
     add("--snapshots", nargs="+", type=Path, metavar="FILE", help="earlier states of the training run")
     add("--calibration-images", type=_count, metavar="N", help="training images to refit the kept weights with")
+    add("--sparsify", choices=SPARSITY_SCHEDULES, help="prune while training, by this schedule (default: before it)")
     add("--train", choices=("masked", "compiled"), default="masked", help="in which form (default: %(default)s)")
 
 
