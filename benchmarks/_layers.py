@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks._rivals import RUNTIMES, Call, Network, input_shapes, prepare
+from benchmarks._layer_calls import input_shapes
+from benchmarks._rivals import RUNTIMES, Call, Network, prepare
 from fxprune.layers import ChannelGather
 from fxprune.rewriting import calls
 from fxprune.timing import Timing, race

@@ -4,12 +4,10 @@ A network is dense, pruned by fxprune, or pruned by Torch-Pruning (Fang et al. 2
 in evaluation mode, and every runtime gets them with BatchNorm folded, so that none is slow for want of that.
 """
 
-import contextlib
 import copy
-import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +16,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 import fxprune
+from benchmarks._layer_calls import count_macs
+from benchmarks._torch_pruning import Batches, Importance, prune_channels
 from fxprune import verification
 from fxprune.passes import FoldBatchNorm
 from fxprune.tracing import trace
@@ -25,11 +25,8 @@ from fxprune.tracing import trace
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 RIVALS = ("dense", "torch-pruning")
 
-MACS_TOLERANCE = 0.01
-"""How near, relative to the target, the search for a channel ratio of equal MACs goes before it stops."""
-MACS_STEPS = 12
 ROUND_TO = 8
-"""Torch-Pruning keeps a multiple of this many channels, as its documentation advises for speed."""
+"""Where speed counts, Torch-Pruning keeps a multiple of this many channels, as its documentation advises."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """Largest difference from the oracle in float32, relative to its largest output, by the type a network runs in: two to
@@ -95,78 +92,27 @@ def fxprune_network(
 
 
 def torch_pruning_network(
-    model: nn.Module, inputs: Tensor, ratio: float, macs: int, random_weights: bool = True
+    model: nn.Module,
+    inputs: Tensor,
+    ratio: float,
+    macs: int,
+    random_weights: bool = True,
+    importance: Importance = "magnitude",
+    batches: Batches = (),
+    round_to: int = ROUND_TO,
 ) -> Network:
-    """The network that Torch-Pruning makes with about `macs` MACs, found by bisection of its ratio of channels.
+    """The network that Torch-Pruning makes with about `macs` MACs, see `benchmarks._torch_pruning.prune_channels`.
 
-    Narrow networks, of which it keeps multiples of `ROUND_TO` channels, may come no nearer than a few percent; the MACs
-    reached are in the result. Where it crashes the result says so.
+    Narrow networks, of which it keeps multiples of 8 channels, may come no nearer than a few percent; the MACs reached
+    are in the result. Where it crashes the result says so.
     """
     try:
-        pruned = _equal_macs(model, inputs, macs)
+        pruned = prune_channels(model, inputs, macs, importance, batches, round_to)
         if random_weights:
             settle(pruned, inputs)
         return Network("torch-pruning", ratio, count_macs(pruned, inputs), pruned, folded(pruned, inputs), pruned)
     except Exception as error:  # whatever another library does with a network it does not know is a result
         return Network("torch-pruning", ratio, error=describe(error))
-
-
-def _equal_macs(model: nn.Module, inputs: Tensor, macs: int) -> nn.Module:
-    """Bisect the ratio; where the MACs leap over the target, because many layers lose their next multiple of channels
-    at one ratio, bisect how many layers, from the input on, are behind the leap.
-    """
-    best, best_gap = model, math.inf
-
-    def is_large(low: float, high: float, first: int) -> bool:
-        nonlocal best, best_gap
-        pruned = _prune_channels(model, inputs, low, high, first)
-        found = count_macs(pruned, inputs)
-        if abs(found / macs - 1) < best_gap:
-            best, best_gap = pruned, abs(found / macs - 1)
-        return found > macs
-
-    low, high = 0.0, 1.0
-    for _ in range(MACS_STEPS):
-        share = (low + high) / 2
-        low, high = (share, high) if is_large(share, share, 0) else (low, share)
-        if best_gap <= MACS_TOLERANCE:
-            return best
-    few, many = 0, sum(1 for _ in _layers(model))
-    while many - few > 1 and best_gap > MACS_TOLERANCE:
-        first = (few + many) // 2
-        few, many = (first, many) if is_large(low, high, first) else (few, first)
-    return best
-
-
-def _prune_channels(model: nn.Module, inputs: Tensor, low: float, high: float, first: int) -> nn.Module:
-    """Remove a share of channels: `high` of the `first` layers, `low` of the others."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own imports, and of operators it does not know
-        import torch_pruning
-
-        pruned = copy.deepcopy(model)
-        torch_pruning.pruner.MagnitudePruner(
-            pruned,
-            inputs[:1],
-            importance=torch_pruning.importance.MagnitudeImportance(p=2),
-            pruning_ratio=low,
-            pruning_ratio_dict=dict.fromkeys(itertools.islice(_layers(pruned), first), high),
-            ignored_layers=[_last_layer(pruned, inputs)],
-            round_to=ROUND_TO,
-        ).step()
-    return pruned
-
-
-def _layers(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear))
-
-
-def _last_layer(model: nn.Module, inputs: Tensor) -> nn.Module:
-    """The layer that gives the classes, which must keep them all."""
-    called: list[nn.Module] = []
-    with _watching(model, lambda name, layer, x, y: called.append(layer), nn.Conv2d | nn.Linear), torch.no_grad():
-        model(inputs[:1])
-    return called[-1]
 
 
 def settle(model: nn.Module, inputs: Tensor) -> None:
@@ -205,49 +151,6 @@ def folded(module: nn.Module, inputs: Tensor) -> nn.Module:
         FoldBatchNorm()(gm)
     gm.recompile()
     return gm.eval()
-
-
-def count_macs(module: nn.Module, inputs: Tensor) -> int:
-    """Multiply-accumulates of one image over all convolutions and linear layers that are called as modules."""
-    total = 0
-
-    def add(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        nonlocal total
-        weight = layer.get_parameter("weight")
-        places = x.numel() if isinstance(layer, nn.modules.conv._ConvTransposeNd) else y.numel()
-        total += places * math.prod(weight.shape[1:])
-
-    with _watching(module, add, nn.modules.conv._ConvNd | nn.Linear), torch.no_grad():
-        module(inputs[:1])
-    return total
-
-
-def input_shapes(module: nn.Module, inputs: Tensor, kinds: Any) -> dict[str, tuple[int, ...]]:
-    """Shape of the input of each layer of these classes, by module path, of a layer called twice the last."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    with (
-        _watching(module, lambda name, layer, x, y: shapes.update({name: tuple(x.shape)}), kinds),
-        torch.no_grad(),
-    ):
-        module(inputs)
-    return shapes
-
-
-@contextlib.contextmanager
-def _watching(module: nn.Module, see: Callable[[str, nn.Module, Tensor, Tensor], None], kinds: Any) -> Iterator[None]:
-    """Call `see(name, layer, input, output)` after each call of a layer of these classes."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        return lambda layer, x, y: see(name, layer, x[0], y)
-
-    handles = [
-        layer.register_forward_hook(hook(name)) for name, layer in module.named_modules() if isinstance(layer, kinds)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 Call = Callable[[], Any]

@@ -16,7 +16,7 @@ import fxprune
 from benchmarks import _cifar, accuracy, compile_time, planning
 from benchmarks._environment import environment
 from benchmarks._images import CIFAR10, IMAGENET, Images, Normalization, open_disjoint, open_images
-from benchmarks._rivals import count_macs
+from benchmarks._layer_calls import count_macs
 from fxprune.snapshots import Snapshot
 
 ROOT = Path(__file__).parent.parent

@@ -1,7 +1,6 @@
 """The benchmark of latency on tiny networks: what races, what is refused, what is written; nothing about speed."""
 
 import importlib.util
-import itertools
 import json
 import math
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from torch import Tensor, fx, nn
 import fxprune
 from benchmarks import _environment, _layers, _rivals, latency
 from benchmarks._images import IMAGENET, Normalization
+from benchmarks._layer_calls import count_macs
 from benchmarks._rivals import RUNTIMES, Network, Runtime
 from fxprune.timing import Timing
 
@@ -223,7 +223,7 @@ def test_a_rival_that_crashes(run: Callable[..., int], record: Path, monkeypatch
     def crash(*arguments: object) -> nn.Module:
         raise AssertionError("unknown layer")
 
-    monkeypatch.setattr(_rivals, "_prune_channels", crash)
+    monkeypatch.setattr(_rivals, "prune_channels", crash)
     assert run("--against", "torch-pruning") == 0
     (row,) = (row for row in rows_of(record) if row["network"] == "torch-pruning")
     assert (row["error"], row["seconds"], row["macs_share"]) == ("AssertionError: unknown layer", None, None)
@@ -310,8 +310,8 @@ def test_macs_are_those_of_the_report() -> None:
     model, inputs = tiny(), images()
     pruned = fxprune.compile(model, 0.5, example_inputs=inputs)
     report = fxprune.report(pruned)
-    assert _rivals.count_macs(model, inputs) == report.macs_dense
-    assert _rivals.count_macs(pruned, inputs) == report.macs_pruned
+    assert count_macs(model, inputs) == report.macs_dense
+    assert count_macs(pruned, inputs) == report.macs_pruned
     assert not any(module._forward_hooks for module in model.modules()), "no hook stays"
 
 
@@ -342,7 +342,7 @@ def test_settling() -> None:
 
 def test_torch_pruning_at_equal_macs() -> None:
     model, inputs = tiny(), images()
-    dense = _rivals.count_macs(model, inputs)
+    dense = count_macs(model, inputs)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     networks = {
         share: _rivals.torch_pruning_network(model, inputs, 0.5, round(share * dense)) for share in (0.8, 0.5, 0.25)
@@ -354,39 +354,6 @@ def test_torch_pruning_at_equal_macs() -> None:
         assert network.macs / dense == pytest.approx(share, abs=0.15)
     assert networks[0.25].macs < networks[0.5].macs < networks[0.8].macs  # type: ignore[operator]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_the_search_comes_near_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Channel by channel on a wide network, 1 % is within reach; a search of one step is not enough."""
-    model = nn.Sequential(
-        nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 128, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 5)
-    ).eval()
-    inputs = images()
-    target = round(0.3 * _rivals.count_macs(model, inputs))
-    monkeypatch.setattr(_rivals, "ROUND_TO", 1)
-    near = _rivals.count_macs(_rivals._equal_macs(model, inputs, target), inputs)
-    monkeypatch.setattr(_rivals, "MACS_STEPS", 1)
-    far = _rivals.count_macs(_rivals._equal_macs(model, inputs, target), inputs)
-    assert abs(near / target - 1) < 0.02 < abs(far / target - 1)
-
-
-def test_a_leap_is_taken_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six layers of 64 channels all go from 48 to 40 at one ratio; some of them may be left at 48."""
-    widths = [3, *[64] * 6]
-    convs = [nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths)]
-    model = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5)).eval()
-    inputs = images()
-    target = round(0.48 * _rivals.count_macs(model, inputs))  # between (48 / 64) ** 2 and (40 / 64) ** 2
-    near = _rivals.count_macs(_rivals._equal_macs(model, inputs, target), inputs)
-    monkeypatch.setattr(_rivals, "_layers", lambda model: iter(()))
-    far = _rivals.count_macs(_rivals._equal_macs(model, inputs, target), inputs)
-    assert abs(near / target - 1) < 0.06 < abs(far / target - 1)
-
-
-def test_the_last_layer_keeps_its_classes() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert _rivals._last_layer(model, images()) is model[2]
-    assert _rivals._prune_channels(model, images(), 0.5, 0.5, 0)(images()).shape == (2, 8)
 
 
 # --- arithmetic and pictures ------------------------------------------------------------------------------------------
