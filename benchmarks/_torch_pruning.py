@@ -4,10 +4,10 @@ Its scores are taken as its users get them. Read in version 1.6.1, they are not 
 
 - `magnitude`: the sum of squares of the weights of a channel, averaged over all layers that lose it, both those that
   write and those that read it, and the scales of BatchNorm.
-- `fpgm`: He et al. 2019 (section 3.2) sum the distances of a filter from the others of its layer. Here distances are
+- `fpgm`: He et al. 2019 (section 3) sum the distances of a filter from the others of its layer. Here distances are
   those between squared weights, so that a filter and its negative are the same, and columns of the layers that read
   the channel count as much as filters.
-- `taylor`: Molchanov et al. 2019 (section 3.1) square weight times gradient batch by batch, or sum it over a filter
+- `taylor`: Molchanov et al. 2019 (section 3) square weight times gradient batch by batch, or sum it over a filter
   before the square. Here the gradient is that of the mean loss, its products with the weights are summed as absolute
   numbers, and scales of BatchNorm, the gates of the paper, are left out (the case compares with the function for
   GroupNorm).

@@ -40,9 +40,9 @@ def test_equal_macs(importance: Importance) -> None:
 
 
 def test_a_layer_that_leaps_too_far_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of ResNet-20 leaps together with six others; those after it come within 1 %."""
-    model, inputs = _cifar.resnet20().eval(), images()
-    target = round(0.7 * count_macs(model, inputs))
+    """The first of ResNet-8 leaps together with another; those after it come within 1 %."""
+    model, inputs = _cifar.CifarResNet(8).eval(), images()
+    target = round(0.5 * count_macs(model, inputs))
     layers = _torch_pruning._layers
     near = prune_channels(model, inputs, target)
     monkeypatch.setattr(_torch_pruning, "_layers", lambda model: itertools.islice(layers(model), 1))
