@@ -1,6 +1,7 @@
 """Files of a training run that appear whole or not at all, and are known to be whole when they are read."""
 
 import hashlib
+import io
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -57,9 +58,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: the file is truncated, altered, foreign or of another version.
     """
     try:
-        whole = torch.load(path, map_location="cpu", weights_only=True)
+        file = io.BytesIO(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    try:
+        whole = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler runs on foreign bytes: UnpicklingError, RuntimeError, EOFError, ...
         raise CheckpointError(f"{path}: truncated, or no checkpoint of a training; {_START_AGAIN}") from error
     if not isinstance(whole, dict) or whole.get("format") != FORMAT:

@@ -47,6 +47,7 @@ from benchmarks._environment import environment
 from benchmarks._recipe import SCHEDULES, Recipe
 from benchmarks._training import AMP, EVALUATION_BATCH, Interrupted, Trainer, TrainingError
 from benchmarks.accuracy import CIFAR_MODELS, build, prune
+from fxprune.calibration import FITS
 from fxprune.schedules import SCHEDULES as SPARSITY_SCHEDULES
 
 PLAN_OPTIONS = ("ratio", "macs", "granularity", "groups", "form", "method", "criterion", "variety", "snapshots")
@@ -202,9 +203,12 @@ def _prune(
     progress = sys.stderr.isatty()
     if options.plan:
         plan = fxprune.PrunePlan.from_json(options.plan.read_text(encoding="utf-8"))
-        return plan, fxprune.mask(dense, plan, calibration, progress=progress)
-    pruning = prune(dense, example, calibration, progress, seed=options.seed, **_plan_options(options))
-    return pruning.plan, pruning.masked
+        masked = fxprune.mask(dense, plan, calibration, progress=progress)
+    else:
+        pruning = prune(dense, example, calibration, progress, seed=options.seed, **_plan_options(options))
+        plan, masked = pruning.plan, pruning.masked
+    vars(masked).pop(FITS, None)  # how well the refit did is no longer true of the trained network
+    return plan, masked
 
 
 def _plan_options(options: argparse.Namespace) -> dict[str, Any]:
