@@ -10,6 +10,7 @@ from fxprune.calibration import Calibration
 from fxprune.channels import ChannelAnalysis, analyze_channels
 from fxprune.criteria import Criterion, ScoreFunction
 from fxprune.errors import FxpruneError
+from fxprune.filter_selection import Scope
 from fxprune.latency import LatencyTable
 from fxprune.layer_times import measure_layers
 from fxprune.plan_making import check_target, group_counts, plan_for
@@ -36,6 +37,9 @@ def compile(
     sensitivity: Sensitivity | None = None,
     example_inputs: Inputs | None = None,
     calibration: Calibration | None = None,
+    granularity: str | Mapping[str, float] = "kernel",
+    scope: Scope = "local",
+    round_to: int = 1,
     groups: Groups | Mapping[str, Groups] = "auto",
     method: str = "auto",
     form: str = "auto",
@@ -58,8 +62,8 @@ def compile(
 
     Args:
         model: any traceable module, on any device, in any floating-point type.
-        ratio: share of kernel groups to remove from each convolution, in `[0, 1)`, or a mapping from module-name
-            pattern to share; 0.5 if no budget is given either.
+        ratio: share of kernel groups (or of filters, see `granularity`) to remove from each convolution, in `[0, 1)`,
+            or a mapping from module-name pattern to share; 0.5 if no budget is given either.
         macs: instead of a ratio, the share of the network's MACs that may remain, in `(0, 1]`. The ratio of each layer
             follows from its sensitivity, in overlap form, so that the total is met within 1 %.
         params: the same for the parameters.
@@ -73,6 +77,13 @@ def compile(
         calibration: a few hundred typical inputs: a tensor `(N, ...)`, a `DataLoader`, or any iterable of batches;
             labels are ignored. With it the kept weights are solved anew so that each layer gives what the dense one
             gave (`fxprune.calibration.refit`), which is worth far more than any choice of groups. It is read once.
+        granularity: `"kernel"`: convolutions become grouped, each group keeps some input channels. `"filter"`: whole
+            filters go, with everything they feed, through residual additions, concatenations, depthwise convolutions,
+            shuffles and slices; convolutions become narrower. A mapping gives both a ratio and does one after the
+            other: `{"filter": 0.25, "kernel": 0.5}`.
+        scope: of filters: `"local"` removes the same share from each channel space, `"global"` ranks all filters of the
+            network (`fxprune.filter_selection.choose_units`).
+        round_to: each channel space keeps a multiple of this many filters.
         groups: number of groups, `"auto"`, or a mapping from pattern to either.
         method: how the groups are chosen, see `fxprune.planning.METHODS`.
         form: `"partition"`, `"overlap"` or `"auto"`.
@@ -85,9 +96,9 @@ def compile(
         share_groups: layers that write the same channels (the blocks of a residual stage) and have equally many groups
             get the same groups of filters, so that one order suits all and their outputs need no gather. It costs some
             accuracy. None is True with a target and channels kept one by one, else False.
-        criterion: importance of a kernel for method `"cocluster"`: a name in `fxprune.criteria.CRITERIA`, a
-            `Criterion`, or a function `(name, conv) -> (O, C)`.
-        variety: make the criterion keep rare kernels: a name in `fxprune.variety.VARIETIES` or a `Variety`.
+        criterion: importance of a kernel, for method `"cocluster"`, or summed over a filter: a name in
+            `fxprune.criteria.CRITERIA`, a `Criterion`, or a function `(name, conv) -> (O, C)`.
+        variety: make the criterion keep rare kernels or filters: a name in `fxprune.variety.VARIETIES` or a `Variety`.
         snapshots: earlier states of the same training run, oldest first, as state dicts, modules or paths; for method
             `"tmi"` and for the criteria `"movement"` and `"magnitude_increase"`, which take the first.
         ignore: patterns of layers to leave dense.
@@ -118,9 +129,13 @@ def compile(
         model,
         data,
         ratio,
-        macs,
-        params,
-        sensitivity,
+        granularity=granularity,
+        scope=scope,
+        round_to=round_to,
+        after=None,
+        macs=macs,
+        params=params,
+        sensitivity=sensitivity,
         latency=latency,
         latency_table=latency_table,
         groups=groups,
@@ -164,6 +179,9 @@ def make_plan(
     sensitivity: Sensitivity | None = None,
     example_inputs: Inputs | None = None,
     calibration: Calibration | None = None,
+    granularity: str | Mapping[str, float] = "kernel",
+    scope: Scope = "local",
+    round_to: int = 1,
     groups: Groups | Mapping[str, Groups] = "auto",
     method: str = "auto",
     form: str = "auto",
@@ -176,20 +194,29 @@ def make_plan(
     ignore: str | Iterable[str] = (),
     seed: int = 0,
     progress: bool = False,
+    after: PrunePlan | None = None,
 ) -> PrunePlan:
     """Choose which convolutions are pruned and how. Arguments and errors are those of `compile`; the model is only
     read. Equal arguments give equal plans.
 
     With calibration data each layer is planned on what the layers before it, pruned and refitted, give it. `mask` with
     the same data then finds the same weights.
+
+    Args:
+        after: an earlier plan of filters for the same model: what it removes stays removed, and counts. For gradual
+            schedules; `compile` has no such argument. The others are those of `compile`.
     """
     plan, _ = plan_for(
         model,
         Subject(model, example_inputs, calibration),
         ratio,
-        macs,
-        params,
-        sensitivity,
+        granularity=granularity,
+        scope=scope,
+        round_to=round_to,
+        after=after,
+        macs=macs,
+        params=params,
+        sensitivity=sensitivity,
         latency=latency,
         latency_table=latency_table,
         groups=groups,

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -9,26 +10,132 @@ from torch import nn
 from fxprune.acceleration import accelerate, acceleration_report
 from fxprune.calibration import Calibration, survey
 from fxprune.errors import AccelerationError, PlanError
+from fxprune.filter_planning import plan_filters
+from fxprune.filter_selection import Scope
 from fxprune.latency import LatencyOption, LatencyTable, as_patterns, check_latency, damages, meet
 from fxprune.layer_times import GROUP_COUNTS, measure_layers
 from fxprune.planning import PUBLISHED, Planner, match_patterns, resolve_block, resolve_sharing
-from fxprune.plans import PrunePlan
+from fxprune.plans import PrunePlan, near_matches
 from fxprune.sensitivity import Cost, Sensitivity, check_share
 from fxprune.shapes import TARGETS, Groups
 from fxprune.sharing import common_writers
-from fxprune.steps import mask, rewrite
+from fxprune.steps import mask, masked_by, put_back, rewrite, without_removed
 from fxprune.subject import Subject, find_obstacles
 from fxprune.tracing import Inputs, as_inputs
+
+GRANULARITIES = ("kernel", "filter")
+"""What is removed: kernels, so that convolutions become grouped, or whole filters, so that they become narrower."""
 
 
 def plan_for(
     model: nn.Module,
     data: Subject,
     ratio: float | Mapping[str, float] | None,
+    *,
+    granularity: str | Mapping[str, float],
+    scope: Scope,
+    round_to: int,
+    after: PrunePlan | None,
+    **options: Any,
+) -> tuple[PrunePlan, nn.Module | None]:
+    """The plan, and the masked model if it was refitted on the way."""
+    shares = _by_granularity(granularity, ratio, scope, round_to, after, options)
+    if "filter" not in shares:
+        return _plan_kernels(model, data, shares["kernel"], **options)
+    common = {name: options[name] for name in ("criterion", "snapshots", "ignore", "seed", "progress")}
+    budget = {name: options[name] for name in ("macs", "params")} if "kernel" not in shares else _NO_BUDGET
+    variety, progress = options["variety"], options["progress"]
+    plan = plan_filters(
+        model,
+        data,
+        ratio=shares["filter"],
+        scope=scope,
+        round_to=round_to,
+        after=after,
+        variety=variety,
+        **budget,
+        **common,
+    )
+    masked = None if data.batches is None else masked_by(model, plan, data, progress=progress)
+    if "kernel" not in shares:
+        return plan, masked
+    masked = masked_by(model, plan, None) if masked is None else masked
+    smaller = without_removed(masked, plan, data.example_inputs)
+    kernels, refitted = _plan_kernels(smaller, data.of(smaller), shares["kernel"], **options)
+    together = replace(kernels, removed=plan.removed, ratio={}, method=f"{plan.method}; {kernels.method}")
+    if refitted is None:
+        return together, None
+    put_back(masked, refitted, plan)
+    return together, masked
+
+
+_NO_BUDGET: Mapping[str, None] = {"macs": None, "params": None}
+
+
+def _by_granularity(
+    granularity: str | Mapping[str, float],
+    ratio: float | Mapping[str, float] | None,
+    scope: Scope,
+    round_to: int,
+    after: PrunePlan | None,
+    options: Mapping[str, Any],
+) -> dict[str, float | Mapping[str, float] | None]:
+    """The ratio of each granularity, filters first; arguments that the others do not have are refused."""
+    both = isinstance(granularity, Mapping)
+    names = list(granularity) if isinstance(granularity, Mapping) else [granularity]
+    for name in names:
+        if name not in GRANULARITIES:
+            close = near_matches(str(name), GRANULARITIES)
+            raise PlanError(
+                f"granularity is {name!r}{close}; it must be 'kernel', 'filter', or map both to their ratios: "
+                "granularity={'filter': 0.25, 'kernel': 0.5}"
+            )
+    if isinstance(granularity, Mapping):
+        if set(names) != set(GRANULARITIES):
+            raise PlanError(
+                f"granularity names {names} only; give both ratios, or granularity={names[0]!r} with ratio="
+            )
+        for name in ("macs", "params", "latency"):
+            if options[name] is not None or ratio is not None:
+                raise PlanError(f"granularity has a ratio for each already; leave ratio and {name} out")
+        if options["snapshots"] is not None:
+            raise PlanError(
+                "snapshots do not fit the network that removed filters leave; plan one granularity at a time"
+            )
+    if names != ["kernel"]:
+        legal = () if both else (*_KERNELS_ONLY.items(),)
+        for name, default in legal:
+            if options[name] != default:
+                raise PlanError(f"{name} is for granularity='kernel'; leave it out for whole filters")
+        if options["latency"] is not None:
+            raise PlanError("latency chooses groups of kernels; give filters a ratio or macs= instead")
+    elif (scope, round_to, after) != ("local", 1, None):
+        raise PlanError("scope, round_to and after are for granularity='filter'; leave them out for kernels")
+    if isinstance(granularity, Mapping):
+        return {"filter": granularity["filter"], "kernel": granularity["kernel"]}
+    return {granularity: ratio}
+
+
+_KERNELS_ONLY = {
+    "sensitivity": None,
+    "latency_table": None,
+    "groups": "auto",
+    "method": "auto",
+    "form": "auto",
+    "block": None,
+    "share_groups": None,
+}
+"""Arguments that say how kernels are grouped, with their defaults."""
+
+
+def _plan_kernels(
+    model: nn.Module,
+    data: Subject,
+    ratio: float | Mapping[str, float] | None,
+    *,
     macs: float | None,
     params: float | None,
     sensitivity: Sensitivity | None,
-    *,
     latency: float | None,
     latency_table: LatencyTable | None,
     groups: Groups | Mapping[str, Groups],
@@ -42,7 +149,7 @@ def plan_for(
     progress: bool,
     **options: Any,
 ) -> tuple[PrunePlan, nn.Module | None]:
-    """The plan, and the masked model if it was refitted on the way."""
+    """A plan of kernels, and the masked model if it was refitted on the way."""
     budgets: dict[Cost, float] = {}
     if macs is not None:
         budgets["macs"] = macs

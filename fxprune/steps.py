@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.acceleration import ACCELERATION
 from fxprune.calibration import FITS, Calibration
-from fxprune.errors import FxpruneError, NothingRewrittenWarning
+from fxprune.errors import FxpruneError, NothingRewrittenWarning, TraceError
+from fxprune.masking import entries_without_removed, kept_entries, remaining, zero_pruned
+from fxprune.passes import RemoveChannels
 from fxprune.pipeline import default_pipeline, run
-from fxprune.plans import PrunePlan
+from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.report import Report, layer_costs, make_report
 from fxprune.subject import Subject
 from fxprune.tracing import Inputs, meta_values, trace
@@ -45,7 +47,8 @@ class Record:
 def mask(
     model: nn.Module, plan: PrunePlan, calibration: Calibration | None = None, *, progress: bool = False
 ) -> nn.Module:
-    """Return a copy of `model` in which the kernels that `plan` drops are zero: the oracle of every later step.
+    """Return a copy of `model` in which the kernels and channels that `plan` drops are zero: the oracle of all that
+    follows.
 
     Args:
         model: the dense model. It is not changed.
@@ -58,16 +61,72 @@ def mask(
         CalibrationError: the calibration data are malformed, or do not fit the model.
     """
     plan.check(model)
+    data = None if calibration is None else Subject(model, None, calibration)
+    return masked_by(model, plan, data, progress=progress)
+
+
+def masked_by(model: nn.Module, plan: PrunePlan, data: Subject | None, *, progress: bool = False) -> nn.Module:
+    """The same, given the calibration data with the trace of the model.
+
+    What whole channels leave behind is refitted first, then the kernels of the network without them.
+    """
     masked = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, kernels in plan.layers.items():
-            weight = masked.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            weight.mul_(kernels.mask().to(weight.device)[:, :, None, None])
-    if calibration is not None:
-        data = Subject(model, None, calibration)
+    zero_pruned(masked, kept_entries(model, plan) if data is None else entries_without_removed(model, plan))
+    if data is None:
+        return masked
+    if plan.removed:
+        refit_readers(masked, plan, data, progress=progress)
+    if plan.layers and not plan.removed:
+        zero_pruned(masked, kept_entries(model, plan))
         data.reconstruct(masked, plan.layers, lambda name, conv, samples: plan.layers[name], plan.seed, progress)
+    elif plan.layers:
+        smaller = without_removed(masked, plan, data.example_inputs)
+        kernels = replace(plan, removed={})
+        put_back(masked, masked_by(smaller, kernels, data.of(smaller), progress=progress), plan)
     return masked
+
+
+def refit_readers(masked: nn.Module, plan: PrunePlan, data: Subject, *, progress: bool = False) -> None:
+    """Refit, in place, the convolutions that read channels which `plan` removes: the others make up for them."""
+    readers = {
+        name: conv
+        for name, conv in masked.named_modules()
+        if isinstance(conv, nn.Conv2d) and conv.groups == 1 and name in plan.removed and plan.removed[name].inputs
+    }
+
+    def choose(name: str, conv: nn.Conv2d, samples: object) -> GroupedKernels:
+        kept = tuple(remaining(conv.in_channels, plan.removed[name].inputs).tolist())
+        return GroupedKernels(tuple(range(conv.out_channels)), (kept,), conv.in_channels, 0.0)
+
+    data.reconstruct(masked, readers, choose, plan.seed, progress)
+    zero_pruned(masked, entries_without_removed(masked, plan))  # the fit gives the removed filters a value again
+
+
+def without_removed(masked: nn.Module, plan: PrunePlan, example_inputs: Inputs | None) -> fx.GraphModule:
+    """The network without the channels that `plan` removes, its convolutions still dense."""
+    traced = trace(masked, example_inputs)
+    run(traced.module, (RemoveChannels(plan, traced.inputs),), traced.inputs)
+    _own_tensors(traced.module, masked)
+    return traced.module
+
+
+@torch.no_grad()
+def put_back(masked: nn.Module, smaller: nn.Module, plan: PrunePlan) -> None:
+    """Write the tensors of the network without the removed channels to their places in the masked one, in place."""
+    setattr(masked, FITS, getattr(masked, FITS, {}) | getattr(smaller, FITS, {}))
+    found = smaller.state_dict()
+    for name, tensor in masked.state_dict().items():
+        if name not in found:
+            continue
+        new, channels = found[name], plan.removed.get(name.rpartition(".")[0])
+        if tensor.shape == new.shape:
+            tensor.copy_(new)
+        elif channels is not None:
+            rows = remaining(tensor.shape[0], channels.outputs)
+            if tensor.dim() > 1 and tensor.shape[1] != new.shape[1]:
+                tensor[rows[:, None], remaining(tensor.shape[1], channels.inputs)] = new
+            else:
+                tensor[rows] = new
 
 
 def rewrite(
@@ -91,6 +150,8 @@ def rewrite(
     """
     plan.check(masked)
     traced = trace(masked, example_inputs)
+    if plan.removed and not traced.inputs:
+        raise TraceError("removing channels needs the shapes of the model, and no usual size fits; pass example_inputs")
     gm = traced.module
     dense = layer_costs(gm, traced.values)
     params_dense = sum(p.numel() for p in gm.parameters())  # auxiliary heads that are never called are not pruned away
@@ -119,7 +180,7 @@ def rewrite(
     rounding = max((torch.finfo(p.dtype).eps for p in gm.parameters() if p.is_floating_point()), default=0.0)
     options = {"fold_batch_norm": fold_batch_norm}
     gm.meta[RECORD] = Record(plan, report, traced.inputs, modes, options, rounding if fold_batch_norm else 0.0)
-    if not plan.layers:
+    if not plan.layers and not plan.removed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:3])
         warnings.warn(
             f"no convolution was rewritten, the result is as large as the model ({reasons})",

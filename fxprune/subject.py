@@ -36,6 +36,10 @@ class Subject:
                 raise CalibrationError(f"calibration batch 0 does not fit the model: {error}") from error
             raise
 
+    def of(self, model: nn.Module) -> "Subject":
+        """Another model with the same inputs."""
+        return Subject(model, self._inputs, self.batches)
+
     def overlap_planner(
         self,
         model: nn.Module,

@@ -66,7 +66,7 @@ ORDER = (
     ("acceleration", "latency"),
     ("layer_times",),
     ("subject",),
-    ("steps",),
+    ("filter_planning", "steps"),
     ("plan_making", "storage"),
     ("compiler",),
     ("sparsification", "tickets"),
