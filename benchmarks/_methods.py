@@ -1,0 +1,183 @@
+"""The pruners that are compared: each makes of one network one with a given share of its MACs.
+
+Filters here are removed by the l1 norm (Li et al. 2017, section 3.1); *variety* is `fxprune.variety`. Networks that are
+*refitted* have their kept weights solved anew on images to calibrate with. The published methods, SR-GKP and TMI-GKP,
+do not know of that and have it as a variant; Torch-Pruning has nothing of the kind.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import fxprune
+from benchmarks._layer_calls import count_macs
+from benchmarks._torch_pruning import Importance, prune_channels
+from fxprune.planning import Planner
+from fxprune.report import layer_costs
+from fxprune.tracing import trace
+
+RATIO_STEPS = 12
+"""Halvings of the range of uniform ratios; layers of up to 1,024 channels tell no finer ones apart."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What every method is given.
+
+    Attributes:
+        model: the dense network, in evaluation mode; it is not changed.
+        share: of its MACs that is to remain, in (0, 1].
+        images: `(N, C, H, W)`, normalized, to calibrate with.
+        labels: int64 `(N,)`, for what needs a loss.
+        seed: of the plan.
+        snapshots: earlier states of its training, oldest first; empty if there are none.
+    """
+
+    model: nn.Module
+    share: float
+    images: Tensor
+    labels: Tensor
+    seed: int = 0
+    snapshots: Sequence[Path] = ()
+
+    @property
+    def example(self) -> Tensor:
+        """Two of the images."""
+        return self.images[:2]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned network in evaluation mode.
+
+    Attributes:
+        network: of fxprune the masked one, else the smaller one itself.
+        plan: what fxprune pruned.
+    """
+
+    network: nn.Module
+    plan: fxprune.PrunePlan | None = None
+
+
+def dense(case: Case) -> Pruned:
+    """The network as it is: the control of fine-tuning."""
+    return Pruned(case.model)
+
+
+def kernels(case: Case) -> Pruned:
+    """Grouped convolutions, planned by reconstruction, their ratios by sensitivity; refitted."""
+    plan = fxprune.make_plan(case.model, macs=case.share, calibration=case.images, seed=case.seed)
+    return _masked(case, plan, refit=True)
+
+
+def published(case: Case, *, method: str, refit: bool) -> Pruned:
+    """Grouped convolutions with 8 groups and one ratio for all layers, as the papers have them."""
+    options: dict[str, Any] = {"method": method, "groups": 8, "form": "overlap", "seed": case.seed}
+    if method == "tmi":
+        options["snapshots"] = case.snapshots
+    ratio = uniform_ratio(case.model, case.example, case.share, options)
+    plan = fxprune.make_plan(case.model, ratio, example_inputs=case.example, **options)
+    return _masked(case, plan, refit)
+
+
+def filters(case: Case, *, refit: bool, variety: str | None = None) -> Pruned:
+    """Whole filters, the same share of each channel space."""
+    return _masked(case, _filter_plan(case, case.share, variety), refit)
+
+
+def combined(case: Case) -> Pruned:
+    """Filters first, then kernels of what is left; each step leaves the square root of the share. Refitted."""
+    plan = _filter_plan(case, math.sqrt(case.share))
+    smaller = fxprune.rewrite(fxprune.mask(case.model, plan, case.images), plan, case.example).eval()
+    left = count_macs(smaller, case.example) / count_macs(case.model, case.example)
+    grouped = fxprune.make_plan(smaller, macs=case.share / left, calibration=case.images, seed=case.seed)
+    return _masked(case, replace(grouped, removed=plan.removed), refit=True)
+
+
+def torch_pruning(case: Case, *, importance: Importance) -> Pruned:
+    """Whole channels, the same share of each layer, by Torch-Pruning."""
+    macs = round(case.share * count_macs(case.model, case.example))
+    batches = list(zip(case.images.split(100), case.labels.split(100), strict=True))  # type: ignore[no-untyped-call]
+    return Pruned(prune_channels(case.model, case.example, macs, importance, batches).eval())
+
+
+def _filter_plan(case: Case, share: float, variety: str | None = None) -> fxprune.PrunePlan:
+    options: dict[str, Any] = {"granularity": "filter", "criterion": "l1", "variety": variety, "seed": case.seed}
+    return fxprune.make_plan(case.model, macs=share, example_inputs=case.example, **options)
+
+
+def _masked(case: Case, plan: fxprune.PrunePlan, refit: bool) -> Pruned:
+    return Pruned(fxprune.mask(case.model, plan, case.images if refit else None).eval(), plan)
+
+
+def uniform_ratio(model: nn.Module, example: Tensor, share: float, options: dict[str, Any]) -> float:
+    """The ratio that, the same in all layers, leaves nearest to `share` of the MACs.
+
+    Args:
+        model: the dense network.
+        example: `(N, C, H, W)`.
+        share: of its MACs.
+        options: of `fxprune.make_plan`.
+
+    Raises:
+        PlanError: it cannot be planned so.
+    """
+    traced = trace(model, example)
+    macs = {name: cost or 0 for name, (_, cost) in layer_costs(traced.module, traced.values).items()}
+    channels = {name: conv.in_channels for name, conv in model.named_modules() if isinstance(conv, nn.Conv2d)}
+    target = share * sum(macs.values())
+
+    def remaining(ratio: float) -> float:
+        shapes = Planner(model, ratio, **options).shapes
+        return sum(macs.values()) - sum(macs[name] * (1 - s.kept / channels[name]) for name, s in shapes.items())
+
+    low, high = 0.0, 1 - 0.5**RATIO_STEPS
+    for _ in range(RATIO_STEPS):
+        ratio = (low + high) / 2
+        low, high = (ratio, high) if remaining(ratio) > target else (low, ratio)
+    return min((low, high), key=lambda ratio: abs(remaining(ratio) - target))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruner that is compared.
+
+    Attributes:
+        name: on the command line and in records.
+        label: in tables and plots.
+        prune: what it does.
+        snapshots: whether it looks at earlier states of the training.
+    """
+
+    name: str
+    label: str
+    prune: Callable[[Case], Pruned]
+    snapshots: bool = False
+
+
+DENSE = Method("dense", "dense", dense)
+METHODS = {
+    method.name: method
+    for method in (
+        DENSE,
+        Method("tmi", "TMI-GKP", partial(published, method="tmi", refit=False), snapshots=True),
+        Method("tmi-refit", "TMI-GKP, refitted", partial(published, method="tmi", refit=True), snapshots=True),
+        Method("srgkp", "SR-GKP", partial(published, method="srgkp", refit=False)),
+        Method("srgkp-refit", "SR-GKP, refitted", partial(published, method="srgkp", refit=True)),
+        Method("fxprune", "fxprune, kernels", kernels),
+        Method("filters", "filters, not refitted", partial(filters, refit=False)),
+        Method("filters-refit", "filters", partial(filters, refit=True)),
+        Method("pairs", "filters, variety", partial(filters, refit=True, variety="pairs")),
+        Method("pairs-pure", "filters, variety (pure)", partial(filters, refit=True, variety="pairs-pure")),
+        Method("combined", "filters and kernels", combined),
+        Method("tp-magnitude", "Torch-Pruning, magnitude", partial(torch_pruning, importance="magnitude")),
+        Method("tp-fpgm", "Torch-Pruning, FPGM", partial(torch_pruning, importance="fpgm")),
+        Method("tp-taylor", "Torch-Pruning, Taylor", partial(torch_pruning, importance="taylor")),
+    )
+}
+"""By name, in the order of tables."""
