@@ -14,6 +14,11 @@ After each epoch the folder has `checkpoint.pt`, from which `--resume` goes on a
 `log.json`. In the end it has `model.pt`, weights for `--weights` (of the best epoch: `best.pt`), and of a pruned
 network `plan.json`, and `compiled.pt` for `fxprune.load`.
 
+With several processes, each batch is split between them, and the network that comes out is that of one process but for
+rounding, and but for BatchNorm and Dropout: each process normalizes with the statistics of its own share of a batch
+(`torch.nn.SyncBatchNorm`, which needs CUDA, is not used), and draws on its own. A run can be resumed by another number
+of processes; all of them must see the same folder.
+
 Exit codes: 0 done, 2 an error, 130 (or 143) stopped by SIGINT (or SIGTERM), its state saved.
 """
 
@@ -50,7 +55,10 @@ from benchmarks.accuracy import CIFAR_MODELS, build, prune
 from fxprune.calibration import FITS
 from fxprune.schedules import SCHEDULES as SPARSITY_SCHEDULES
 
-PLAN_OPTIONS = ("ratio", "macs", "granularity", "groups", "form", "method", "criterion", "variety", "snapshots")
+PLAN_OPTIONS = (
+    "ratio", "macs", "granularity", "scope", "round_to",
+    "groups", "form", "method", "criterion", "variety", "snapshots",
+)  # fmt: skip
 """Options that go to `fxprune.make_plan`, which has its own defaults for those that are not given."""
 
 
@@ -359,7 +367,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.distill_weight, options.distill_temperature = options.distill
     refitted = bool(options.calibration_images)
     if options.plan and (_plan_options(options) or options.sparsify):
-        parser.error(f"--plan is a plan already; leave --{', --'.join([*_plan_options(options), 'sparsify'])} out")
+        parser.error("--plan is a plan already; leave the other options of pruning out")
     if not _is_pruned(options) and (refitted or options.sparsify or options.train == "compiled"):
         parser.error(
             "--calibration-images, --sparsify and --train compiled are for a pruned network; "
@@ -377,6 +385,8 @@ def _add_pruning(group: argparse._ArgumentGroup) -> None:
     size.add_argument("--ratio", type=float, help="share to prune")
     size.add_argument("--macs", type=float, metavar="SHARE", help="share of MACs to keep")
     add("--granularity", choices=("kernel", "filter"), help="what is removed (default: that of fxprune)")
+    add("--scope", choices=("local", "global"), help="whether each layer loses the same share of its filters")
+    add("--round-to", type=_count, metavar="N", help="keep a multiple of N filters")
     add("--groups", type=lambda text: text if text == "auto" else int(text))
     add("--form", choices=("auto", "partition", "overlap"))
     add("--method", help="how kernels are chosen")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import fxprune
 from benchmarks import _checkpoint, train
 from benchmarks._data import Data
+from benchmarks._images import DataError
 from benchmarks._training import Trainer
 from fxprune.models import load_model
 
@@ -130,6 +131,7 @@ def test_the_test_images_are_looked_at_in_the_end_only(tmp_path: Path, monkeypat
     "more",
     [
         ["--ratio", "0.5", "--train", "compiled"],
+        ["--ratio", "0.5", "--granularity", "filter", "--round-to", "4", "--calibration-images", "20"],
         ["--ratio", "0.5", "--sparsify", "agp", "--channels-last"],
         ["--ratio", "0.5", "--amp", "bf16", "--distill", "0.5:4", "--schedule", "onecycle"],
     ],
@@ -273,6 +275,20 @@ def test_a_full_disk_loses_nothing(
         patch.setattr(_checkpoint.torch, "save", fill)
         assert "checkpoint.pt: cannot be written" in complaint(capsys, *given)
     assert not list(tmp_path.glob("*.partial"))
+    assert train.main([*given, "--resume"]) == 0
+    assert equal(weights(tmp_path), weights(whole))
+
+
+def test_a_damaged_image_ends_it_and_once_it_is_mended_it_goes_on(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damaged() -> None:
+        raise DataError("train/cat/7.png: cannot be decoded; remove or replace it")
+
+    given = arguments(tmp_path, *PLANNED, "--checkpoint-every", "4")
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, damaged)
+        assert "train/cat/7.png: cannot be decoded" in complaint(capsys, *given)
     assert train.main([*given, "--resume"]) == 0
     assert equal(weights(tmp_path), weights(whole))
 
