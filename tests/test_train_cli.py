@@ -132,7 +132,7 @@ def test_the_test_images_are_looked_at_in_the_end_only(tmp_path: Path, monkeypat
     [
         ["--ratio", "0.5", "--train", "compiled"],
         ["--ratio", "0.5", "--granularity", "filter", "--round-to", "4", "--calibration-images", "20"],
-        ["--ratio", "0.5", "--sparsify", "agp", "--channels-last"],
+        pytest.param(["--ratio", "0.5", "--sparsify", "agp", "--channels-last"], marks=pytest.mark.slow),
         ["--ratio", "0.5", "--amp", "bf16", "--distill", "0.5:4", "--schedule", "onecycle"],
     ],
 )
@@ -197,7 +197,9 @@ def test_killed_from_outside_at_any_time_and_resumed(whole: Path, tmp_path: Path
     assert equal(weights(tmp_path), weights(whole))
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_asked_to_stop_it_saves_and_goes_on_later(
     whole: Path,
     tmp_path: Path,
