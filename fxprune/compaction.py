@@ -40,6 +40,18 @@ Keep = dict[int, Tensor]
 """Positions that stay along each dimension that loses some."""
 
 
+class StuckError(PassError):
+    """An operator moves or gives channels in a form that cannot lose some of them.
+
+    Attributes:
+        node: it, or the value that it reads.
+    """
+
+    def __init__(self, node: fx.Node, message: str) -> None:
+        super().__init__(message)
+        self.node = node
+
+
 class Compaction:
     """A graph from which channels are removed.
 
@@ -65,7 +77,7 @@ class Compaction:
         """Correct the operators that move data; return the names of those that were changed.
 
         Raises:
-            PassError: an operator reads or gives channels in a form that cannot lose some of them.
+            StuckError: an operator reads or gives channels in a form that cannot lose some of them.
         """
         changed = []
         for node in list(self._gm.graph.nodes):
@@ -78,7 +90,7 @@ class Compaction:
         for node in reversed(self._virtual):
             if node.users:
                 reader = next(iter(node.users))
-                raise PassError(f"{reader.name} reads {node.name}, which cannot lose some of its channels alone")
+                raise StuckError(node, f"{reader.name} reads {node.name}, which cannot lose some of its channels alone")
             self._gm.graph.erase_node(node)
         return tuple(changed)
 
@@ -116,7 +128,7 @@ class Compaction:
                 return value
             shortened = self._shortened(node, value)
             if shortened is None:
-                raise PassError(f"{node.name} gives channels in a form that cannot lose some of them")
+                raise StuckError(node, f"{node.name} gives channels in a form that cannot lose some of them")
             return shortened
         if node.op not in ("call_function", "call_method") or any(s in self._virtual for s in node.all_input_nodes):
             return value
@@ -153,7 +165,9 @@ class Compaction:
             moved = self._run(node, {**self._values, source: numbers})
         else:
             root, numbers = source, _numbered(self._values[source])
-            moved = self._run(node, {**self._values, source: numbers})
+            moved = self._attempt(node, {**self._values, source: numbers})
+            if moved is None:
+                raise StuckError(node, f"{node.name} cannot be followed, so it is not known what it moves where")
             expected, given = self._shortened(node, moved), self._shortened(source, numbers)
             if expected is not None:
                 for args in (node.args, *self._corrected(node, expected)):
@@ -243,8 +257,8 @@ def shorten(value: Tensor, keep: Keep) -> Tensor:
 
 
 def _numbered(value: Tensor) -> Tensor:
-    """A tensor of the shape of `value` in which every element is its own number."""
-    return torch.arange(value.numel()).reshape(value.shape)
+    """A tensor of the shape of `value` in which every element is its own number; 0 is for what a padding adds."""
+    return torch.arange(1, value.numel() + 1).reshape(value.shape)
 
 
 def _equal(found: Any, expected: Any) -> bool:

@@ -17,7 +17,8 @@ def kept_entries(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
         plan: what to drop.
 
     Returns:
-        name of each parameter that loses something to a bool tensor of its shape, on its device; True: the entry stays.
+        name of each parameter (or buffer) that loses something to a bool tensor of its shape, on its device; True: the
+        entry stays.
 
     Raises:
         PlanError: the plan was made for another model.
@@ -40,11 +41,12 @@ def kept_entries(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
 def entries_without_removed(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
     """The same for the channels alone that `plan` removes as a whole: what makes these channels zero stays not.
 
-    Filters and their biases, entries of depthwise convolutions, scales and shifts of normalisations. The weights that
-    would read the channels are left: they are multiplied by zero.
+    Filters and their biases, entries of depthwise convolutions, scales and shifts of normalisations, entries of buffers
+    that the model reads itself (the parameters of a frozen normalisation). The weights that would read the channels
+    are left: they are multiplied by zero.
     """
     kept = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = _tensors(model)
     for name, channels in plan.removed.items():
         outputs = list(channels.outputs)
         if name in parameters:
@@ -81,7 +83,7 @@ def zero_pruned(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
     Raises:
         PlanError: the model has no parameter of a name in `kept`, or one of another shape.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = _tensors(model)
     for name, stays in kept.items():
         parameter = parameters.get(name)
         if parameter is None or parameter.shape != stays.shape:
@@ -91,3 +93,11 @@ def zero_pruned(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
                 "computed (parametrized) or sharded cannot be masked in place"
             )
         parameter.masked_fill_(~stays.to(parameter.device), 0)  # a product would keep NaN
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }

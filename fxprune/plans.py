@@ -398,6 +398,8 @@ def channels_of(module: nn.Module) -> tuple[int, int]:
         return module.out_channels, module.in_channels
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return module.num_features, 0  # perhaps statistics alone
     return (len(weight), 0) if isinstance(weight, torch.Tensor) and weight.dim() == 1 else (0, 0)
 
 

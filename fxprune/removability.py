@@ -7,9 +7,13 @@ it, and a product with a zero channel makes zero again (squeeze-and-excitation).
 not surely zero, or a normalisation over channels, rules the class out, and the reason is kept.
 
 What an elementwise operator makes of zeros is found by evaluating it on zeros, not by a list of names.
+
+The number of channels itself may be computed with: `x.sum(1) / x.shape[1]`. Sizes are followed as well, and rule out
+what they count wherever they do anything but tell an operator that moves data the sizes of its result.
 """
 
 import copy
+import operator
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +30,8 @@ from fxprune.channels.analysis import family_of
 from fxprune.channels.atoms import UNLABELLED
 from fxprune.channels.interpreter import varying
 from fxprune.eligibility import computes_its_own_forward
+from fxprune.layers import TrainingFlag
+from fxprune.rewriting import is_mutating
 
 Classes = npt.NDArray[np.bool_]
 
@@ -34,6 +40,10 @@ _MOVEMENT = frozenset("cast dimensionwise item reshape expand repeat concatenate
 # Operators that treat all channels alike and apart, given one tensor.
 _CHANNELWISE = frozenset("windows pad".split())
 _ZERO_ADDS_NOTHING = ("sum", "norm")
+# What is asked of a tensor to know how many channels it has.
+_COUNTS = ("shape", "size", "numel", "nelement", "len", "__len__")
+# Families whose operators may be given such numbers: `fxprune.compaction` sees to it that they fit.
+_SIZED = frozenset("dimensionwise item reshape expand repeat pad".split())
 
 
 @dataclass
@@ -43,6 +53,8 @@ class _Walk:
     Attributes:
         lost: for each node, the classes `(K,)` that may be other than zero in its value, were they set to zero.
         refused: class to the reason why it cannot be removed.
+        counted: for each node that gives sizes, or what is computed from them, the classes `(K,)` whose number counts;
+            a list with those of each dimension for a whole shape.
     """
 
     module: fx.GraphModule
@@ -50,7 +62,21 @@ class _Walk:
     analysis: ChannelAnalysis
     lost: dict[fx.Node, Classes] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
+    counted: dict[fx.Node, Classes | list[Classes]] = field(default_factory=dict)
     _present: dict[fx.Node, Classes] = field(default_factory=dict)
+
+    def none(self) -> Classes:
+        """No class, `(K,)`."""
+        return np.zeros(len(self.analysis.blocks.members), dtype=np.bool_)
+
+    def numbers(self, node: fx.Node) -> Classes:
+        """The classes whose number a node is given."""
+        found = self.none()
+        for source in node.all_input_nodes:
+            given = self.counted.get(source, [])
+            for classes in given if isinstance(given, list) else [given]:
+                found = found | classes
+        return found
 
     def present(self, node: fx.Node) -> Classes:
         """The classes that stand in a value."""
@@ -59,7 +85,7 @@ class _Walk:
         return self._present[node]
 
     def _find(self, node: fx.Node) -> Classes:
-        found: Classes = np.zeros(len(self.analysis.blocks.members), dtype=np.bool_)
+        found = self.none()
         for leaf in tree_leaves(self.analysis.labels.get(node)):
             if isinstance(leaf, Tensor):
                 atoms = leaf.numpy().reshape(-1)
@@ -81,7 +107,7 @@ class _Walk:
 
     def carried(self, node: fx.Node) -> Classes:
         """Lost in an operand in which they stand."""
-        found: Classes = np.zeros(len(self.analysis.blocks.members), dtype=np.bool_)
+        found = self.none()
         for source in self.sources(node):
             found |= self.lost[source] & self.present(source)
         return found
@@ -104,16 +130,22 @@ def irremovable(module: fx.GraphModule, values: dict[fx.Node, Any], analysis: Ch
 
 def _visit(walk: _Walk, node: fx.Node) -> Classes:
     """The classes lost in the value of a node."""
-    nothing = np.zeros(len(walk.analysis.blocks.members), dtype=np.bool_)
-    if node.op in ("placeholder", "get_attr", "output") or node.name in walk.analysis.boundaries:
-        return nothing  # parameters are set to zero themselves; what meets a boundary is pinned
-    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(walk.values.get(node))) or not walk.sources(node):
+    nothing = walk.none()
+    if node.op in ("placeholder", "get_attr"):
+        return nothing  # parameters and buffers are set to zero themselves
+    gives_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(walk.values.get(node)))
+    if not gives_tensors and walk.values.get(node) is not None:
+        walk.counted[node] = _sizes(walk, node)
         return nothing
+    family = family_of(walk.module, node)
+    if family not in _SIZED:
+        walk.refuse(walk.numbers(node), f"{node.name} computes with their number")
+    if node.name in walk.analysis.boundaries or not gives_tensors or not walk.sources(node):
+        return nothing  # what meets a boundary is pinned
     module = walk.module.get_submodule(str(node.target)) if node.op == "call_module" else None
     source = walk.sources(node)[0]
     if isinstance(module, nn.modules.conv._ConvNd):
         return _convolution(walk, node, module, source)
-    family = family_of(walk.module, node)
     if family in _MOVEMENT or family == "gated":
         return walk.carried(node)
     if family == "elementwise":
@@ -131,18 +163,42 @@ def _visit(walk: _Walk, node: fx.Node) -> Classes:
         if module.affine and type(module).forward in _PLAIN_NORMS:
             return nothing  # its scale and shift are set to zero
         return walk.present(node)
-    what = type(module).__name__ if module is not None else node.name
+    what = type(module).__name__ if module is not None else _called(node)
     walk.refuse(
-        walk.present(source) | walk.present(node), f"{node.name} ({what}) computes from several channels at once"
+        walk.present(source) | walk.present(node), f"{node.name} ({what}) may compute from several channels at once"
     )
     return walk.present(node)
+
+
+def _called(node: fx.Node) -> str:
+    """Name of the function or method that a node calls."""
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _sizes(walk: _Walk, node: fx.Node) -> Classes | list[Classes]:
+    """The classes whose number a value without tensors depends on."""
+    sources = walk.sources(node)
+    if not sources:  # arithmetic with sizes, or one of a shape
+        if node.target is operator.getitem and isinstance(node.args[1], int | slice):
+            shape = walk.counted.get(node.args[0])  # type: ignore[arg-type]  # a node
+            if isinstance(shape, list):
+                return shape[node.args[1]]
+        return walk.numbers(node)
+    name = node.args[1] if node.target is getattr else _called(node)
+    labels = walk.analysis.labels[sources[0]]
+    if name not in _COUNTS or not isinstance(labels, Tensor):
+        return walk.none()
+    along = [walk.present(sources[0]) if size > 1 else walk.none() for size in labels.shape]
+    if isinstance(walk.values[node], tuple):
+        return along
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    return along[dim] if name == "size" and isinstance(dim, int) else walk.present(sources[0])
 
 
 _PLAIN_NORMS = {kind.forward for kind in (nn.BatchNorm2d, nn.InstanceNorm2d, nn.SyncBatchNorm)}
 
 
 def _convolution(walk: _Walk, node: fx.Node, conv: nn.modules.conv._ConvNd, source: fx.Node) -> Classes:
-    nothing = np.zeros(len(walk.analysis.blocks.members), dtype=np.bool_)
     if computes_its_own_forward(type(conv)):
         reason = f"{node.name} is a {type(conv).__name__}, which computes its weight from all input channels"
         walk.refuse(walk.present(source) | walk.present(node), reason)
@@ -151,7 +207,7 @@ def _convolution(walk: _Walk, node: fx.Node, conv: nn.modules.conv._ConvNd, sour
     elif conv.groups != conv.in_channels or conv.transposed:
         reason = f"{node.name} is a grouped convolution, whose groups have a fixed size"
         walk.refuse(walk.present(source) | walk.present(node), reason)
-    return nothing  # its filters are set to zero, those of a depthwise convolution too
+    return walk.none()  # its filters are set to zero, those of a depthwise convolution too
 
 
 def _elementwise(walk: _Walk, node: fx.Node) -> Classes:
@@ -163,16 +219,11 @@ def _elementwise(walk: _Walk, node: fx.Node) -> Classes:
     for pattern in np.unique(zero[:, here], axis=1).T:
         if not _gives_zero(walk, node, dict(zip(sources, pattern.tolist(), strict=True))):
             lost |= here & (zero == pattern[:, None]).all(axis=0)
-    if _writes_in_place(walk, node):
-        walk.refuse(lost & ~walk.carried(node), f"{node.name} changes zero in place, under other readers")
+    if is_mutating(walk.module, node):
+        written = node.kwargs.get("out", node.args[0] if node.args else sources[0])
+        before = walk.lost[written] if isinstance(written, fx.Node) else walk.none()
+        walk.refuse(lost & ~before, f"{node.name} changes zero in place, under other readers")
     return lost
-
-
-def _writes_in_place(walk: _Walk, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(walk.module.get_submodule(str(node.target)), "inplace", False))
-    name = getattr(node.target, "__name__", str(node.target))
-    return name.endswith("_") or name.startswith("i") or bool(node.kwargs.get("inplace", False))
 
 
 def _gives_zero(walk: _Walk, node: fx.Node, zero: dict[fx.Node, bool]) -> bool:
@@ -182,7 +233,8 @@ def _gives_zero(walk: _Walk, node: fx.Node, zero: dict[fx.Node, bool]) -> bool:
     def operand(source: fx.Node) -> Tensor:
         shape = (2,) * rank
         values = torch.zeros(shape) if zero[source] else torch.randn(shape, generator=generator)
-        return values.to(walk.values[source].dtype)
+        dtype = walk.values[source].dtype
+        return values > 0 if dtype == torch.bool else values.to(dtype)
 
     return any(zero.values()) and _is_zero(_evaluate(walk, node, operand))
 
@@ -200,9 +252,9 @@ def _reduction(walk: _Walk, node: fx.Node, source: fx.Node) -> Classes:
     labels, out = (tree_leaves(walk.analysis.labels[n])[0] for n in (source, node))
     if not meet.any() and labels.numel() == out.numel():
         return walk.carried(node) | _unless(_keeps_zero(walk, node, source), walk.present(node))
-    name = getattr(node.target, "__name__", str(node.target))
+    name = _called(node)
     if name not in _ZERO_ADDS_NOTHING:
-        walk.refuse(walk.present(source), f"{node.name} ({name}) computes from several channels at once")
+        walk.refuse(walk.present(source), f"{node.name} ({name}) may compute from several channels at once")
     walk.refuse(walk.carried(node), f"{node.name} reads it where zero has become another value")
     return walk.present(node) & walk.carried(node)
 
@@ -215,13 +267,15 @@ def _evaluate(walk: _Walk, node: fx.Node, operand: Callable[[fx.Node], Tensor]) 
     """What a call gives, in evaluation and in training mode, with other tensors; nothing if it cannot be called."""
 
     def swap(source: fx.Node) -> Any:
+        if source.op == "call_module" and isinstance(walk.module.get_submodule(str(source.target)), TrainingFlag):
+            return training
         return operand(source) if isinstance(walk.values[source], Tensor) else walk.values[source]
 
-    args, kwargs = fx.node.map_arg(node.args, swap), fx.node.map_arg(node.kwargs, swap)
     results = []
     with torch.no_grad(), torch.random.fork_rng(devices=()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dropout of a value of unusual rank
         for training in (False, True):
+            args, kwargs = fx.node.map_arg(node.args, swap), fx.node.map_arg(node.kwargs, swap)
             try:
                 if node.op == "call_module":
                     module = copy.deepcopy(walk.module.get_submodule(str(node.target))).train(training)

@@ -1,13 +1,16 @@
 """Which channels of a model can be removed as a whole, as units, and what a choice of units removes in each module."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from fxprune.channels import ChannelAnalysis, analyze_channels
+from fxprune.channels.atoms import UNLABELLED
+from fxprune.compaction import Classes, Compaction, StuckError
 from fxprune.eligibility import QUANTIZED_PACKAGES, parameters_of_several_modules
 from fxprune.plans import RemovedChannels, channels_of
 from fxprune.removability import irremovable
@@ -85,7 +88,11 @@ def find_removable(
                 refused.setdefault(c, f"{name} {reason}")
         elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
             prunable.add(name)
-    unit_of, space, names = _number(analysis, refused, {name: writers[name] for name in writers if name in prunable})
+    written = {name: writers[name] for name in writers if name in prunable}
+    unit_of, space, names = _number(analysis, refused, written)
+    while (stuck := _stuck(module, values, analysis, unit_of, space)) is not None:
+        refused |= {c: str(stuck) for c in _classes_in(analysis, stuck.node) if c not in refused}
+        unit_of, space, names = _number(analysis, refused, written)
     reads = {str(port.node.target): port.atoms for port in analysis.ports if port.kind == "reads"}
     layers = {}
     for name, (params, macs) in costs.items():
@@ -134,7 +141,8 @@ def _number(
 ) -> tuple[Units, Units, tuple[str, ...]]:
     """Unit of each atom, space of each unit, and names of the spaces.
 
-    Classes that the same producers write, in the same numbers, form one space: only these can be compared.
+    Classes that the same producers write, in the same numbers, form one space: only these can be compared. Halves that
+    different layers read are spaces apart, see `_split`.
     """
     blocks = analysis.blocks
     name_of: dict[int, str] = {}
@@ -146,12 +154,74 @@ def _number(
         if c not in refused:
             runs = np.sort(np.searchsorted(blocks.starts, blocks.members[c], side="right"))
             spaces.setdefault(runs.tobytes(), []).append(c)
-    ordered = sorted((sorted(members) for members in spaces.values() if len(members) > 1), key=lambda m: m[0])
+    apart = _split(analysis, [members for members in spaces.values() if len(members) > 1])
+    ordered = sorted((sorted(members) for members in apart), key=lambda m: m[0])
     unit_of_class = np.full(len(blocks.members), STAYS, dtype=np.int64)
     space = np.repeat(np.arange(len(ordered)), [len(members) for members in ordered])
     for unit, c in enumerate(c for members in ordered for c in members):
         unit_of_class[c] = unit
     return unit_of_class[blocks.classes], space, tuple(name_of[members[0]] for members in ordered)
+
+
+def _split(analysis: ChannelAnalysis, spaces: list[list[int]]) -> list[list[int]]:
+    """Split spaces until every value that could lose all its channels holds the whole of one, which keeps a channel.
+
+    No layer reads an empty tensor: if one half of a convolution's channels feeds another layer than the other half,
+    both halves have to keep one. A space of a single channel would lose none and is left out.
+    """
+    space_of = np.full(len(analysis.blocks.members), STAYS, dtype=np.int64)
+    for i, members in enumerate(spaces):
+        space_of[members] = i
+    count = len(spaces)
+    for found in sorted({tuple(_classes_in(analysis, node)) for node in analysis.labels}, key=len):
+        if not found or found[0] == UNLABELLED:
+            continue  # channels of which nothing is known stay
+        held, sizes = np.unique(space_of[list(found)], return_counts=True)
+        if STAYS in held or (sizes == np.bincount(space_of[space_of >= 0])[held]).any():
+            continue
+        cut = space_of == held[sizes.argmax()]
+        inside = np.zeros_like(cut)
+        inside[list(found)] = True
+        for part in (cut & inside, cut & ~inside):
+            space_of[part] = count if part.sum() > 1 else STAYS
+            count += 1
+    return [np.flatnonzero(space_of == i).tolist() for i in np.unique(space_of[space_of >= 0])]
+
+
+def _classes_in(analysis: ChannelAnalysis, node: fx.Node) -> list[int]:
+    """The classes of channels in a value, ascending; `UNLABELLED` first if it has other channels as well."""
+    found: set[int] = set()
+    for leaf in tree_leaves(analysis.labels.get(node)):
+        if isinstance(leaf, Tensor):
+            atoms = np.unique(leaf.numpy())
+            known = atoms[atoms != UNLABELLED]
+            found.update(analysis.blocks.classes[known].tolist(), atoms[atoms == UNLABELLED].tolist())
+    return sorted(found)
+
+
+def _stuck(
+    module: fx.GraphModule, values: Mapping[fx.Node, Any], analysis: ChannelAnalysis, unit_of: Units, space: Units
+) -> StuckError | None:
+    """Try on a copy of the graph whether its operators can do without half of the units; return the first that cannot.
+
+    What moves channels may do so in a form of which no part can be missing, such as `x.view(n, 4, 8, h, w).relu()`.
+    """
+    generator = np.random.default_rng(0)
+    order = np.lexsort((generator.random(len(space)), space))
+    first = np.flatnonzero(np.diff(space, prepend=-1))
+    goes = generator.random(len(space)) < 0.5
+    goes[order[first]], goes[order[first + 1]] = True, False  # each space loses one and keeps one
+    nodes: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, nodes))
+    twin = replace(analysis, labels={nodes[n]: labels for n, labels in analysis.labels.items() if n in nodes})
+    known = {nodes[node]: value for node, value in values.items() if node in nodes}
+    removed: Classes = np.append(goes, False)[unit_of]
+    try:
+        Compaction(fx.GraphModule(module, graph), known, twin, removed).apply()
+    except StuckError as error:
+        return error
+    return None
 
 
 def _units_at(unit_of: Units, atoms: Units | None, size: int) -> Units:

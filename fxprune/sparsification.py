@@ -309,9 +309,12 @@ class Sparsifier:
         zero_pruned(self._module, self._kept)
         if self._optimizer is None:
             return
-        parameters = dict(self._module.named_parameters(remove_duplicate=False))
+        tensors = {
+            **dict(self._module.named_parameters(remove_duplicate=False)),
+            **dict(self._module.named_buffers(remove_duplicate=False)),
+        }
         for name, stays in self._kept.items():
-            for value in self._optimizer.state.get(parameters[name], {}).values():
+            for value in self._optimizer.state.get(tensors[name], {}).values():
                 if isinstance(value, Tensor) and value.shape == stays.shape:
                     value.masked_fill_(~stays.to(value.device), 0)
 

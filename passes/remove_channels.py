@@ -88,7 +88,8 @@ class RemoveChannels:
 
     def _check_zero(self, gm: fx.GraphModule) -> None:
         for name, stays in entries_without_removed(gm, self.plan).items():
-            count = int(gm.get_parameter(name)[~stays].count_nonzero())
+            holder, _, attribute = name.rpartition(".")
+            count = int(getattr(gm.get_submodule(holder), attribute)[~stays].count_nonzero())
             if count:
                 raise PassError(
                     f"{name}: {count} entries of channels that the plan removes are not zero; rewrite the model that "
