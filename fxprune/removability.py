@@ -157,12 +157,10 @@ def _visit(walk: _Walk, node: fx.Node) -> Classes:
         return nothing
     if family == "reduce":
         return _reduction(walk, node, source)
-    if isinstance(module, nn.modules.batchnorm._NormBase | nn.PReLU):
-        if isinstance(module, nn.PReLU):
-            return walk.carried(node)
-        if module.affine and type(module).forward in _PLAIN_NORMS:
-            return nothing  # its scale and shift are set to zero
-        return walk.present(node)
+    if isinstance(module, nn.PReLU):
+        return walk.carried(node)
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return _unless(_silences(walk, node, source), walk.present(node))
     what = type(module).__name__ if module is not None else _called(node)
     walk.refuse(
         walk.present(source) | walk.present(node), f"{node.name} ({what}) may compute from several channels at once"
@@ -193,9 +191,6 @@ def _sizes(walk: _Walk, node: fx.Node) -> Classes | list[Classes]:
         return along
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     return along[dim] if name == "size" and isinstance(dim, int) else walk.present(sources[0])
-
-
-_PLAIN_NORMS = {kind.forward for kind in (nn.BatchNorm2d, nn.InstanceNorm2d, nn.SyncBatchNorm)}
 
 
 def _convolution(walk: _Walk, node: fx.Node, conv: nn.modules.conv._ConvNd, source: fx.Node) -> Classes:
@@ -246,6 +241,14 @@ def _keeps_zero(walk: _Walk, node: fx.Node, source: fx.Node) -> bool:
     return _is_zero(_evaluate(walk, node, lambda _: torch.zeros(shape, dtype=value.dtype)))
 
 
+def _silences(walk: _Walk, node: fx.Node, source: fx.Node) -> bool:
+    """Whether a normalisation of each channel, with an activation perhaps, gives zero once its scale and shift are."""
+    value, generator = walk.values[source], torch.Generator().manual_seed(0)
+    shape = [size if d == 1 else 2 for d, size in enumerate(value.shape)]
+    operand = torch.randn(shape, generator=generator).to(value.dtype)
+    return _is_zero(_evaluate(walk, node, lambda _: operand, silenced=True))
+
+
 def _reduction(walk: _Walk, node: fx.Node, source: fx.Node) -> Classes:
     """Sum, mean, max ...: over positions as any channelwise operator; over channels only where zeros do not count."""
     meet = walk.present(source) & ~walk.present(node)
@@ -263,8 +266,12 @@ def _unless(kept: bool, classes: Classes) -> Classes:
     return np.zeros_like(classes) if kept else classes
 
 
-def _evaluate(walk: _Walk, node: fx.Node, operand: Callable[[fx.Node], Tensor]) -> list[Tensor]:
-    """What a call gives, in evaluation and in training mode, with other tensors; nothing if it cannot be called."""
+def _evaluate(
+    walk: _Walk, node: fx.Node, operand: Callable[[fx.Node], Tensor], *, silenced: bool = False
+) -> list[Tensor]:
+    """What a call gives, in evaluation and in training mode, with other tensors in place of its own; nothing if it
+    cannot be called. A `silenced` module has zeros for scale and shift.
+    """
 
     def swap(source: fx.Node) -> Any:
         if source.op == "call_module" and isinstance(walk.module.get_submodule(str(source.target)), TrainingFlag):
@@ -279,13 +286,17 @@ def _evaluate(walk: _Walk, node: fx.Node, operand: Callable[[fx.Node], Tensor]) 
             try:
                 if node.op == "call_module":
                     module = copy.deepcopy(walk.module.get_submodule(str(node.target))).train(training)
+                    for attribute in ("weight", "bias") if silenced else ():
+                        if isinstance(parameter := getattr(module, attribute, None), Tensor):
+                            parameter.zero_()
                     results.append(module(*args, **kwargs))
                 elif node.op == "call_method":
                     results.append(getattr(args[0], str(node.target))(*args[1:], **kwargs))
                 else:
                     results.append(node.target(*args, **kwargs))  # type: ignore[operator]
             except Exception:  # whatever it raises on so small a value: then nothing is known of it
-                return []
+                if not silenced:  # a normalisation with eps 0 cannot be trained
+                    return []
     return results
 
 
