@@ -53,7 +53,7 @@ def plan_filters(
     evidence = Evidence(model, next(iter(earlier), None), moments, seed)
     criterion_name, score = resolve("l2" if criterion is None else criterion, evidence)
     scores = unit_scores(model, units, score, criterion_name)
-    gone = _gone(removable, after)
+    gone = removed_units(removable, after)
     asked = 0.5 if ratio is None and macs is None and params is None else ratio
 
     def choose(ranked: Array) -> Chosen:
@@ -109,8 +109,8 @@ def _moments(
     return {name: sample.second_moment(_conv(graph, name).in_channels) for name, sample in samples}
 
 
-def _gone(removable: Removable, after: PrunePlan | None) -> Chosen:
-    """The units that an earlier plan removed."""
+def removed_units(removable: Removable, after: PrunePlan | None) -> Chosen:
+    """The units that an earlier plan removed, `(U,)`."""
     gone = np.zeros(removable.units.count, dtype=np.bool_)
     for entry in removable.entries:
         channels = None if after is None else after.removed.get(entry.name)

@@ -17,11 +17,12 @@ section 4):
 2020, section 2) keeps the trained weights and repeats the learning rates of the early epochs. It needs no early
 weights: `hold(mask(model, plan), plan, optimizer)` and a schedule of learning rates that begins anew.
 
-What a ticket is worth shows against a *random ticket*, of as many kernels, retrained alike from the same seed, and
-against plain fine-tuning.
+What a ticket is worth shows against a *random ticket*, of as many kernels and filters, retrained alike from the same
+seed, and against plain fine-tuning.
 """
 
 import copy
+import glob
 from dataclasses import replace
 from typing import Literal
 
@@ -32,10 +33,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxprune.checkpoints import without_parallel_prefix
 from fxprune.errors import PlanError
+from fxprune.filter_planning import removable_of, removed_units
+from fxprune.filter_selection import random_units
 from fxprune.masking import kept_entries, zero_pruned
 from fxprune.methods import Clustering
-from fxprune.plans import GroupedKernels, PrunePlan, near_matches
+from fxprune.plans import GroupedKernels, PrunePlan, RemovedChannels, near_matches
 from fxprune.snapshots import Snapshot, state_of
+from fxprune.subject import Subject
+from fxprune.tracing import Inputs
 
 
 def rewind(
@@ -70,31 +75,63 @@ def rewind(
     return ticket
 
 
-def random_ticket(model: nn.Module, plan: PrunePlan, seed: int) -> PrunePlan:
+def random_ticket(model: nn.Module, plan: PrunePlan, seed: int, example_inputs: Inputs | None = None) -> PrunePlan:
     """A plan that drops as much as `plan` does in each layer, but at random.
 
     Every layer keeps its form, its number of groups, and how many channels each keeps (in blocks if they are kept in
     blocks); which filters are grouped and which channels they keep is drawn, uniformly. Layers with the same groups
     of filters get the same again, so that the rewritten network has no more gathers than that of `plan`.
 
+    Of whole filters, each channel space loses as many as in `plan`, drawn uniformly; all layers that share the space
+    lose the same.
+
     Args:
         model: the model that the plan was made for.
         plan: what to be compared with.
-        seed: of the draw, 0 or more; a layer's depends on its name and the seed alone.
+        seed: of the draw, 0 or more; that of a layer's kernels depends on its name and the seed alone.
+        example_inputs: positional arguments of forward, as the plan was made with; probed if absent. Only a plan that
+            removes whole filters needs them.
 
     Raises:
-        PlanError: the plan was made for another model, or the seed is no such integer.
+        PlanError: the plan was made for another model or other inputs, the seed is no such integer, or the shapes of
+            the model are not known.
+        TraceError: the plan removes whole filters, and the model cannot be traced.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise PlanError(f"seed is {seed!r}; it must be an integer, 0 or more")
     plan.check(model)
+    removed = _drawn_channels(model, plan, seed, example_inputs) if plan.removed else {}
     grouping: dict[tuple[tuple[int, ...], int], str] = {}  # groups of filters to the first layer that has them
     layers = {}
     for name, kernels in plan.layers.items():
         first = grouping.setdefault((kernels.out_order, kernels.groups), name)
         filters, channels = (np.random.default_rng([seed, *path.encode()]) for path in (first, f"{name}.kept"))
         layers[name] = _drawn(kernels, filters, channels)
-    return replace(plan, layers=layers, method="random", criterion="random", seed=seed)
+    return replace(plan, layers=layers, removed=removed, method="random", criterion="random", seed=seed)
+
+
+def _drawn_channels(
+    model: nn.Module, plan: PrunePlan, seed: int, example_inputs: Inputs | None
+) -> dict[str, RemovedChannels]:
+    """As many units of each channel space as `plan` removes."""
+    whole = [
+        glob.escape(name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and not plan.removed.get(name, RemovedChannels()).outputs
+    ]  # left out as the plan left them out, or the same channels may form other spaces
+    removable = removable_of(model, Subject(model, example_inputs, None), whole)
+    units = removed_units(removable, plan)
+    found = removable.removed(units)
+    for name in {**plan.removed, **found}:
+        ours, theirs = found.get(name, RemovedChannels()), plan.removed.get(name, RemovedChannels())
+        if (ours.outputs, ours.inputs) != (theirs.outputs, theirs.inputs):
+            raise PlanError(
+                f"{name}: the plan removes channels of it that do not go together, or not all that do; make the plan "
+                "with fxprune.make_plan for this model, and pass the example_inputs that it was made with"
+            )
+    drawn = removable.removed(random_units(removable.units, units, seed))
+    asked = {name: channels.asked_ratio for name, channels in plan.removed.items()}
+    return {name: replace(channels, asked_ratio=asked.get(name)) for name, channels in drawn.items()}
 
 
 def _drawn(kernels: GroupedKernels, filters: np.random.Generator, channels: np.random.Generator) -> GroupedKernels:

@@ -1,6 +1,7 @@
 """Tickets: early weights under a plan's mask, and random plans of the same counts."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune import tickets
 from fxprune.errors import PlanError
 from fxprune.masking import kept_entries
 
@@ -153,3 +155,73 @@ def test_layers_that_share_their_groups_still_do() -> None:
     assert drawn["0"].kept != drawn["1"].kept
     apart = fxprune.random_ticket(chain, fxprune.make_plan(chain, form="overlap"), 0).layers
     assert apart["0"].out_order != apart["1"].out_order
+
+
+# --- whole filters ----------------------------------------------------------------------------------------------------
+
+
+class Streams(nn.Module):
+    """A residual stream, the filters of a branch, and an ignored convolution: three spaces of 16, 24 and 8 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.wide = nn.Conv2d(16, 24, 3, padding=1)
+        self.back = nn.Conv2d(24, 16, 3, padding=1)
+        self.whole = nn.Conv2d(16, 8, 1)
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.norm(self.stem(x)).relu()
+        stream = stream + self.back(self.wide(stream).relu())
+        logits: Tensor = self.linear(self.whole(stream).mean((2, 3)))
+        return logits
+
+
+STREAMS, EXAMPLE = Streams().eval(), torch.zeros(2, 3, 8, 8)
+FILTERS: dict[str, dict[str, Any]] = {
+    "filters": {"granularity": "filter", "macs": 0.4, "variety": "pairs", "ignore": "whole"},
+    "both": {"granularity": {"filter": 0.25, "kernel": 0.5}, "groups": 2},
+}
+
+
+def counts(plan: fxprune.PrunePlan) -> dict[str, tuple[int, int]]:
+    return {name: (len(channels.outputs), len(channels.inputs)) for name, channels in plan.removed.items()}
+
+
+@pytest.mark.parametrize("options", FILTERS)
+def test_a_random_ticket_of_filters_has_the_same_counts(options: str) -> None:
+    """It can be masked, held and rewritten, and the small networks have equal shapes."""
+    plan = fxprune.make_plan(STREAMS, example_inputs=EXAMPLE, **FILTERS[options])
+    ticket = fxprune.random_ticket(STREAMS, plan, 3, EXAMPLE)
+    assert plan.removed
+    assert counts(ticket) == counts(plan)
+    assert ticket.removed["stem"].outputs == ticket.removed["back"].outputs == ticket.removed["norm"].outputs
+    assert ticket.removed["wide"].outputs != plan.removed["wide"].outputs
+    assert ticket.removed["wide"].asked_ratio == plan.removed["wide"].asked_ratio
+    assert ticket.removed["wide"].redundancy is None
+    assert ("whole" in ticket.removed and bool(ticket.removed["whole"].outputs)) == (options == "both")
+    assert plan.from_json(ticket.to_json()) == ticket
+    assert fxprune.random_ticket(STREAMS, plan, 3, EXAMPLE) == ticket
+    assert fxprune.random_ticket(STREAMS, plan, 4, EXAMPLE).removed != ticket.removed
+    small = []
+    for chosen in (plan, ticket):
+        rewound = fxprune.rewind(STREAMS, chosen, STREAMS, batch_norm="rewind")
+        rewritten = fxprune.rewrite(rewound, chosen, EXAMPLE)
+        fxprune.verify(rewritten, rewound, (torch.randn(2, 3, 8, 8),))
+        small.append([tuple(p.shape) for p in rewritten.parameters()])
+    assert small[0] == small[1]
+    assert sum(map(len, small[0])) > 0
+
+
+def test_a_plan_whose_channels_do_not_go_together_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: without the comparison it would be drawn from."""
+    plan = fxprune.make_plan(STREAMS, example_inputs=EXAMPLE, **FILTERS["filters"])
+    torn = replace(plan, removed={**plan.removed, "back": replace(plan.removed["back"], outputs=(0,))})
+    with pytest.raises(PlanError, match=r"(stem|back|norm|wide|whole): the plan removes channels of it that do not go"):
+        fxprune.random_ticket(STREAMS, torn, 0, EXAMPLE)
+    units = tickets.removed_units
+    monkeypatch.setattr(tickets, "removed_units", lambda removable, plan: ~units(removable, plan))
+    with pytest.raises(PlanError, match=r"do not go together, or not all that do"):
+        fxprune.random_ticket(STREAMS, plan, 0, EXAMPLE)
