@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from fxprune import demo
 from fxprune.criteria import CRITERIA
 from fxprune.errors import CalibrationError, FxpruneError, VerificationError
 from fxprune.exports import save_onnx, save_torchscript
+from fxprune.filter_selection import Scope
 from fxprune.models import default_input_size, example_inputs, load_model
 from fxprune.planning import METHODS
 from fxprune.shapes import TARGETS
@@ -51,6 +52,8 @@ examples:
   fxprune compile timm:resnest14d --weights resnest14d.pth --json -o resnest.pt
   fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --macs 0.5 -o resnet50.pt
   fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --latency 0.6 --target cpu -o resnet50.pt
+  fxprune compile resnet50 --weights resnet50.pth --granularity filter --macs 0.5 --scope global -o resnet50.pt
+  fxprune compile resnet50 --weights resnet50.pth --granularity filter:0.25,kernel:0.5 -o resnet50.pt
   fxprune compile mynets:small --weights last.pt --method tmi --snapshots epoch1.pt epoch2.pt --calibration images.pt
 """
 
@@ -160,7 +163,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_pruning_options(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--ratio", type=float, help="share of kernel groups to prune from each convolution (0.5)")
+    size.add_argument(
+        "--ratio", type=float, help="share of kernel groups, or filters, to prune from each convolution (0.5)"
+    )
     size.add_argument(
         "--macs",
         type=float,
@@ -181,6 +186,19 @@ def _add_pruning_options(parser: argparse.ArgumentParser) -> None:
         help="a few hundred typical inputs (N, ...) as the model reads them, normalized, on which the kept weights are "
         "refitted: a tensor in a .pt or .pth file, or an array in a .npy file",
     )
+    parser.add_argument(
+        "--granularity",
+        type=_granularity,
+        metavar="kernel|filter|filter:R,kernel:R",
+        help="prune kernels, so that convolutions become grouped (default), or whole filters, so that they become "
+        "narrower; or filters at one ratio, then kernels at another",
+    )
+    parser.add_argument(
+        "--scope",
+        choices=get_args(Scope),
+        help="filters: the same share of each layer, or all ranked together (default: local)",
+    )
+    parser.add_argument("--round-to", type=int, metavar="N", help="filters: keep a multiple of N in each layer")
     parser.add_argument("--groups", type=_groups, default="auto", metavar="N|auto", help="groups per convolution")
     parser.add_argument("--form", choices=("auto", "partition", "overlap"), default="auto", help="default: %(default)s")
     parser.add_argument(
@@ -200,9 +218,10 @@ def _add_pruning_options(parser: argparse.ArgumentParser) -> None:
         "--method", default="auto", help=f"how kernels are chosen: {', '.join(METHODS)} (default: %(default)s)"
     )
     parser.add_argument(
-        "--criterion", help=f"importance of a kernel for method cocluster: {', '.join(CRITERIA)} (default: l2)"
+        "--criterion",
+        help=f"importance of a filter, or of a kernel for method cocluster: {', '.join(CRITERIA)} (default: l2)",
     )
-    parser.add_argument("--variety", help=f"make the criterion keep rare kernels: {', '.join(VARIETIES)}")
+    parser.add_argument("--variety", help=f"make the criterion keep rare kernels or filters: {', '.join(VARIETIES)}")
     parser.add_argument(
         "--snapshots",
         type=Path,
@@ -235,6 +254,17 @@ def _groups(text: str) -> int | str:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither an integer nor 'auto'") from None
+
+
+def _granularity(text: str) -> str | dict[str, float]:
+    if ":" not in text:
+        return text
+    try:
+        return {name.strip(): float(share) for name, share in (part.split(":") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither 'kernel' nor 'filter' nor a ratio for both, as in filter:0.25,kernel:0.5"
+        ) from None
 
 
 def _size(text: str) -> tuple[int, ...]:
@@ -379,7 +409,7 @@ def _calibration(options: argparse.Namespace) -> Tensor | None:
 def _pruning(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `fxprune.make_plan`; what was not asked for is left to its defaults."""
     sizes = ("ratio", "macs", "params", "latency", "groups", "form", "block", "target", "share_groups")
-    names = (*sizes, "method", "criterion", "variety", "snapshots", "ignore")
+    names = (*sizes, "granularity", "scope", "round_to", "method", "criterion", "variety", "snapshots", "ignore")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     return given | {"seed": options.seed, "progress": _progress(options)}
 

@@ -106,14 +106,23 @@ def _by_granularity(
         legal = () if both else (*_KERNELS_ONLY.items(),)
         for name, default in legal:
             if options[name] != default:
-                raise PlanError(f"{name} is for granularity='kernel'; leave it out for whole filters")
+                raise PlanError(f"{name}={_short(options[name])} is for granularity='kernel'; leave it out for filters")
         if options["latency"] is not None:
-            raise PlanError("latency chooses groups of kernels; give filters a ratio or macs= instead")
-    elif (scope, round_to, after) != ("local", 1, None):
-        raise PlanError("scope, round_to and after are for granularity='filter'; leave them out for kernels")
+            raise PlanError(
+                f"latency={options['latency']!r} chooses groups of kernels; give filters a ratio or macs= instead"
+            )
+    else:
+        given = {"scope": (scope, "local"), "round_to": (round_to, 1), "after": (after, None)}
+        for name, (value, usual) in given.items():
+            if value != usual:
+                raise PlanError(f"{name}={_short(value)} is for granularity='filter'; leave it out for kernels")
     if isinstance(granularity, Mapping):
         return {"filter": granularity["filter"], "kernel": granularity["kernel"]}
     return {granularity: ratio}
+
+
+def _short(value: object) -> str:
+    return repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
 
 
 _KERNELS_ONLY = {

@@ -1,5 +1,5 @@
-"""What became of each convolution, in numbers: form, groups, ratio, parameters, multiply-accumulates, and the gathers
-that remain.
+"""What became of each convolution, in numbers: form, groups, filters, ratio, parameters, multiply-accumulates, and the
+gathers that remain.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.layers import ChannelGather
 from fxprune.passes.align_windows import runs
-from fxprune.plans import PrunePlan
+from fxprune.plans import PrunePlan, RemovedChannels
 from fxprune.rewriting import KEPT_BECAUSE, calls
 
 
@@ -22,23 +22,28 @@ class LayerReport:
 
     Attributes:
         name: module path.
-        form: `"partition"`, `"overlap"`, or `"dense"` if it was left alone.
+        form: `"partition"` or `"overlap"` if kernels went and it is grouped; `"filters"` if only whole filters or input
+            channels went; `"dense"` if it was left alone.
         groups: number of groups.
-        asked_ratio, reached_ratio: share of kernel groups removed, as asked and as rounding to whole channels allows.
+        asked_ratio, reached_ratio: share of kernel groups removed (from the channels that are left, if filters went
+            too), as asked and as rounding to whole channels allows. In the form `"filters"` the share of filters;
+            `asked_ratio` is None where nothing was asked, as in a depthwise convolution that follows another.
         params_dense, params: parameters of the layer before and after.
         macs_dense, macs: multiply-accumulates of one image before and after; None if shapes are unknown.
-        reason: why it was left dense; empty if it was rewritten.
-        redundancy: share of its kernel groups that resemble another, if the planner looked for them (`variety=`).
+        reason: why it was left dense, or why none of its own filters went; empty if all was done that was asked.
+        redundancy: share of its kernel groups, or filters, that resemble another, if the planner looked for them
+            (`variety=`).
         error: squared error of its output on the calibration data, relative to the variance of what the dense network
             gives there; None without calibration.
         block_cost: share of the importance that the same groups could keep, but for the blocks of channels (`block=`);
             None if channels are kept one by one.
+        filters_dense, filters: filters before and after; None if the graph does not call the layer.
     """
 
     name: str
     form: str
     groups: int
-    asked_ratio: float
+    asked_ratio: float | None
     reached_ratio: float
     params_dense: int
     params: int
@@ -48,6 +53,8 @@ class LayerReport:
     redundancy: float | None = None
     error: float | None = None
     block_cost: float | None = None
+    filters_dense: int | None = None
+    filters: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,8 +108,21 @@ class Report:
 
     @property
     def rewritten(self) -> int:
-        """Number of convolutions that became grouped."""
+        """Number of convolutions that became grouped or narrower."""
         return sum(layer.form != "dense" for layer in self.layers)
+
+    def _summary(self) -> str:
+        """How many convolutions were rewritten, and what a ratio is the share of."""
+        narrower = sum(layer.form == "filters" for layer in self.layers)
+        of = f"of {len(self.layers)} convolutions"
+        if not narrower:
+            return f"{self.rewritten} {of} grouped; the ratio is the share of kernel groups removed from each of these"
+        if narrower == self.rewritten:
+            return f"{narrower} {of} lost filters or input channels; the ratio is the share of filters removed"
+        return (
+            f"{self.rewritten - narrower} {of} grouped, {narrower} others lost filters or input channels; the ratio is "
+            "the share of kernel groups removed from what the filters left, of these others that of filters"
+        )
 
     def __str__(self) -> str:
         width = max([12, *(len(layer.name) for layer in self.layers)])
@@ -111,25 +131,30 @@ class Report:
             for name in ("redundancy", "error", "block_cost")
             if any(getattr(layer, name) is not None for layer in self.layers)
         ]
+        narrower = any(layer.filters != layer.filters_dense for layer in self.layers)
+        counts = [_change(layer.filters_dense, layer.filters) if narrower else "" for layer in self.layers]
+        column = max(7, *(len(text) for text in counts)) + 1 if narrower else 0
         lines = [
-            f"{'convolution':{width}}  {'form':9} {'groups':>6} {'asked':>6} {'reached':>7} {'params':>19} {'MACs':>19}"
+            f"{'convolution':{width}}  {'form':9} {'groups':>6}{'filters' if narrower else '':>{column}}"
+            f" {'asked':>6} {'reached':>7} {'params':>19} {'MACs':>19}"
             + "".join(f" {name.replace('_', ' '):>10}" for name in extra)
         ]
-        for layer in self.layers:
-            if layer.reason:
+        for layer, filters in zip(self.layers, counts, strict=True):
+            if layer.form == "dense":
                 lines.append(f"{layer.name:{width}}  {'dense':9} {layer.reason}")
                 continue
+            asked = "" if layer.asked_ratio is None else f"{layer.asked_ratio:.3g}"
             lines.append(
-                f"{layer.name:{width}}  {layer.form:9} {layer.groups:>6}"
-                f" {layer.asked_ratio:>6.3g} {layer.reached_ratio:>7.3g}"
+                f"{layer.name:{width}}  {layer.form:9} {layer.groups:>6}{filters:>{column}}"
+                f" {asked:>6} {layer.reached_ratio:>7.3g}"
                 f" {_change(layer.params_dense, layer.params):>19} {_change(layer.macs_dense, layer.macs):>19}"
                 + "".join(f" {_percent(getattr(layer, name)):>10}" for name in extra)
+                + (f"  {layer.reason}" if layer.reason else "")
             )
         shapes = ", ".join("x".join(map(str, shape[1:])) for shape in self.input_shapes) or "unknown size"
         lines += [
             "",
-            f"{self.rewritten} of {len(self.layers)} convolutions grouped; "
-            "the ratio is the share of kernel groups removed from each of these",
+            self._summary(),
             f"parameters  {_change(self.params_dense, self.params_pruned)}"
             f"  ({_share(self.params_dense, self.params_pruned)})",
             f"MACs        {_change(self.macs_dense, self.macs_pruned)}  ({_share(self.macs_dense, self.macs_pruned)}), "
@@ -170,26 +195,21 @@ def make_report(
         notes: passed on.
     """
     after = layer_costs(gm, values)
+    convs = {str(node.target): conv for node, conv in calls(gm, nn.Conv2d)}
+    left = [name for name in convs if plan.removed and name not in plan.layers and name not in plan.skipped]
     layers = []
-    for name in [*plan.layers, *plan.skipped]:
-        kernels = plan.layers.get(name)
+    for name in [*plan.layers, *plan.skipped, *left]:
         before_params, before_macs = dense.get(name, (0, None))
         params, macs = after.get(name, (before_params, before_macs))
         layers.append(
             LayerReport(
                 name=name,
-                form=kernels.form if kernels else "dense",
-                groups=kernels.groups if kernels else 1,
-                asked_ratio=kernels.asked_ratio if kernels else 0.0,
-                reached_ratio=kernels.ratio if kernels else 0.0,
                 params_dense=before_params,
                 params=params,
                 macs_dense=before_macs,
                 macs=macs,
-                reason=plan.skipped.get(name, ""),
-                redundancy=kernels.redundancy if kernels else None,
                 error=errors.get(name),
-                block_cost=kernels.block_cost if kernels else None,
+                **_became(plan, name, convs.get(name)),
             )
         )
     order = {name: i for i, name in enumerate(dense)}
@@ -205,6 +225,43 @@ def make_report(
         input_shapes=input_shapes,
         notes=notes,
     )
+
+
+def _became(plan: PrunePlan, name: str, conv: nn.Conv2d | None) -> dict[str, Any]:
+    """What a plan made of a convolution, as fields of its report."""
+    kernels, removed = plan.layers.get(name), plan.removed.get(name, RemovedChannels())
+    filters = None if conv is None else conv.out_channels
+    before = None if filters is None else filters + len(removed.outputs)
+    common = {"filters": filters, "filters_dense": before}
+    if kernels is not None:
+        return common | {
+            "form": kernels.form,
+            "groups": kernels.groups,
+            "asked_ratio": kernels.asked_ratio,
+            "reached_ratio": kernels.ratio,
+            "reason": "",
+            "redundancy": kernels.redundancy,
+            "block_cost": kernels.block_cost,
+        }
+    reason = plan.skipped.get(name, "")
+    if not removed.outputs and not removed.inputs:
+        groups = 1 if conv is None else conv.groups
+        follows = "keeps its channels, as the layers around it do" if groups > 1 else "none of its filters was chosen"
+        return common | {
+            "form": "dense",
+            "groups": groups,
+            "asked_ratio": 0.0,
+            "reached_ratio": 0.0,
+            "reason": reason or follows,
+        }
+    return common | {
+        "form": "filters",
+        "groups": 1 if conv is None else conv.groups,
+        "asked_ratio": removed.asked_ratio,
+        "reached_ratio": len(removed.outputs) / before if before else 0.0,
+        "reason": reason,
+        "redundancy": removed.redundancy,
+    }
 
 
 def layer_costs(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> dict[str, tuple[int, int | None]]:
