@@ -224,6 +224,45 @@ def test_each_group_keeps_the_most_important_of_what_it_has() -> None:
     assert whole.layers != gradual.narrow(net(), target, half, 1.0).layers  # other weights, another choice
 
 
+FILTERS: dict[str, dict[str, Any]] = {
+    "l2": {"ratio": 0.5},
+    "random": {"ratio": 0.5, "criterion": "random", "seed": 5},
+    "variety": {"ratio": 0.5, "variety": "pairs-pure"},
+    "global": {"ratio": 0.5, "scope": "global"},
+    "budget": {"macs": 0.5, "example_inputs": X},
+    "by pattern": {"ratio": {"0": 0.75}},
+}
+
+
+@pytest.mark.parametrize("schedule", ["agp", "one-shot"])
+@pytest.mark.parametrize("options", FILTERS)
+def test_filters_that_went_stay_away_and_the_target_is_reached(options: str, schedule: str) -> None:
+    sequence = list(plans(schedule, granularity="filter", **{"example_inputs": X} | FILTERS[options]))
+    assert comebacks(sequence) == 0
+    counts = [len(plan.removed["0"].outputs) if "0" in plan.removed else 0 for plan in sequence]
+    target = fxprune.make_plan(net(), granularity="filter", **{"example_inputs": X} | FILTERS[options])
+    if options == "budget":  # other filters than those of one plan may make it up
+        report = fxprune.report(fxprune.rewrite(fxprune.mask(net(), sequence[-1]), sequence[-1], X))
+        assert report.macs_pruned == pytest.approx(0.5 * (report.macs_dense or 0), rel=0.02)
+    else:
+        assert counts[-1] == len(target.removed["0"].outputs)
+    assert len(set(counts)) >= (4 if schedule == "agp" else 1)
+
+
+def test_control_filters_planned_anew_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = sparsification.make_plan
+
+    def anew(model: nn.Module, **options: Any) -> PrunePlan:
+        sizes = torch.Generator().manual_seed(int(1000 * options["ratio"]))
+        options["criterion"] = lambda name, conv: torch.rand(conv.weight.shape[:2], generator=sizes)
+        return plan(model, **options | {"after": None})
+
+    monkeypatch.setattr(sparsification, "make_plan", anew)
+    # A filter of zeros scores zero whatever the criterion; without the masks nothing tells that it went.
+    monkeypatch.setattr(sparsification, "zero_pruned", lambda model, kept: None)
+    assert comebacks(list(plans(granularity="filter", ratio=0.5, example_inputs=X))) > 100
+
+
 def test_planning_happens_when_it_is_due() -> None:
     assert len({plan.to_json() for plan in plans(SCHEDULES["iterative"].name)}) == 3
     assert len({plan.to_json() for plan in plans("one-shot", form="partition")}) == 1
@@ -256,11 +295,13 @@ def test_making_a_sparsifier_changes_nothing() -> None:
 # --- rewriting ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("granularity", ["kernel", "filter"])
 @pytest.mark.parametrize("schedule", ["one-shot", "agp"])
-def test_the_rewritten_network_computes_what_the_trained_one_does(schedule: str) -> None:
+def test_the_rewritten_network_computes_what_the_trained_one_does(schedule: str, granularity: Any) -> None:
     model, images = ResidualAdd(), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     optimizer = sgd(model)
-    sparsifier = fxprune.sparsify(model, schedule, steps=4, every=1, optimizer=optimizer, example_inputs=images)
+    planning = {"granularity": granularity, "example_inputs": images}
+    sparsifier = fxprune.sparsify(model, schedule, steps=4, every=1, optimizer=optimizer, **planning)
     for _ in range(4):
         optimizer.zero_grad()
         model(images).square().mean().backward()
