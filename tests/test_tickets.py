@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import tickets
 from fxprune.errors import PlanError
+from fxprune.filter_planning import removed_units
 from fxprune.masking import kept_entries
 
 
@@ -216,12 +217,10 @@ def test_a_random_ticket_of_filters_has_the_same_counts(options: str) -> None:
 
 
 def test_a_plan_whose_channels_do_not_go_together_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: without the comparison it would be drawn from."""
     plan = fxprune.make_plan(STREAMS, example_inputs=EXAMPLE, **FILTERS["filters"])
     torn = replace(plan, removed={**plan.removed, "back": replace(plan.removed["back"], outputs=(0,))})
     with pytest.raises(PlanError, match=r"(stem|back|norm|wide|whole): the plan removes channels of it that do not go"):
         fxprune.random_ticket(STREAMS, torn, 0, EXAMPLE)
-    units = tickets.removed_units
-    monkeypatch.setattr(tickets, "removed_units", lambda removable, plan: ~units(removable, plan))
+    monkeypatch.setattr(tickets, "removed_units", lambda removable, plan: ~removed_units(removable, plan))
     with pytest.raises(PlanError, match=r"do not go together, or not all that do"):
         fxprune.random_ticket(STREAMS, plan, 0, EXAMPLE)

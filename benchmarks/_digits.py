@@ -1,0 +1,34 @@
+"""A network for the digits of scikit-learn, small enough to train a hundred times."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks._cifar import CifarBlock
+
+WIDTHS = (16, 32, 48)
+"""Filters of the three stages."""
+
+
+class DigitsResNet(nn.Module):
+    """A residual network of 8 layers and 54,042 parameters for `(N, 1, 8, 8)` images; returns logits `(N, 10)`.
+
+    The networks of He et al. (2016), section 4.2, with one block a stage.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        first, second, third = WIDTHS
+        self.conv1 = nn.Conv2d(1, first, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.layer1 = CifarBlock(first, first, 1, "around")
+        self.layer2 = CifarBlock(first, second, 2, "around")
+        self.layer3 = CifarBlock(second, third, 2, "around")
+        self.linear = nn.Linear(third, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        logits: Tensor = self.linear(features.mean((2, 3)))
+        return logits
+
+
+digits_resnet = DigitsResNet
