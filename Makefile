@@ -1,8 +1,9 @@
 # On a fresh machine with Python >= 3.11, `make demo` and `make test` are the only commands needed.
+# Tests run on all cores; `make test PYTEST_ARGS=` runs them in one process.
 # Every target sets up .venv by itself, once: the stamp files below make a second run free.
 
 PYTHON ?= python3
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 BIN := .venv/bin
 SETUP := requirements-dev.txt setup.cfg pyproject.toml
 
