@@ -17,7 +17,8 @@ each layer; that they are equal is checked. What stays is trained for E - R epoc
 A seed decides first weights, training images, their order and variation, and the random ticket: within a seed all
 runs are paired. What counts is the accuracy after the last epoch on images that choose nothing; momentum begins at 0.
 
-The record is written after each run, and the same command goes on where it was stopped; seeds can be added.
+Equal plans are trained once. The record is written after each run, and the same command goes on where it was stopped;
+seeds can be added.
 
 Exit codes: 0 done, 2 an error, 130 stopped.
 """
@@ -33,6 +34,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -250,6 +252,26 @@ def check_counts(plans: Mapping[str, fxprune.PrunePlan]) -> Counts:
     return counts
 
 
+def first_alike(plans: Mapping[str, fxprune.PrunePlan], ticket: str) -> str:
+    """The first ticket whose plan removes the same: where nothing is redundant, variety changes nothing."""
+
+    def removes(plan: fxprune.PrunePlan) -> object:
+        return (
+            {name: (channels.outputs, channels.inputs) for name, channels in plan.removed.items()},
+            {name: (kernels.out_order, kernels.kept) for name, kernels in plan.layers.items()},
+        )
+
+    return next((name for name in plans if removes(plans[name]) == removes(plans[ticket])), ticket)
+
+
+def redundancy_of(plan: fxprune.PrunePlan) -> float | None:
+    """The mean share of filters (or kernels) that resemble another of their layer; None if the plan did not look."""
+    shares = [channels.redundancy for channels in plan.removed.values()]
+    shares += [kernels.redundancy for kernels in plan.layers.values()]
+    found = [share for share in shares if share is not None]
+    return mean(found) if found else None
+
+
 def run(setting: Setting, seeds: Sequence[int], record: dict[str, Any], save: Callable[[], None], bar: Any) -> None:
     """Do all runs that `record` has not yet, and add them to it; `save` is called after each.
 
@@ -268,14 +290,16 @@ def run(setting: Setting, seeds: Sequence[int], record: dict[str, Any], save: Ca
             if key.share not in plans:
                 plans[key.share] = experiment.plans(key.share)
                 first = next(iter(plans[key.share].values()))
-                record["counts"][f"{seed} {key.share:g}"] = {
+                record["plans"][f"{seed} {key.share:g}"] = {
                     "macs_share": experiment.reached(first),
-                    "layers": check_counts(plans[key.share]),
+                    "counts": check_counts(plans[key.share]),
+                    "redundancy": {ticket: redundancy_of(plan) for ticket, plan in plans[key.share].items()},
                 }
             began = time.perf_counter()
-            accuracy = experiment.accuracy(key, plans[key.share])
+            twin = key._replace(ticket=first_alike(plans[key.share], key.ticket))
+            done[key] = done[twin] if twin in done else experiment.accuracy(key, plans[key.share])
             seconds = round(time.perf_counter() - began, 3)
-            record["runs"].append({**key._asdict(), "accuracy": accuracy, "seconds": seconds})
+            record["runs"].append({**key._asdict(), "as": twin.ticket, "accuracy": done[key], "seconds": seconds})
             save()
             bar.update()
 
@@ -297,8 +321,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         def save() -> None:
             known = accuracies_of(record)
             record["means"] = [
-                dict(zip(("share", "ticket", "training"), group, strict=True)) | asdict(mean)
-                for group, mean in means(known).items()
+                dict(zip(("share", "ticket", "training"), group, strict=True)) | asdict(value)
+                for group, value in means(known).items()
             ]
             record["differences"] = [
                 asdict(row) | {"clear": row.clear} for row in differences(known, setting.criteria, setting.varieties)
@@ -342,7 +366,7 @@ def _open_record(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        return {"environment": environment(), "settings": dict(settings), "counts": {}, "runs": []}
+        return {"environment": environment(), "settings": dict(settings), "plans": {}, "runs": []}
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         accuracies_of(record)
