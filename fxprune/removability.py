@@ -131,6 +131,8 @@ def irremovable(module: fx.GraphModule, values: dict[fx.Node, Any], analysis: Ch
 def _visit(walk: _Walk, node: fx.Node) -> Classes:
     """The classes lost in the value of a node."""
     nothing = walk.none()
+    if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):  # a name that torch.fx gives
+        walk.refuse(walk.present(node), f"{node.name} was computed while tracing, and the model has no such tensor")
     if node.op in ("placeholder", "get_attr"):
         return nothing  # parameters and buffers are set to zero themselves
     gives_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(walk.values.get(node)))

@@ -94,23 +94,25 @@ def find_removable(
         refused |= {c: str(stuck) for c in _classes_in(analysis, stuck.node) if c not in refused}
         unit_of, space, names = _number(analysis, refused, written)
     reads = {str(port.node.target): port.atoms for port in analysis.ports if port.kind == "reads"}
+    owned = {scale.owner: scale.atoms for scale in reversed(analysis.scales)}
     layers = {}
     for name, (params, macs) in costs.items():
         layer = module.get_submodule(name)
         depthwise = isinstance(layer, nn.modules.conv._ConvNd) and layer.groups == layer.in_channels > 1
-        owned = next((scale.atoms for scale in analysis.scales if scale.owner == name), None)
         layers[name] = UnitLayer(
-            writes=_units_at(unit_of, owned if depthwise else writers.get(name), channels_of(layer)[0]),
+            writes=_units_at(unit_of, (owned if depthwise else writers).get(name), channels_of(layer)[0]),
             reads=None if depthwise else _units_at(unit_of, reads.get(name), channels_of(layer)[1]),
             macs=macs,
             params=params,
             prunable=name in prunable,
         )
-    fixed = {
-        name: next((refused[c] for c in classes[writers[name]].tolist() if c in refused), "its channels meet no other")
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Conv2d) and name in writers and (layers[name].writes == STAYS).all()
-    }
+    unknown = {str(node.target): analysis.boundaries.get(node.name, "") for node in module.graph.nodes}
+    fixed = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d) and (name not in layers or (layers[name].writes == STAYS).all()):
+            atoms = writers.get(name, owned.get(name, np.zeros(0, dtype=np.int64)))
+            why = next((refused[c] for c in classes[atoms].tolist() if c in refused), "")
+            fixed[name] = why or unknown.get(name, "the model never calls it") or "one channel of each space stays"
     return Removable(ChannelUnits(space, names, layers, fixed), entries_of(analysis), unit_of)
 
 
