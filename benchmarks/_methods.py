@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,8 +18,11 @@ from benchmarks._layer_calls import count_macs
 from benchmarks._torch_pruning import Importance, prune_channels
 from fxprune.planning import Planner
 from fxprune.report import layer_costs
+from fxprune.snapshots import Snapshot
 from fxprune.tracing import trace
 
+ROUND_TO = 4
+"""Where kernels go after filters, layers keep a multiple of so many filters, or they would not divide into groups."""
 RATIO_STEPS = 12
 """Halvings of the range of uniform ratios; layers of up to 1,024 channels tell no finer ones apart."""
 
@@ -43,7 +45,7 @@ class Case:
     images: Tensor
     labels: Tensor
     seed: int = 0
-    snapshots: Sequence[Path] = ()
+    snapshots: Sequence[Snapshot] = ()
 
     @property
     def example(self) -> Tensor:
@@ -92,7 +94,7 @@ def filters(case: Case, *, refit: bool, variety: str | None = None) -> Pruned:
 
 def combined(case: Case) -> Pruned:
     """Filters first, then kernels of what is left; each step leaves the square root of the share. Refitted."""
-    plan = _filter_plan(case, math.sqrt(case.share))
+    plan = _filter_plan(case, math.sqrt(case.share), round_to=ROUND_TO)
     smaller = fxprune.rewrite(fxprune.mask(case.model, plan, case.images), plan, case.example).eval()
     left = count_macs(smaller, case.example) / count_macs(case.model, case.example)
     grouped = fxprune.make_plan(smaller, macs=case.share / left, calibration=case.images, seed=case.seed)
@@ -106,9 +108,17 @@ def torch_pruning(case: Case, *, importance: Importance) -> Pruned:
     return Pruned(prune_channels(case.model, case.example, macs, importance, batches).eval())
 
 
-def _filter_plan(case: Case, share: float, variety: str | None = None) -> fxprune.PrunePlan:
-    options: dict[str, Any] = {"granularity": "filter", "criterion": "l1", "variety": variety, "seed": case.seed}
-    return fxprune.make_plan(case.model, macs=share, example_inputs=case.example, **options)
+def _filter_plan(case: Case, share: float, variety: str | None = None, round_to: int = 1) -> fxprune.PrunePlan:
+    return fxprune.make_plan(
+        case.model,
+        macs=share,
+        example_inputs=case.example,
+        granularity="filter",
+        criterion="l1",
+        variety=variety,
+        round_to=round_to,
+        seed=case.seed,
+    )
 
 
 def _masked(case: Case, plan: fxprune.PrunePlan, refit: bool) -> Pruned:
