@@ -232,7 +232,7 @@ def _became(plan: PrunePlan, name: str, conv: nn.Conv2d | None) -> dict[str, Any
     kernels, removed = plan.layers.get(name), plan.removed.get(name, RemovedChannels())
     filters = None if conv is None else conv.out_channels
     before = None if filters is None else filters + len(removed.outputs)
-    common = {"filters": filters, "filters_dense": before}
+    common: dict[str, Any] = {"filters": filters, "filters_dense": before}
     if kernels is not None:
         return common | {
             "form": kernels.form,
@@ -243,23 +243,14 @@ def _became(plan: PrunePlan, name: str, conv: nn.Conv2d | None) -> dict[str, Any
             "redundancy": kernels.redundancy,
             "block_cost": kernels.block_cost,
         }
-    reason = plan.skipped.get(name, "")
+    common["groups"] = 1 if conv is None else conv.groups
+    common["reason"] = plan.skipped.get(name, "" if removed.outputs else "none of its filters was chosen")
     if not removed.outputs and not removed.inputs:
-        groups = 1 if conv is None else conv.groups
-        follows = "keeps its channels, as the layers around it do" if groups > 1 else "none of its filters was chosen"
-        return common | {
-            "form": "dense",
-            "groups": groups,
-            "asked_ratio": 0.0,
-            "reached_ratio": 0.0,
-            "reason": reason or follows,
-        }
+        return common | {"form": "dense", "asked_ratio": 0.0, "reached_ratio": 0.0}
     return common | {
         "form": "filters",
-        "groups": 1 if conv is None else conv.groups,
         "asked_ratio": removed.asked_ratio,
         "reached_ratio": len(removed.outputs) / before if before else 0.0,
-        "reason": reason,
         "redundancy": removed.redundancy,
     }
 

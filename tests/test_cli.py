@@ -40,6 +40,10 @@ def wide():
 def deep():
     return nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), *(Residual(32) for _ in range(4)))
 
+def four():
+    stem = nn.Conv2d(3, 32, 3, padding=1)
+    return nn.Sequential(stem, Residual(32), Residual(32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5))
+
 def linear():
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
 """
@@ -116,6 +120,29 @@ def test_blocks_and_target_reach_the_plan(capsys: pytest.CaptureFixture[str]) ->
     assert [plain["reached_ratio"], blocks["reached_ratio"], cuda["reached_ratio"]] == [1 - 13 / 32, 0.625, 0.5]
     assert [layer["block_cost"] is not None for layer in (plain, blocks, cuda)] == [False, True, True]
     assert "block is 0" in error_of(capsys, *arguments, "--block", "0")
+
+
+@pytest.mark.parametrize(
+    "arguments, forms, filters",
+    [
+        (["--granularity", "filter"], {"filters"}, [16, 16, 16, 16, 16]),
+        (["--granularity", "filter", "--macs", "0.5", "--scope", "global", "--round-to", "8"], {"filters"}, None),
+        (["--granularity", "filter:0.25,kernel:0.5"], {"filters", "partition"}, [24, 24, 24, 24, 24]),
+        (["--granularity", "kernel"], {"dense", "partition"}, [32, 32, 32, 32, 32]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and isinstance(value[0], str) else None,
+)
+def test_granularity(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], forms: set[str], filters: list[int] | None
+) -> None:
+    document = run_json(capsys, "compile", "handmade_nets:four", *SIZE, *arguments, "-o", "four.pt")
+    layers = document["report"]["layers"]
+    assert {layer["form"] for layer in layers} == forms
+    kept = [layer["filters"] for layer in layers]
+    assert kept == filters if filters else len(set(kept)) > 1 and not any(count % 8 for count in kept)
+    assert run_json(capsys, "report", "four.pt", "handmade_nets:four")["layers"] == layers
+    assert run_json(capsys, "verify", "four.pt", "handmade_nets:four", *SIZE)["max_abs"] < 1e-9
+    assert run_json(capsys, "report", "handmade_nets:four", *SIZE, *arguments)["layers"] == layers
 
 
 @pytest.fixture
@@ -392,6 +419,10 @@ def test_analyze(capsys: pytest.CaptureFixture[str]) -> None:
         (["compile", "handmade_nets:small", *SIZE, "--method", "tmi"], "snapshots"),
         (["compile", "handmade_nets:small", *SIZE, "--method", "reconstruction"], "calibration"),
         (["compile", "handmade_nets:small", *SIZE, "--snapshots", "absent.pt"], "absent.pt"),
+        (["compile", "handmade_nets:small", *SIZE, "--granularity", "filer"], "(near: 'filter')"),
+        (["compile", "handmade_nets:small", *SIZE, "--granularity", "filter:0.5"], "give both ratios"),
+        (["compile", "handmade_nets:small", *SIZE, "--granularity", "filter", "--groups", "4"], "groups=4"),
+        (["compile", "handmade_nets:small", *SIZE, "--round-to", "8"], "round_to=8"),
         (["verify", "absent.pt", "handmade_nets:small", "--calibration", "absent.npy"], "absent.npy"),
         (["compile", "handmade_nets:small", "--input-size", "2,7,8,8"], "7"),
         (["compile", "handmade_nets:small", "--weights", "absent.pth"], "absent.pth"),
@@ -442,6 +473,10 @@ def test_an_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
         ["compile", "m", "--snapshots"],
         ["compile", "m", "--ratio", "0.5", "--macs", "0.5"],
         ["compile", "m", "--params", "0.5", "--macs", "0.5"],
+        ["compile", "m", "--granularity", "filter:a,kernel:b"],
+        ["compile", "m", "--granularity", "filter:0.5:1"],
+        ["compile", "m", "--scope", "globe"],
+        ["compile", "m", "--round-to", "x"],
         ["compile", "m", "--input-size", "2,a"],
         ["compile", "m", "--input-size", "0"],
     ],

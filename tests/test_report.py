@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -165,6 +166,118 @@ def test_the_table(pruned: torch.fx.GraphModule) -> None:
     assert "2 remain" in text
     for gather in report.gathers:
         assert f"{gather.channels} channels: {gather.reason}" in text
+
+
+# --- whole filters ---------------------------------------------------------------------------------------------------
+
+
+class Depthwise(nn.Module):
+    """16 -> 32 -> 32 depthwise -> 24 -> 10 by a linear layer, and a tail whose 4 channels are an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.each = nn.Conv2d(16, 32, 1), nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.last, self.tail = nn.Conv2d(32, 24, 1, bias=False), nn.Conv2d(24, 4, 1)
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.last(self.each(self.first(x).relu()).relu()).relu()
+        return self.tail(y), self.head(y.mean((2, 3)))
+
+
+def test_filters_before_and_after() -> None:
+    pruned = fxprune.compile(Depthwise(), {"first": 0.25, "last": 0.5}, granularity="filter", example_inputs=X)
+    report = fxprune.report(pruned)
+    first, each, last, tail = report.layers
+    assert {layer.form for layer in report.layers} == {"filters"}
+    assert [(layer.filters_dense, layer.filters) for layer in report.layers] == [(32, 24), (32, 24), (24, 12), (4, 4)]
+    assert [layer.groups for layer in report.layers] == [1, 24, 1, 1]
+    assert [layer.asked_ratio for layer in report.layers] == [0.25, None, 0.5, None]
+    assert [layer.reached_ratio for layer in report.layers] == [0.25, 0.25, 0.5, 0.0]
+    assert [layer.reason for layer in report.layers] == ["", "", "", "model output"]
+    assert (first.params_dense, first.params) == (32 * 17, 24 * 17)
+    assert (each.params_dense, each.params) == (32 * 10, 24 * 10)
+    assert (last.macs_dense, last.macs) == (36 * 24 * 32, 36 * 12 * 24)
+    assert (tail.macs_dense, tail.macs) == (36 * 4 * 24, 36 * 4 * 12)
+    assert report.macs_pruned == 36 * (24 * 16 + 24 * 9 + 12 * 24 + 4 * 12) + 120
+    assert report.params_pruned == 24 * 17 + 24 * 10 + 12 * 24 + 4 * 13 + 10 * 13
+    assert report.rewritten == 4
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["convolution", "form", "groups", "filters", "asked", "reached", "params", "MACs"]
+    assert lines[1].split() == "first filters 1 32 -> 24 0.25 0.25 544 -> 408 18.4 k -> 13.8 k".split()
+    assert lines[2].split() == "each filters 24 32 -> 24 0.25 320 -> 240 10.4 k -> 7.78 k".split()
+    assert lines[4].split() == "tail filters 1 4 -> 4 0 100 -> 52 3.46 k -> 1.73 k model output".split()
+    assert "4 of 4 convolutions lost filters or input channels; the ratio is the share of filters removed" in lines
+    assert json.loads(json.dumps(report.to_dict()))["layers"][0]["filters"] == 24
+
+
+NOT_CHOSEN = "none of its filters was chosen"
+
+
+@pytest.mark.parametrize(
+    "options, forms, reasons",
+    [
+        (
+            {"ratio": 0.5, "ignore": "first"},
+            ["dense", "dense", "filters", "filters"],
+            ["first is ignored", "first is ignored", "", "model output"],
+        ),
+        (
+            {"ratio": {"first": 0.5}},
+            ["filters", "filters", "filters", "dense"],
+            ["", "", NOT_CHOSEN, "model output"],
+        ),
+        (
+            {"ratio": {"last": 0.5}},
+            ["dense", "dense", "filters", "filters"],
+            [NOT_CHOSEN, NOT_CHOSEN, "", "model output"],
+        ),
+    ],
+    ids=["ignored", "the first", "the last"],
+)
+def test_every_convolution_that_keeps_its_filters_says_why(
+    options: dict[str, Any], forms: list[str], reasons: list[str]
+) -> None:
+    report = fxprune.report(fxprune.compile(Depthwise(), granularity="filter", example_inputs=X, **options))
+    assert [layer.form for layer in report.layers] == forms
+    assert [layer.reason for layer in report.layers] == reasons
+    assert f"{forms.count('filters')} of 4 convolutions lost filters or input channels" in str(report)
+    for line, layer in zip(str(report).splitlines()[1:], report.layers, strict=False):
+        assert line.startswith(layer.name)
+        assert line.endswith(layer.reason)
+
+
+def test_both_granularities_in_one_table() -> None:
+    options: dict[str, Any] = {"granularity": {"filter": 0.25, "kernel": 0.5}, "example_inputs": X}
+    report = fxprune.report(fxprune.compile(Depthwise(), **options))
+    first, each, last, tail = report.layers
+    assert [layer.form for layer in report.layers] == ["partition", "filters", "partition", "filters"]
+    assert (first.asked_ratio, first.filters_dense, first.filters, first.groups) == (0.5, 32, 24, 2)
+    assert (last.params_dense, last.params) == (24 * 32, 18 * 12)
+    assert each.asked_ratio is None
+    assert tail.reason
+    assert report.rewritten == 4
+    text = str(report)
+    assert (
+        "2 of 4 convolutions grouped, 2 others lost filters or input channels; the ratio is the share of kernel" in text
+    )
+    assert json.loads(json.dumps(report.to_dict()))["layers"][1]["asked_ratio"] is None
+
+
+def test_redundancy_and_error_of_filters() -> None:
+    data = torch.randn(16, 16, 6, 6, generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {"granularity": "filter", "calibration": data, "variety": "pairs"}
+    first, each, last, tail = fxprune.report(fxprune.compile(Depthwise(), **options)).layers
+    assert [layer.redundancy is not None for layer in (first, each, last, tail)] == [True, False, True, False]
+    assert [layer.error is not None for layer in (first, each, last, tail)] == [False, False, True, True]
+    plain = fxprune.report(fxprune.compile(Depthwise(), granularity="filter", example_inputs=X))
+    assert all(layer.redundancy is layer.error is None for layer in plain.layers)
+
+
+def test_without_filters_there_is_no_such_column(pruned: torch.fx.GraphModule) -> None:
+    report = fxprune.report(pruned)
+    assert all(layer.filters == layer.filters_dense for layer in report.layers)
+    assert "filters" not in str(report)
 
 
 def test_to_dict_survives_json(pruned: torch.fx.GraphModule) -> None:

@@ -1,5 +1,6 @@
 """save and load: the same model comes back, and nothing else is taken for one."""
 
+import copy
 import dataclasses
 import io
 import json
@@ -83,6 +84,70 @@ def test_round_trip(tmp_path: Path, options: dict[str, Any]) -> None:
     assert loaded.code == pruned.code
     assert str(fxprune.report(loaded)) == str(fxprune.report(pruned))
     assert not torch.equal(fresh(X), pruned(X)), "the control needs a fresh model with other weights"
+
+
+FILTERS: dict[str, dict[str, Any]] = {
+    "filters": {"granularity": "filter", "ratio": 0.25},
+    "a budget": {"granularity": "filter", "macs": 0.5, "scope": "global", "variety": "soft", "round_to": 4},
+    "both": {"granularity": {"filter": 0.25, "kernel": 0.5}},
+    "folded": {"granularity": "filter", "fold_batch_norm": True},
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_round_trip_of_filters(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "model.pt"
+    pruned = compiled(**FILTERS[name])
+    assert pruned.get_parameter("first.weight").shape[0] < 32
+    fxprune.save(pruned, path)
+    fresh = Net().eval()
+    nn.init.constant_(fresh.first.weight, float("nan"))
+    loaded = fxprune.load(path, fresh)
+    assert torch.equal(loaded(X), pruned(X))
+    assert loaded.meta["fxprune"].plan == pruned.meta["fxprune"].plan
+    assert fxprune.report(loaded) == fxprune.report(pruned)
+    assert loaded.code == pruned.code
+    altered(path, lambda content: content["state"].update({"second.weight": torch.zeros(16, 32, 1, 1)}))
+    refused(path, "does not fit Net: second.weight differs")
+
+
+def test_refitted_filters_are_saved(tmp_path: Path) -> None:
+    data = torch.randn(16, 16, 6, 6, generator=torch.Generator().manual_seed(1))
+    plain, pruned = compiled(granularity="filter"), compiled(granularity="filter", calibration=data)
+    fxprune.save(pruned, tmp_path / "model.pt")
+    loaded = fxprune.load(tmp_path / "model.pt", Net().eval())
+    assert torch.equal(loaded(X), pruned(X))
+    assert not torch.allclose(loaded(X), plain(X))
+
+
+def test_filters_in_a_form_for_one_device_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FxpruneError, match="accelerated: its weights are packed for one device"):
+        fxprune.save(fxprune.accelerate(compiled(granularity="filter"), X), tmp_path / "model.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_filters_of_another_architecture(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    fxprune.save(compiled(granularity="filter"), path)
+    refused(path, "does not fit Sequential: .*make a plan for this model", nn.Sequential(nn.Conv2d(16, 32, 3)))
+    refused(path, "does not fit Net: ", Net(64))
+
+
+def test_a_plan_of_filters_as_data() -> None:
+    for options in FILTERS.values():
+        plan = compiled(**options).meta["fxprune"].plan
+        for other in (
+            copy.deepcopy(plan), pickle.loads(pickle.dumps(plan)), fxprune.PrunePlan.from_json(plan.to_json())
+        ):  # fmt: skip
+            assert other == plan
+            assert other.removed == plan.removed != {}
+
+
+def test_plans_of_earlier_versions_remove_no_filters() -> None:
+    plan = compiled().meta["fxprune"].plan
+    data = json.loads(plan.to_json())
+    assert data.pop("removed") == {}
+    assert fxprune.PrunePlan.from_json(json.dumps(data)) == plan
 
 
 def test_a_loaded_model_can_be_saved_again(saved: Path, tmp_path: Path) -> None:
