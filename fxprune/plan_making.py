@@ -42,6 +42,8 @@ def plan_for(
     shares = _by_granularity(granularity, ratio, scope, round_to, after, options)
     if "filter" not in shares:
         return _plan_kernels(model, data, shares["kernel"], **options)
+    if after is not None:
+        after.check(model)
     common = {name: options[name] for name in ("criterion", "snapshots", "ignore", "seed", "progress")}
     budget = {name: options[name] for name in ("macs", "params")} if "kernel" not in shares else _NO_BUDGET
     variety, progress = options["variety"], options["progress"]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import fxprune
 from fxprune.errors import CalibrationError, FxpruneError, NothingRewrittenWarning, PassError, PlanError, TraceError
+from fxprune.variety import Variety
 
 
 class Net(nn.Module):
@@ -97,6 +99,152 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_an_argument_that_makes_no_sense(name: str) -> None:
     options, match = ARGUMENTS[name]
     refuse(net(), PlanError, match, example_inputs=image(), **options)
+
+
+BOTH: dict[str, Any] = {"granularity": {"filter": 0.25, "kernel": 0.5}}
+
+FILTERS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown granularity": ({"granularity": "filters"}, r"granularity is 'filters' \(near: 'filter'\); it must be"),
+    "one granularity mapped": ({"granularity": {"filter": 0.5}}, r"names \['filter'\] only; give both ratios, or"),
+    "an unknown one mapped": ({"granularity": {"filter": 0.5, "row": 0.5}}, "granularity is 'row'.*must be 'kernel'"),
+    "a ratio too many": (BOTH | {"ratio": 0.5}, "granularity has a ratio for each already; leave ratio"),
+    "a budget for both": (BOTH | {"macs": 0.5}, "granularity has a ratio for each already; leave .*macs out"),
+    "snapshots for both": (BOTH | {"snapshots": [{}]}, "snapshots do not fit the network that removed filters leave"),
+    "a ratio of all filters for both": (
+        {"granularity": {"filter": 1.0, "kernel": 0.5}},
+        r"ratio 1\.0 is not in \[0, 1\)",
+    ),
+    "scope of kernels": ({"scope": "global"}, "scope='global' is for granularity='filter'; leave it out for kernels"),
+    "rounding of kernels": ({"round_to": 8}, "round_to=8 is for granularity='filter'"),
+    "groups of filters": ({"groups": 4}, "groups=4 is for granularity='kernel'; leave it out for filters"),
+    "a form of filters": ({"form": "overlap"}, "form='overlap' is for granularity='kernel'"),
+    "a method for filters": ({"method": "srgkp"}, "method='srgkp' is for granularity='kernel'"),
+    "blocks of filters": ({"block": 8}, "block=8 is for granularity='kernel'"),
+    "shared groups of filters": ({"share_groups": True}, "share_groups=True is for granularity='kernel'"),
+    "latency of filters": ({"latency": 0.5, "target": "cpu"}, r"latency=0\.5 chooses groups of kernels; give filters"),
+    "unknown scope": ({"scope": "globe"}, "scope is 'globe'; it must be 'local' or 'global'"),
+    "no rounding": ({"round_to": 0}, "round_to is 0; it must be an integer, 1 or more"),
+    "half rounding": ({"round_to": 2.5}, r"round_to is 2\.5; it must be an integer"),
+    "all filters": ({"ratio": 1.0}, r"ratio 1\.0 is not in \[0, 1\)"),
+    "ratio and budget": ({"ratio": 0.5, "macs": 0.5}, "ratio is 0.5, macs 0.5 and params None; pass exactly one"),
+    "budget above one": ({"macs": 1.5}, r"macs.*1\.5.*\(0, 1\]"),
+    "budget out of reach": (
+        {"macs": 0.001},
+        r"macs=0\.001 cannot be reached by removing filters: .* remains; ask for more",
+    ),
+    "parameters out of reach": ({"params": 0.001}, r"params=0\.001 cannot be reached by removing filters"),
+    "a global ratio out of reach": ({"ratio": 0.99, "scope": "global"}, r"ratio=0\.99 cannot .*the largest ratio is"),
+    "ratios in a global ranking": (
+        {"ratio": {"*": 0.5}, "scope": "global"},
+        "scope='global' ranks all layers together",
+    ),
+    "a pattern that matches nothing": ({"ratio": {"layer1": 0.5}}, "ratio: pattern 'layer1' matches no Conv2d"),
+    "ignore that matches nothing": ({"ignore": "conv3"}, "ignore: pattern 'conv3' matches no Conv2d"),
+    "movement without snapshots": ({"criterion": "movement"}, "criterion 'movement' .*snapshots"),
+    "activation without data": ({"criterion": "activation"}, "criterion 'activation' .*calibration"),
+    "unknown variety": ({"variety": "pair"}, "variety is 'pair'.*'pairs'"),
+    "similarity of other outputs": (
+        {"variety": Variety("pairs", similarity="functional"), "calibration": image(batch=8)},
+        "similarity 'functional' is for kernels.*use similarity='cosine'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_an_argument_that_makes_no_sense_for_what_is_removed(name: str) -> None:
+    options, match = FILTERS[name]
+    kernels = name in ("scope of kernels", "rounding of kernels")
+    refuse(net(), PlanError, match, example_inputs=image(), **({} if kernels else {"granularity": "filter"}) | options)
+
+
+def test_filters_of_a_model_whose_size_cannot_be_guessed() -> None:
+    class OddSize(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.reshape(-1, 3, 5, 7, 11)[:, :, 0])
+
+    refuse(OddSize(), PlanError, "no usual input size fits it; pass example_inputs", granularity="filter")
+    x = torch.randn(2, 3, 5, 7, 11)
+    assert fxprune.report(fxprune.compile(OddSize(), granularity="filter", example_inputs=x)).rewritten == 3
+
+
+def test_filters_of_a_model_without_convolutions() -> None:
+    refuse(WithoutConvs(), PlanError, "has no Conv2d", example_inputs=image(), granularity="filter")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_filters_that_are_not_finite(value: float) -> None:
+    model = net()
+    model.conv1.weight.data[0, 0, 0, 0] = value
+    refuse(model, PlanError, "conv1: 1 of 4608 weights are NaN", example_inputs=image(), granularity="filter")
+
+
+def test_a_model_of_which_no_filter_can_go() -> None:
+    with pytest.warns(NothingRewrittenWarning, match="conv: model output"):
+        pruned = fxprune.compile(Alone(), granularity="filter", example_inputs=image())
+    assert [layer.reason for layer in fxprune.report(pruned).layers] == ["model output"]
+
+
+class Alone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+def filter_plan() -> fxprune.PrunePlan:
+    return fxprune.make_plan(net(), granularity="filter", example_inputs=image())
+
+
+@pytest.mark.parametrize("use", [fxprune.mask, fxprune.rewrite])
+def test_a_plan_of_filters_for_another_model(use: Callable[..., Any]) -> None:
+    plan = filter_plan()
+    with pytest.raises(PlanError, match=r"conv1: Renamed has nothing of this name.*make a plan for this model"):
+        use(Renamed(), plan)
+    thin = net()
+    thin.conv1 = nn.Conv2d(16, 8, 3, padding=1)
+    with pytest.raises(PlanError, match=r"conv1: the plan removes output \d+, but there are 8; make a plan"):
+        use(thin, plan)
+
+
+@pytest.mark.parametrize("entry", ["conv1.weight", "conv1.bias", "norm.weight", "norm.bias"])
+def test_zeros_of_filters_that_were_broken(entry: str) -> None:
+    plan = filter_plan()
+    masked = fxprune.mask(net(), plan)
+    fxprune.rewrite(masked, plan, image())
+    with torch.no_grad():
+        masked.get_parameter(entry)[plan.removed[entry.partition(".")[0]].outputs[0]] = 1e-30
+    with pytest.raises(
+        PassError, match=f"{entry}: .* of channels that the plan removes are not zero; rewrite the model"
+    ):
+        fxprune.rewrite(masked, plan, image())
+
+
+@pytest.mark.parametrize(
+    "name, change, match",
+    [
+        ("norm", {"outputs": ()}, r"norm: channel \d+ of its outputs goes together with others"),
+        ("conv2", {"inputs": (0, 1)}, "conv[12]: channel .* goes together with others.*make the plan with"),
+        ("head", {"outputs": (0,)}, "cannot go: .*model output.*make the plan anew"),
+        ("conv1", {"outputs": tuple(range(32))}, "conv1: the plan removes all 32 outputs; keep at least one"),
+    ],
+)
+def test_a_plan_of_filters_that_contradicts_itself(name: str, change: dict[str, Any], match: str) -> None:
+    plan = filter_plan()
+    removed = dict(plan.removed) | {name: dataclasses.replace(plan.removed[name], **change)}
+    wrong = dataclasses.replace(plan, removed=removed)
+    with pytest.raises((PassError, PlanError), match=match):
+        fxprune.rewrite(fxprune.mask(net(), wrong), wrong, image())
+
+
+def test_a_plan_after_that_of_another_model() -> None:
+    thin = net()
+    thin.conv1, thin.norm, thin.conv2 = nn.Conv2d(16, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 16, 1)
+    with pytest.raises(PlanError, match=r"conv1: the plan removes output \d+, but there are 8"):
+        fxprune.make_plan(thin, granularity="filter", example_inputs=image(), after=filter_plan())
+    with pytest.raises(PlanError, match="after=a PrunePlan is for granularity='filter'"):
+        fxprune.make_plan(net(), example_inputs=image(), after=filter_plan())
 
 
 def test_arguments_that_do_make_sense_are_taken() -> None:
