@@ -87,6 +87,7 @@ class Setting:
         device: to train on.
         train_images, calibration_images: how many a seed draws; None takes all.
         snapshots: see `Case`.
+        plan_seed: plan once, with the images that this seed draws, for all seeds of fine-tuning; None: each plans.
         evaluate: `"test"` or `"validation"`, which images accuracy is that of.
     """
 
@@ -99,6 +100,7 @@ class Setting:
     train_images: int | None
     calibration_images: int
     snapshots: Sequence[Path]
+    plan_seed: int | None
     evaluate: str
 
     def drawn(self, seed: int) -> Tensor:
@@ -107,6 +109,7 @@ class Setting:
 
     def case(self, seed: int, share: float) -> Case:
         """What the methods are given."""
+        seed = seed if self.plan_seed is None else self.plan_seed
         images, labels = self.data.plain_batch(self.drawn(seed)[: self.calibration_images])
         return Case(self.model, share, images, labels, seed, self.snapshots)
 
@@ -122,22 +125,34 @@ class Setting:
         return self.data.validation_batches(EVALUATION_BATCH)
 
 
-def run(setting: Setting, method: Method, share: float, seed: int) -> tuple[Run, Pruned]:
+def run(
+    setting: Setting, method: Method, share: float, seed: int, before_training: tuple[Pruned, float] | None = None
+) -> tuple[Run, Pruned, float]:
     """Prune, fine-tune and evaluate one network.
+
+    Args:
+        setting: what all runs have in common.
+        method: the pruner.
+        share: of the MACs that is to remain.
+        seed: of this run.
+        before_training: what the method made of this case before, and in how many seconds; pruned now if absent.
+
+    Returns:
+        The run, and what was pruned in how many seconds; it is not trained.
 
     Raises:
         FxpruneError: one of `FAILURES`, or a damaged image.
     """
     case = setting.case(seed, share)
-    began = time.perf_counter()
-    pruned = method.prune(case)
-    prune_seconds = time.perf_counter() - began
-    trained, sparsifier = pruned.network, None
-    if pruned.plan is None:
-        trained = copy.deepcopy(pruned.network)
-    elif pruned.plan.layers:  # dense shapes with zeros train faster than grouped convolutions, and are the same
+    if before_training is None:
+        began = time.perf_counter()
+        pruned = method.prune(case)
+        before_training = pruned, time.perf_counter() - began
+    pruned, prune_seconds = before_training
+    trained, sparsifier = copy.deepcopy(pruned.network), None
+    if pruned.plan is not None and pruned.plan.layers:  # dense shapes with zeros train faster, and are the same
         sparsifier = fxprune.hold(trained.to(setting.device), pruned.plan)
-    else:
+    elif pruned.plan is not None:
         trained = _rewritten(pruned, case)
     trainer = Trainer(
         trained,
@@ -173,7 +188,7 @@ def run(setting: Setting, method: Method, share: float, seed: int) -> tuple[Run,
         prune_seconds,
         train_seconds,
     )
-    return found, pruned
+    return found, pruned, prune_seconds
 
 
 def _rewritten(pruned: Pruned, case: Case) -> nn.Module:
@@ -268,25 +283,29 @@ def _compare(options: argparse.Namespace) -> int:
         wanted = entries(options.methods, options.shares, options.seeds)
         todo = [entry for entry in wanted if entry not in runs]
         setting = _setting(options) if todo else None
+        planned: dict[tuple[str, float], tuple[Pruned, float]] = {}
         for entry in tqdm(todo, unit="run", disable=not progress):
             assert setting is not None
             print(f"{METHODS[entry.method].label}, share {entry.share:g}, seed {entry.seed}", flush=True)
             try:
-                found, pruned = run(setting, METHODS[entry.method], entry.share, entry.seed)
+                known = planned.get((entry.method, entry.share))
+                found, pruned, seconds = run(setting, METHODS[entry.method], entry.share, entry.seed, known)
             except FAILURES as error:
                 failed[entry.name] = f"{type(error).__name__}: {error}"
                 print(f"benchmarks.compare: {entry.name}: {failed[entry.name]}", file=sys.stderr)
                 continue
             runs[entry] = found
+            if options.plan_seed is not None:
+                planned[entry.method, entry.share] = pruned, seconds
             if pruned.plan is not None:
                 text = pruned.plan.to_json()
                 write_whole(folder / f"{entry.name}.plan.json", _writer(text))
             record = {"environment": environment(), "settings": settings, "run": asdict(found)}
             _write(folder / f"{entry.name}.json", record)
             print(f"accuracy {found.before:.2%}, after fine-tuning {found.after:.2%}", flush=True)
-    known = json.loads(latency_file.read_text(encoding="utf-8")) if latency_file.exists() else None
+    timed = json.loads(latency_file.read_text(encoding="utf-8")) if latency_file.exists() else None
     if runs:
-        report(options.output, settings, list(runs.values()), known, failed)
+        report(options.output, settings, list(runs.values()), timed, failed)
     return int(bool(failed))
 
 
@@ -363,6 +382,7 @@ def _setting(options: argparse.Namespace) -> Setting:
         options.train_images,
         options.calibration_images,
         options.snapshots,
+        options.plan_seed,
         options.evaluate,
     )
 
@@ -381,6 +401,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         "data": options.data.partition(":")[0],
         "validation": options.validation,
         "evaluate": options.evaluate,
+        "plan_seed": options.plan_seed,
         "train_images": options.train_images,
         "calibration_images": options.calibration_images,
         "snapshots": [fingerprint(path) for path in options.snapshots],
@@ -412,6 +433,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--methods", default="all", metavar="M,M,...", help=f"some of {','.join(METHODS)} (default: all)")
     add("--shares", type=_list_of(_share), default=[0.57, 0.4], help="of MACs that remain (default: 0.57,0.4)")
     add("--seeds", type=_seeds, default=[0, 1, 2], metavar="S,S,...", help="default: 0,1,2")
+    add("--plan-seed", type=int, metavar="S", help="plan once, with this seed (default: each seed plans anew)")
     add("--train-images", type=_count, metavar="N", help="fine-tune with so many, drawn by the seed (default: all)")
     add("--calibration-images", type=_count, default=1024, metavar="N", help="default: %(default)s")
     add("--snapshots", nargs="+", type=Path, default=[], metavar="FILE", help="earlier states of the training, for TMI")

@@ -160,7 +160,7 @@ def test_pictures(tmp_path: Path) -> None:
 
 def test_methods_share_images_and_batches_and_seeds_do_not() -> None:
     data = open_data("digits", validation=200)
-    setting = Setting(network(), data, Recipe(epochs=1), None, False, "cpu", 300, 100, (), "test")
+    setting = Setting(network(), data, Recipe(epochs=1), None, False, "cpu", 300, 100, (), None, "test")
     one, same, other = setting.case(1, 0.6), setting.case(1, 0.4), setting.case(2, 0.6)
     assert torch.equal(one.images, same.images)
     assert torch.equal(one.labels, same.labels)
@@ -242,6 +242,26 @@ def test_a_repeated_run_is_the_same(done: Path, tmp_path: Path) -> None:
     for key in ("prune_seconds", "train_seconds"):
         assert ours.pop(key) != theirs.pop(key)
     assert ours == theirs
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_one_plan_serves_all_seeds_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = []
+    method = METHODS["srgkp-refit"]
+
+    def seen(case: Case) -> Pruned:
+        cases.append(case)
+        return method.prune(case)
+
+    monkeypatch.setitem(METHODS, "srgkp-refit", replace(method, prune=seen))
+    for more, times in ((("--plan-seed", "0"), 1), ((), 2)):  # and the control, where each seed plans
+        cases.clear()
+        folder = tmp_path / str(times)
+        assert main(command(folder, "--methods", "srgkp-refit", "--seeds", "0,1", *more)) == 0
+        assert len(cases) == times
+        first, second = json.loads((folder / "comparison.json").read_text())["runs"]
+        assert (first["prune_seconds"] == second["prune_seconds"]) is (times == 1)
+        assert first["train_loss"] != second["train_loss"]
 
 
 def test_other_settings_are_refused(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
