@@ -71,8 +71,15 @@ def plan_filters(
         chosen = choose(scores)
         criterion_name = f"{criterion_name}, variety {rule.rule}"
     removed = _annotated(removable, removable.removed(chosen), asked, redundancies)
+    uncalled = {name: why for name, why in find_obstacles(model, data.trace).items() if name not in units.layers}
     return PrunePlan(
-        {}, units.fixed, {} if asked is None else asked, f"filter, {scope}", criterion_name, seed, removed=removed
+        {},
+        {**uncalled, **units.fixed},
+        {} if asked is None else asked,
+        f"filter, {scope}",
+        criterion_name,
+        seed,
+        removed=removed,
     )
 
 
