@@ -91,7 +91,10 @@ def find_removable(
     written = {name: writers[name] for name in writers if name in prunable}
     unit_of, space, names = _number(analysis, refused, written)
     while (stuck := _stuck(module, values, analysis, unit_of, space)) is not None:
-        refused |= {c: str(stuck) for c in _classes_in(analysis, stuck.node) if c not in refused}
+        held = [c for c in _classes_in(analysis, stuck.node) if c != UNLABELLED and c not in refused]
+        if not held:
+            raise stuck
+        refused |= dict.fromkeys(held, str(stuck))
         unit_of, space, names = _number(analysis, refused, written)
     reads = {str(port.node.target): port.atoms for port in analysis.ports if port.kind == "reads"}
     owned = {scale.owner: scale.atoms for scale in reversed(analysis.scales)}
@@ -222,7 +225,7 @@ def _stuck(
     try:
         Compaction(fx.GraphModule(module, graph), known, twin, removed).apply()
     except StuckError as error:
-        return error
+        return StuckError(next(node for node, copied in nodes.items() if copied is error.node), str(error))
     return None
 
 

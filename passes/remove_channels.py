@@ -59,9 +59,9 @@ class RemoveChannels:
         self._check_zero(gm)
         compaction = Compaction(gm, values, analysis, removed)
         changed = compaction.apply()
-        tensors = Tensors(gm)
+        tensors, shorter = Tensors(gm), set[int]()
         for name, channels in self.plan.removed.items():
-            _shrink(gm, tensors, analysis, compaction, name, channels)
+            _shrink(gm, tensors, shorter, analysis, compaction, name, channels)
         return Outcome((*self.plan.removed, *changed))
 
     def _atoms(self, analysis: ChannelAnalysis) -> Classes:
@@ -100,12 +100,16 @@ class RemoveChannels:
 def _shrink(
     gm: fx.GraphModule,
     tensors: Tensors,
+    shorter: set[int],
     analysis: ChannelAnalysis,
     compaction: Compaction,
     name: str,
     channels: RemovedChannels,
 ) -> None:
-    """Remove channels from one module, or from a parameter that the graph reads itself."""
+    """Remove channels from one module, or from a parameter that the graph reads itself.
+
+    A tensor that several modules own is replaced in all of them at once: `shorter` has the `id` of each new one.
+    """
     holder, _, attribute = name.rpartition(".")
     direct = next((s for s in analysis.scales if s.dim is None and (s.owner, s.attribute) == (holder, attribute)), None)
     if direct is not None:
@@ -122,11 +126,11 @@ def _shrink(
     depthwise = isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
     for attribute, kinds in along.items():
         tensor = getattr(module, attribute)
-        if isinstance(tensor, Tensor):
+        if isinstance(tensor, Tensor) and id(tensor) not in shorter:
             kept = {d: remaining(tensor.shape[d], getattr(channels, kind)) for d, kind in enumerate(kinds)}
             if depthwise:
                 kept.pop(1, None)
-            tensors.replace(tensor, shorten(tensor.detach(), kept))
+            shorter.add(id(tensors.replace(tensor, shorten(tensor.detach(), kept))))
     for kind, attributes in COUNTS.items():
         for attribute in attributes:
             if isinstance(count := getattr(module, attribute, None), int):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fxprune.errors import PlanError
-from fxprune.plans import GroupedKernels, PrunePlan, check_divisible, check_ratio
+from fxprune.plans import GroupedKernels, PrunePlan, RemovedChannels, channels_of, check_divisible, check_ratio
 
 GOOD: dict[str, Any] = {"out_order": (0, 2, 1, 3), "kept": ((0, 1), (2, 3)), "in_channels": 4, "asked_ratio": 0.5}
 
@@ -286,3 +286,91 @@ def test_ratios_in_range_are_returned_as_floats(ratio: float) -> None:
     checked = check_ratio(ratio)
     assert checked == ratio
     assert isinstance(checked, float)
+
+
+# --- whole channels -------------------------------------------------------------------------------------------------
+
+REMOVED = {
+    "0": RemovedChannels(outputs=(0, 3), asked_ratio=0.5, redundancy=0.25),
+    "1": RemovedChannels((0, 3)),
+    "2": RemovedChannels(inputs=(0, 3)),
+}
+
+
+def chain() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+
+
+def test_removed_channels_survive_json_copies_and_pickle() -> None:
+    removing = plan(layers={}, skipped={}, removed=REMOVED)
+    for same in (
+        PrunePlan.from_json(removing.to_json()),
+        copy.deepcopy(removing),
+        pickle.loads(pickle.dumps(removing)),
+    ):
+        assert same == removing
+        assert dict(same.removed) == REMOVED
+    assert removing != plan(layers={}, skipped={})
+    removing.check(chain())
+
+
+def test_a_plan_of_an_earlier_version_removes_nothing() -> None:
+    data = json.loads(plan().to_json())
+    del data["removed"]
+    assert PrunePlan.from_json(json.dumps(data)) == plan()
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"outputs": (1, 0)}, "outputs is not strictly ascending from 0 on"),
+        ({"outputs": (1, 1)}, "outputs is not strictly ascending from 0 on"),
+        ({"inputs": (-1, 0)}, "inputs is not strictly ascending from 0 on"),
+        ({"inputs": (0.5,)}, "an entry of inputs is 0.5; it must be an integer"),
+        ({"outputs": "01"}, "outputs is '01'; it must be a list of integers"),
+        ({"asked_ratio": 1.0}, "ratio 1.0 is not in [0, 1)"),
+        ({"redundancy": 2}, "redundancy is 2; it must be a number in [0, 1]"),
+    ],
+)
+def test_invalid_removed_channels(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(message)):
+        RemovedChannels(**fields)
+
+
+@pytest.mark.parametrize(
+    "removed, message",
+    [
+        ({"3": RemovedChannels((0,))}, "3: Sequential has nothing of this name"),
+        ({"0": RemovedChannels((4,))}, "0: the plan removes output 4, but there are 4"),
+        ({"0": RemovedChannels((0, 1, 2, 3))}, "0: the plan removes all 4 outputs; keep at least one"),
+        ({"2": RemovedChannels(inputs=(0, 1, 2, 3))}, "2: the plan removes all 4 inputs; keep at least one"),
+        ({"1": RemovedChannels(inputs=(0,))}, "1: the plan removes input 0, but there are 0"),
+        ({"0.bias": RemovedChannels((9,))}, "0.bias: the plan removes output 9, but there are 4"),
+    ],
+)
+def test_removed_channels_of_another_model(removed: dict[str, RemovedChannels], message: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(message)):
+        PrunePlan({}, removed=removed).check(chain())
+
+
+def test_kernels_are_planned_for_the_layer_without_its_removed_channels() -> None:
+    smaller = {"2": RemovedChannels(outputs=(0, 1), inputs=(2, 3, 4))}
+    PrunePlan({"2": kernels()}, removed=smaller).check(nn.Sequential(*chain()[:2], nn.Conv2d(7, 6, 1)))
+    with pytest.raises(PlanError, match="2: the plan is for 6 filters of 7 channels, but the convolution has 2 of 4"):
+        PrunePlan({"2": kernels()}, removed=smaller).check(chain())
+
+
+@pytest.mark.parametrize(
+    "module, channels",
+    [
+        (nn.Conv2d(4, 6, 1), (6, 4)),
+        (nn.ConvTranspose2d(4, 6, 1), (6, 4)),
+        (nn.Linear(4, 6), (6, 4)),
+        (nn.BatchNorm2d(6), (6, 0)),
+        (nn.BatchNorm2d(6, affine=False), (6, 0)),
+        (nn.PReLU(6), (6, 0)),
+        (nn.ReLU(), (0, 0)),
+    ],
+)
+def test_channels_of_modules(module: nn.Module, channels: tuple[int, int]) -> None:
+    assert channels_of(module) == channels
