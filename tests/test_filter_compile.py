@@ -418,7 +418,7 @@ def test_fold_batch_norm(form: str) -> None:
     check(folded, compiled(form))
 
 
-@each_form
+@pytest.mark.parametrize("form", ["filters", pytest.param("both", marks=pytest.mark.slow)])
 def test_accelerate_on_the_cpu(form: str) -> None:
     plain = compiled(form)
     fast = fxprune.accelerate(plain, pixels().float())

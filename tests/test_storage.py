@@ -120,6 +120,7 @@ def test_refitted_filters_are_saved(tmp_path: Path) -> None:
     assert not torch.allclose(loaded(X), plain(X))
 
 
+@pytest.mark.slow
 def test_filters_in_a_form_for_one_device_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FxpruneError, match="accelerated: its weights are packed for one device"):
         fxprune.save(fxprune.accelerate(compiled(granularity="filter"), X), tmp_path / "model.pt")
