@@ -11,6 +11,7 @@ from removal_harness import Subject, check_removal, image, prepared, subject
 from torch import Tensor, nn
 
 from fxprune import compaction, removal
+from fxprune.channels import analyze_channels
 from fxprune.compaction import Compaction, StuckError, shorten
 from fxprune.layers import ChannelGather
 from fxprune.units import Chosen
@@ -125,7 +126,7 @@ def test_zeros_of_a_padding_are_no_channel() -> None:
 
 def test_what_stays_is_a_rectangle_or_nothing() -> None:
     found = found_in(lambda x: x.view(2, 2, 4, 4, 4).flatten(1, 2))
-    analysis = removal.analyze_channels(found.traced.module, found.traced.values)
+    analysis = analyze_channels(found.traced.module, found.traced.values)
     atoms = torch.from_numpy(next(port.atoms for port in analysis.ports if port.kind == "writes"))
     for channels, expected in (((0, 4), {1: [1, 2, 3]}), ((0, 1, 2, 3), {0: [1]}), ((0,), None), ((), {})):
         gone = np.zeros(len(analysis.blocks.classes), dtype=np.bool_)

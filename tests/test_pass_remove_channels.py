@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from removal_harness import check_removal, drawn, image, prepared, subject, without, zeroed
+from removal_harness import Subject, check_removal, drawn, image, prepared, subject, without, zeroed
 from torch import Tensor, fx, nn
 
 from fxprune.errors import PassError
@@ -82,11 +82,16 @@ def test_weights_that_read_removed_channels_do_not_matter() -> None:
     assert torch.allclose(without(found, plan).eval()(image()), expected, rtol=1e-10, atol=0)
 
 
+def zeroed_graph(found: Subject) -> fx.GraphModule:
+    gm = zeroed(found.traced.module, of(GOES))
+    assert isinstance(gm, fx.GraphModule)
+    return gm
+
+
 @pytest.mark.parametrize("name", ["conv.weight", "conv.bias", "norm.weight", "norm.bias", "depthwise.bias", "scale"])
 def test_what_is_not_zero_is_refused(name: str) -> None:
     found = subject(prepared(Block()), image())
-    gm = zeroed(found.traced.module, of(GOES))
-    assert isinstance(gm, fx.GraphModule)
+    gm = zeroed_graph(found)
     holder, _, attribute = name.rpartition(".")
     tensor = getattr(gm.get_submodule(holder), attribute)
     with torch.no_grad():
@@ -102,7 +107,7 @@ def test_a_part_of_what_goes_together_is_refused(name: str) -> None:
     less = RemovedChannels(**{kind: getattr(GOES[name], kind)[:-1]})
     for plan in (of(GOES | {name: less}), of({n: goes for n, goes in GOES.items() if n != name})):
         with pytest.raises(PassError, match="goes together with others, and the plan removes some of them only"):
-            RemoveChannels(plan, found.traced.inputs)(zeroed(found.traced.module, of(GOES)))
+            RemoveChannels(plan, found.traced.inputs)(zeroed_graph(found))
 
 
 def test_channels_that_stay_are_refused_with_the_reason() -> None:

@@ -297,7 +297,7 @@ REMOVED = {
 }
 
 
-def chain() -> nn.Module:
+def chain() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
 
 
