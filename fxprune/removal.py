@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def find_removable(
     values: Mapping[fx.Node, Any],
     costs: Mapping[str, tuple[int, int | None]],
     ignore: Collection[str] = (),
-    obstacles: Mapping[str, str] = {},
+    obstacles: Mapping[str, str] = MappingProxyType({}),
 ) -> Removable:
     """Find the units of a traced model.
 
