@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from benchmarks import _checkpoint, train
+from benchmarks import train
 from benchmarks._data import Data
 from benchmarks._images import DataError
 from benchmarks._training import Trainer
@@ -274,7 +274,7 @@ def test_a_full_disk_loses_nothing(
         save(content, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_checkpoint.torch, "save", fill)
+        patch.setattr(torch, "save", fill)
         assert "checkpoint.pt: cannot be written" in complaint(capsys, *given)
     assert not list(tmp_path.glob("*.partial"))
     assert train.main([*given, "--resume"]) == 0
