@@ -19,7 +19,7 @@ from fxprune.report import Report
 from fxprune.sensitivity import Sensitivity
 from fxprune.shapes import Groups
 from fxprune.snapshots import Snapshot
-from fxprune.steps import mask, record_of, rewrite
+from fxprune.steps import masked_by, record_of, rewrite
 from fxprune.subject import Subject
 from fxprune.tracing import Inputs, as_inputs, trace
 from fxprune.variety import Variety
@@ -152,7 +152,7 @@ def compile(
         progress=progress,
     )
     if masked is None:
-        masked = mask(model, plan)
+        masked = masked_by(model, plan, None if data.batches is None else data, progress=progress)
     pruned = rewrite(masked, plan, data.example_inputs, fold_batch_norm=fold_batch_norm)
     if verify or (verify is None and data.example_inputs is not None):
         assert data.example_inputs is not None

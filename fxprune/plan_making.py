@@ -58,10 +58,9 @@ def plan_for(
         **budget,
         **common,
     )
-    masked = None if data.batches is None else masked_by(model, plan, data, progress=progress)
     if "kernel" not in shares:
-        return plan, masked
-    masked = masked_by(model, plan, None) if masked is None else masked
+        return plan, None
+    masked = masked_by(model, plan, None if data.batches is None else data, progress=progress)
     smaller = without_removed(masked, plan, data.example_inputs)
     kernels, refitted = _plan_kernels(smaller, data.of(smaller), shares["kernel"], **options)
     together = replace(kernels, removed=plan.removed, ratio={}, method=f"{plan.method}; {kernels.method}")
