@@ -360,7 +360,7 @@ def report(
     text = table(points)
     write_whole(output / "comparison.md", _writer(text))
     seeds, epochs = len({found.seed for found in runs}), settings["epochs"]
-    draw(points, output / "comparison", f"{settings['model']}, {seeds} seeds, {epochs} epochs of fine-tuning")
+    draw(points, output / "comparison", f"{settings['model']}, {seeds} seeds, epochs of fine-tuning: {epochs}")
     print(text)
     return points
 
