@@ -20,7 +20,7 @@ from benchmarks._data import Data
 from benchmarks._distributed import Group
 from benchmarks._recipe import Recipe
 from fxprune.errors import FxpruneError
-from fxprune.sparsification import Sparsifier
+from fxprune.training.sparsification import Sparsifier
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Types that forward may compute in; weights, losses and evaluation are float32."""

@@ -53,7 +53,7 @@ from benchmarks._recipe import SCHEDULES, Recipe
 from benchmarks._training import AMP, EVALUATION_BATCH, Interrupted, Trainer, TrainingError
 from benchmarks.accuracy import CIFAR_MODELS, build, prune
 from fxprune.calibration import FITS
-from fxprune.schedules import SCHEDULES as SPARSITY_SCHEDULES
+from fxprune.training.schedules import SCHEDULES as SPARSITY_SCHEDULES
 
 PLAN_OPTIONS = (
     "ratio", "macs", "granularity", "scope", "round_to",

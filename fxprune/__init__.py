@@ -29,10 +29,10 @@ from fxprune.layers import ChannelGather
 from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.report import Report
 from fxprune.sensitivity import Sensitivity
-from fxprune.sparsification import Sparsifier, hold, sparsify
 from fxprune.steps import mask, rewrite
 from fxprune.storage import load, save
-from fxprune.tickets import random_ticket, rewind
+from fxprune.training.sparsification import Sparsifier, hold, sparsify
+from fxprune.training.tickets import random_ticket, rewind
 from fxprune.verification import Verification, verify
 
 __version__ = "0.1.0"

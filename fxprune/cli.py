@@ -27,7 +27,7 @@ from fxprune import demo
 from fxprune.criteria import CRITERIA
 from fxprune.errors import CalibrationError, FxpruneError, VerificationError
 from fxprune.exports import save_onnx, save_torchscript
-from fxprune.filter_selection import Scope
+from fxprune.filters.selection import Scope
 from fxprune.models import default_input_size, example_inputs, load_model
 from fxprune.planning import METHODS
 from fxprune.shapes import TARGETS

@@ -10,7 +10,7 @@ from fxprune.calibration import Calibration
 from fxprune.channels import ChannelAnalysis, analyze_channels
 from fxprune.criteria import Criterion, ScoreFunction
 from fxprune.errors import FxpruneError
-from fxprune.filter_selection import Scope
+from fxprune.filters.selection import Scope
 from fxprune.latency import LatencyTable
 from fxprune.layer_times import measure_layers
 from fxprune.plan_making import check_target, group_counts, plan_for
@@ -82,7 +82,7 @@ def compile(
             shuffles and slices; convolutions become narrower. A mapping gives both a ratio and does one after the
             other: `{"filter": 0.25, "kernel": 0.5}`.
         scope: of filters: `"local"` removes the same share from each channel space, `"global"` ranks all filters of the
-            network (`fxprune.filter_selection.choose_units`).
+            network (`fxprune.filters.selection.choose_units`).
         round_to: each channel space keeps a multiple of this many filters.
         groups: number of groups, `"auto"`, or a mapping from pattern to either.
         method: how the groups are chosen, see `fxprune.planning.METHODS`.

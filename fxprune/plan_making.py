@@ -10,8 +10,8 @@ from torch import nn
 from fxprune.acceleration import accelerate, acceleration_report
 from fxprune.calibration import Calibration, survey
 from fxprune.errors import AccelerationError, PlanError
-from fxprune.filter_planning import plan_filters
-from fxprune.filter_selection import Scope
+from fxprune.filters.planning import plan_filters
+from fxprune.filters.selection import Scope
 from fxprune.latency import LatencyOption, LatencyTable, as_patterns, check_latency, damages, meet
 from fxprune.layer_times import GROUP_COUNTS, measure_layers
 from fxprune.planning import PUBLISHED, Planner, match_patterns, resolve_block, resolve_sharing

@@ -9,12 +9,12 @@ import torch
 from equality import assert_same_function, randomize
 from torch import Tensor, fx, nn
 
+from fxprune.filters.removal import Removable, find_removable
+from fxprune.filters.units import ChannelUnits, Chosen
 from fxprune.passes import RemoveChannels
 from fxprune.plans import PrunePlan
-from fxprune.removal import Removable, find_removable
 from fxprune.report import layer_costs
 from fxprune.tracing import Trace, meta_values, trace
-from fxprune.units import ChannelUnits, Chosen
 
 
 def prepared(net: nn.Module) -> nn.Module:

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from removal_harness import Subject, check_removal, image, prepared, subject
 from torch import Tensor, nn
 
-from fxprune import compaction, removal
 from fxprune.channels import analyze_channels
-from fxprune.compaction import Compaction, StuckError, shorten
+from fxprune.filters import compaction, removal
+from fxprune.filters.compaction import Compaction, StuckError, shorten
+from fxprune.filters.units import Chosen
 from fxprune.layers import ChannelGather
-from fxprune.units import Chosen
 
 
 class Net(nn.Module):

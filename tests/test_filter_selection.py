@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-import fxprune.filter_selection
+import fxprune.filters.selection
 from fxprune.criteria import CRITERIA, Evidence, Taylor, kernel_scores, resolve
 from fxprune.errors import PlanError
-from fxprune.filter_selection import (
+from fxprune.filters.selection import (
     FLOOR,
     Scope,
     _Costs,
@@ -27,9 +27,9 @@ from fxprune.filter_selection import (
     unit_scores,
     varied,
 )
+from fxprune.filters.units import STAYS, ChannelUnits, Chosen, UnitLayer, Units
 from fxprune.methods import Labels
 from fxprune.shapes import kept_channels
-from fxprune.units import STAYS, ChannelUnits, Chosen, UnitLayer, Units
 from fxprune.variety import VARIETIES, Array, Variety, cosine_similarity, elimination_order
 
 SCOPES: tuple[Scope, ...] = ("local", "global")
@@ -308,7 +308,7 @@ def test_coupled_filters_are_compared_as_one_row() -> None:
 
 def test_all_filters_of_a_unit_are_in_its_row() -> None:
     model, units = Coupled().double(), coupled_units()
-    rows = fxprune.filter_selection._rows(model, units, np.array([6, 7, 8]))
+    rows = fxprune.filters.selection._rows(model, units, np.array([6, 7, 8]))
     expected = model.wide.weight.detach().flatten(1).numpy()
     energy = np.square(rows).sum()
     assert energy == pytest.approx(np.square(expected[:6]).sum())  # the last two filters stay
@@ -407,7 +407,7 @@ def test_a_global_ranking_compares_what_is_above_the_mean_of_its_space(monkeypat
         return bool(found[0] == found[1])
 
     assert same()
-    monkeypatch.setattr(fxprune.filter_selection, "_means", lambda space, sizes, scores: np.ones(len(scores)))
+    monkeypatch.setattr(fxprune.filters.selection, "_means", lambda space, sizes, scores: np.ones(len(scores)))
     assert not same()
 
 

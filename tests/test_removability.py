@@ -11,8 +11,8 @@ from removal_harness import Subject, check_removal, drawn, image, prepared, subj
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from fxprune import removal
 from fxprune.errors import PassError
+from fxprune.filters import removal
 from fxprune.passes import remove_channels
 
 CHANGED = "reads it where zero has become another value"

@@ -22,11 +22,11 @@ from removal_harness import (
 from torch import nn
 from zoo import CASES, Case
 
-from fxprune import removal
 from fxprune.errors import PlanError
+from fxprune.filters import removal
+from fxprune.filters.units import STAYS, Chosen
 from fxprune.masking import remaining
 from fxprune.passes import remove_channels
-from fxprune.units import STAYS, Chosen
 
 HEAD = {"head": "model output"}
 

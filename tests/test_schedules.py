@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 
 from fxprune.errors import PlanError
-from fxprune.schedules import SCHEDULES, Agp, Iterative, OneCycle, OneShot, Schedule, resolve_schedule
+from fxprune.training.schedules import SCHEDULES, Agp, Iterative, OneCycle, OneShot, Schedule, resolve_schedule
 
 MOMENTS = [i / 200 for i in range(201)]
 VARIANTS = [

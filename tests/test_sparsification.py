@@ -19,12 +19,12 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from zoo import ResidualAdd
 
 import fxprune
-from fxprune import gradual, sparsification
 from fxprune.criteria import Taylor
 from fxprune.errors import FxpruneError, PassError, PlanError
 from fxprune.masking import kept_entries, zero_pruned
 from fxprune.plans import PrunePlan
-from fxprune.schedules import SCHEDULES
+from fxprune.training import gradual, sparsification
+from fxprune.training.schedules import SCHEDULES
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "momentum and weight decay": lambda params: SGD(params, lr=0.05, momentum=0.9, weight_decay=0.01, nesterov=True),

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import tickets
 from fxprune.errors import PlanError
-from fxprune.filter_planning import removed_units
+from fxprune.filters.planning import removed_units
 from fxprune.masking import kept_entries
+from fxprune.training import tickets
 
 
 def net(seed: int) -> nn.Module:

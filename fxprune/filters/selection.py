@@ -1,7 +1,7 @@
 """Which filters go: scores of units, variety among them, and the units that a ratio or a budget removes.
 
-A unit is a set of filters that can only go together (`fxprune.units`). What it is worth is the sum of the kernel scores
-of `fxprune.criteria` over its filters and their input channels. What that sum is at filter level:
+A unit is a set of filters that can only go together (`fxprune.filters.units`). What it is worth is the sum of the
+kernel scores of `fxprune.criteria` over its filters and their input channels. What that sum is at filter level:
 
 - `l1`: the norm of Li et al. 2017, section 3.1, as published. `l2`: the squared norm; coupled filters make one longer
   vector, whose squared norm it is.
@@ -30,12 +30,12 @@ from torch import nn
 
 from fxprune.criteria import ScoreFunction, kernel_scores
 from fxprune.errors import PlanError
+from fxprune.filters.units import STAYS, ChannelUnits, Chosen, Units
 from fxprune.methods import Labels, Matrix
 from fxprune.planning import match_patterns
 from fxprune.plans import freeze_ratio
 from fxprune.sensitivity import ENOUGH, TOLERANCE, Cost, check_share
 from fxprune.shapes import kept_channels
-from fxprune.units import STAYS, ChannelUnits, Chosen, Units
 from fxprune.variety import Array, Redundancy, Variety, cosine_similarity, vary
 
 Scope = Literal["local", "global"]

@@ -33,8 +33,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxprune.checkpoints import without_parallel_prefix
 from fxprune.errors import PlanError
-from fxprune.filter_planning import removable_of, removed_units
-from fxprune.filter_selection import random_units
+from fxprune.filters.planning import removable_of, removed_units
+from fxprune.filters.selection import random_units
 from fxprune.masking import kept_entries, zero_pruned
 from fxprune.methods import Clustering
 from fxprune.plans import GroupedKernels, PrunePlan, RemovedChannels, near_matches

@@ -42,7 +42,7 @@ _CHANNELWISE = frozenset("windows pad".split())
 _ZERO_ADDS_NOTHING = ("sum", "norm")
 # What is asked of a tensor to know how many channels it has.
 _COUNTS = ("shape", "size", "numel", "nelement", "len", "__len__")
-# Families whose operators may be given such numbers: `fxprune.compaction` sees to it that they fit.
+# Families whose operators may be given such numbers: `fxprune.filters.compaction` sees to it that they fit.
 _SIZED = frozenset("dimensionwise item reshape expand repeat pad".split())
 
 

@@ -10,14 +10,14 @@ from fxprune.calibration import survey
 from fxprune.criteria import Criterion, Evidence, ScoreFunction, resolve
 from fxprune.eligibility import check_model, check_weight
 from fxprune.errors import PlanError
-from fxprune.filter_selection import Scope, choose_units, unit_scores, varied
+from fxprune.filters.removal import Removable, find_removable
+from fxprune.filters.selection import Scope, choose_units, unit_scores, varied
+from fxprune.filters.units import STAYS, Chosen
 from fxprune.planning import match_patterns
 from fxprune.plans import PrunePlan, RemovedChannels
-from fxprune.removal import Removable, find_removable
 from fxprune.report import layer_costs
 from fxprune.snapshots import Snapshot, load_snapshots
 from fxprune.subject import Subject, find_obstacles
-from fxprune.units import STAYS, Chosen
 from fxprune.variety import Array, Redundancy, Variety
 
 

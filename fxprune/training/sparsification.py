@@ -17,13 +17,13 @@ from torch.optim import Optimizer
 from fxprune.compiler import make_plan
 from fxprune.eligibility import parameters_of_several_modules
 from fxprune.errors import FxpruneError, PlanError
-from fxprune.gradual import narrow
 from fxprune.masking import kept_entries, zero_pruned
 from fxprune.plans import PrunePlan
-from fxprune.schedules import OneShot, Schedule, resolve_schedule
 from fxprune.snapshots import load_snapshots
 from fxprune.steps import rewrite
 from fxprune.tracing import Inputs
+from fxprune.training.gradual import narrow
+from fxprune.training.schedules import OneShot, Schedule, resolve_schedule
 from fxprune.verification import verify
 
 Granularity = Literal["kernel", "filter"]
@@ -58,13 +58,13 @@ def sparsify(
 
     The given model is masked in place: it is the one being trained. Each plan drops all that the plan before it drops.
     In granularity `"kernel"` a gradual schedule fixes the groups of filters at its first event, by co-clustering at the
-    target ratio in overlap form, see `fxprune.gradual`; `"one-shot"` takes what `make_plan` gives at its moment, in any
-    form and by any method.
+    target ratio in overlap form, see `fxprune.training.gradual`; `"one-shot"` takes what `make_plan` gives at its
+    moment, in any form and by any method.
 
     Args:
         model: the model in training. Under `DistributedDataParallel`, `DataParallel` or `torch.compile` the module
             inside is planned; in a process group all take the plan of its first process.
-        schedule: a name in `fxprune.schedules.SCHEDULES` or a `Schedule`.
+        schedule: a name in `fxprune.training.schedules.SCHEDULES` or a `Schedule`.
         steps: how many steps the training has, that is, how often `step` will be called.
         ratio: see `make_plan`: the target.
         granularity: `"kernel"` or `"filter"`.

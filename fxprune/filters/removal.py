@@ -11,12 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.channels import ChannelAnalysis, analyze_channels
 from fxprune.channels.atoms import UNLABELLED
-from fxprune.compaction import Classes, Compaction, StuckError
 from fxprune.eligibility import QUANTIZED_PACKAGES, parameters_of_several_modules
+from fxprune.filters.compaction import Classes, Compaction, StuckError
+from fxprune.filters.removability import irremovable
+from fxprune.filters.units import STAYS, ChannelUnits, Chosen, UnitLayer, Units
 from fxprune.plans import RemovedChannels, channels_of
-from fxprune.removability import irremovable
 from fxprune.tracing import is_hooked
-from fxprune.units import STAYS, ChannelUnits, Chosen, UnitLayer, Units
 
 
 @dataclass(frozen=True)
