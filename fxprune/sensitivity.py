@@ -4,8 +4,11 @@ The damage of pruning one layer is the squared error that a refit leaves (`fxpru
 the variance of what the next layer reads: after the BatchNorm and the addition that follow. Two convolutions with the
 same error of their own differ by far in what they do to a residual stream, and only the latter counts.
 
-A budget is met by taking channels from the layer where the damage for each multiply-accumulate saved is least, again
-and again: the greedy solution of the Lagrangian, optimal where the damage is convex.
+A budget is met by taking channels from the layer where the loss for each multiply-accumulate saved is least, again and
+again: the greedy solution of the Lagrangian, optimal where the loss is convex. The loss of a layer is
+`-log(1 - damage)`: what is left of the signal, `1 - damage`, multiplies from layer to layer. For small damages that is
+their sum. It keeps a budget from emptying one layer because its damage, measured alone, cannot exceed 1: the deep
+layers of a VGG-16 for ten classes can each be replaced by a handful of channels, but not one after the other.
 """
 
 import json
@@ -37,6 +40,12 @@ TOLERANCE = 0.01
 ENOUGH = 0.001
 # Channels are taken in steps of this share of a layer, but at least one at a time.
 STEP = 1 / 32
+LEAST_SIGNAL = 1e-6
+"""Where less than this is left of the signal, all is lost; a damage of 1 and more has a logarithm all the same."""
+FLOOR = 1 / 16
+"""Share of its channels that a budget leaves each layer while others have more, as for whole filters: a layer that is
+nearly empty is a bottleneck that no other makes up for ("layer collapse" of Tanaka, Kunin, Yamins, Ganguli, NeurIPS
+2020), and it was measured with a network around it that was whole."""
 SHOWN = (0.25, 0.5, 0.75)
 """Ratios that the printed table shows."""
 
@@ -152,9 +161,10 @@ class Sensitivity:
             # The last step is as small as will do. Where the channels of one layer are too dear, those of another fill
             # the gap; where all are, the nearest is the best.
             beyond = TOLERANCE * share * total
-            moves = self._steps(kept, price, surplus, surplus + beyond / 2, block)
-            if not moves and surplus > beyond:
-                moves = self._steps(kept, price, surplus, 2 * surplus, block)
+            moves = self._steps(kept, price, surplus, surplus + beyond / 2, block, FLOOR)
+            for floor in (FLOOR, 0.0):  # below the floor only where nothing else is left
+                if not moves and surplus > beyond:
+                    moves = self._steps(kept, price, surplus, 2 * surplus, block, floor)
             if not moves:
                 break
             _, count, name = min(moves)
@@ -170,10 +180,16 @@ class Sensitivity:
         return {layer.name: 1 - kept[layer.name] / len(layer.damage) for layer in self.layers}
 
     def _steps(
-        self, kept: Mapping[str, int], price: Mapping[str, float], surplus: float, most: float, block: int
+        self,
+        kept: Mapping[str, int],
+        price: Mapping[str, float],
+        surplus: float,
+        most: float,
+        block: int,
+        floor: float,
     ) -> list[tuple[float, int, str]]:
         """For each layer that has a next step: the damage for each unit of cost that it saves, its channels, and the
-        layer. A step saves about `surplus` if it can, but never more than `most`.
+        layer. A step saves about `surplus` if it can, but never more than `most`, and leaves `floor` of the layer.
         """
         steps = []
         for layer in self.layers:
@@ -183,10 +199,11 @@ class Sensitivity:
             if not cost:
                 continue
             step = max(1, int(STEP * size / unit)), max(1, round(surplus / cost))
-            count = unit * min(*step, int(most / cost), left // unit - 1)
+            least = max(1, math.ceil(floor * size / unit))
+            count = unit * min(*step, int(most / cost), left // unit - least)
             if count >= 1:
-                damage = layer.damage[left - count - 1] - layer.damage[left - 1]
-                steps.append((damage / (count * price[layer.name]), count, layer.name))
+                loss = _loss(layer.damage[left - count - 1]) - _loss(layer.damage[left - 1])
+                steps.append((loss / (count * price[layer.name]), count, layer.name))
         return steps
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -229,6 +246,11 @@ class Sensitivity:
             raise PlanError(
                 f"the text is no sensitivity table: {error!r}; write it with Sensitivity.to_json"
             ) from error
+
+
+def _loss(damage: float) -> float:
+    """Minus the logarithm of what a damage leaves of the signal."""
+    return -math.log(max(1 - damage, LEAST_SIGNAL))
 
 
 def check_share(share: object, cost: Cost) -> None:

@@ -21,7 +21,7 @@ from test_calibrated import batches, case_of
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import PlanError
+from fxprune import PlanError, sensitivity
 from fxprune.sensitivity import TOLERANCE, Cost, LayerSensitivity, Sensitivity
 from fxprune.steps import record_of
 
@@ -301,14 +301,26 @@ def table_of(damages: dict[str, list[float]], cost: int = 1000, rest: int = 0) -
     return Sensitivity(tuple(layers), rest + cost * len(layers), rest + cost * len(layers))
 
 
+def test_no_layer_is_emptied_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, fast = ([slope * (1 - k / 100) for k in range(1, 101)] for slope in (0.98, 1.1))
+    table = table_of({"a": slow, "b": slow, "c": fast, "d": fast})
+    ratios = table.ratios(0.5)
+    assert all(0.3 < ratio < 0.7 for ratio in ratios.values())  # what is left of the signal multiplies
+    monkeypatch.setattr(sensitivity, "_loss", lambda damage: damage)  # control: a sum empties two of them
+    ratios = table.ratios(0.5)
+    assert ratios["a"] == pytest.approx(15 / 16, abs=0.01)  # but for the floor
+    monkeypatch.setattr(sensitivity, "FLOOR", 0.0)
+    assert table.ratios(0.5)["a"] > 0.97
+
+
 def test_channels_go_where_they_do_least_damage() -> None:
-    convex = [(1 - k / 100) ** 2 for k in range(1, 101)]
+    convex = [0.01 * (1 - k / 100) ** 2 for k in range(1, 101)]
     table = table_of({"much": [4 * d for d in convex], "little": convex})
     ratios = table.ratios(0.5)
     # The Lagrangian: equal slopes, so four times the ratio where the damage is a quarter.
     assert ratios["little"] == pytest.approx(0.8, abs=0.05)
     assert ratios["much"] == pytest.approx(0.2, abs=0.05)
-    assert sum(layer.at(ratios[layer.name]) for layer in table.layers) < 2 * 0.5**2 + 3 * 0.5**2
+    assert sum(layer.at(ratios[layer.name]) for layer in table.layers) < 0.01 * (2 * 0.5**2 + 3 * 0.5**2)
 
 
 @pytest.mark.parametrize("share", [0, 0.0, -0.5, 1.5, 2, math.nan, math.inf, True, "0.5", None, (0.5,)])
