@@ -43,7 +43,6 @@ def default_pipeline(plan: PrunePlan, inputs: tuple[Any, ...], *, fold_batch_nor
     """
     block = common_block(plan)
     passes: tuple[Pass, ...] = (
-        RemoveChannels(plan, inputs),  # first: the plan groups what is left
         GroupConvs(plan),
         MergeGathers(block),  # before sinking: an identity would be a wish
         SinkGathers(inputs, block),
@@ -53,6 +52,8 @@ def default_pipeline(plan: PrunePlan, inputs: tuple[Any, ...], *, fold_batch_nor
         AbsorbGathers(),  # the new orders go into the layers at the ends; merged first, they would be undone
         MergeGathers(block),  # what stands in order now
     )
+    if plan.removed:  # first: the plan groups what is left
+        passes = (RemoveChannels(plan, inputs), *passes)
     # Last: only without gathers between them does BatchNorm follow its convolution directly.
     return (*passes, FoldBatchNorm()) if fold_batch_norm else passes
 

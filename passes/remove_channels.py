@@ -47,8 +47,6 @@ class RemoveChannels:
     inputs: tuple[Any, ...]
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
-        if not self.plan.removed:
-            return Outcome()
         values, _ = meta_values(gm, self.inputs) if self.inputs else ({}, None)
         analysis = analyze_channels(gm, values)
         removed = self._atoms(analysis)
