@@ -41,6 +41,15 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        CheckpointError: see `write_whole`.
+    """
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write nested dicts, lists, tensors, numbers and strings, with a digest of them all.
 

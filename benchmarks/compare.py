@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import fxprune
 from benchmarks._augmentation import generator
-from benchmarks._checkpoint import CheckpointError, check_settings, fingerprint, write_whole
+from benchmarks._checkpoint import CheckpointError, check_settings, fingerprint, write_text
 from benchmarks._data import Data, open_data
 from benchmarks._distributed import Group
 from benchmarks._environment import environment
@@ -44,7 +44,7 @@ from benchmarks._recipe import Recipe
 from benchmarks._rivals import Network, dense_network
 from benchmarks._training import EVALUATION_BATCH, Trainer, TrainingError
 from benchmarks.accuracy import CIFAR_MODELS, _count, build
-from benchmarks.latency import _list_of, _tuned_cudnn, measure
+from benchmarks.latency import _fraction, _list_of, _tuned_cudnn, measure
 from benchmarks.planning import _seeds
 from benchmarks.train import _add_recipe, _check_fit
 
@@ -298,8 +298,7 @@ def _compare(options: argparse.Namespace) -> int:
             if options.plan_seed is not None:
                 planned[entry.method, entry.share] = pruned, seconds
             if pruned.plan is not None:
-                text = pruned.plan.to_json()
-                write_whole(folder / f"{entry.name}.plan.json", _writer(text))
+                write_text(folder / f"{entry.name}.plan.json", pruned.plan.to_json())
             record = {"environment": environment(), "settings": settings, "run": asdict(found)}
             _write(folder / f"{entry.name}.json", record)
             print(f"accuracy {found.before:.2%}, after fine-tuning {found.after:.2%}", flush=True)
@@ -358,7 +357,7 @@ def report(
     }
     _write(output / "comparison.json", record)
     text = table(points)
-    write_whole(output / "comparison.md", _writer(text))
+    write_text(output / "comparison.md", text)
     seeds, epochs = len({found.seed for found in runs}), settings["epochs"]
     draw(points, output / "comparison", f"{settings['model']}, {seeds} seeds, epochs of fine-tuning: {epochs}")
     print(text)
@@ -413,11 +412,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
-    write_whole(path, _writer(json.dumps(record, indent=2) + "\n"))
-
-
-def _writer(text: str) -> Any:
-    return lambda path: path.write_text(text, encoding="utf-8")
+    write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -431,7 +426,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", required=True, metavar="SOURCE", help="cifar10:DIR, digits, folder:DIR or folder:DIR?size=PIXELS")
     add("--output", type=Path, required=True, metavar="DIR", help="where runs, record and pictures go")
     add("--methods", default="all", metavar="M,M,...", help=f"some of {','.join(METHODS)} (default: all)")
-    add("--shares", type=_list_of(_share), default=[0.57, 0.4], help="of MACs that remain (default: 0.57,0.4)")
+    add(
+        "--shares",
+        type=_list_of(_fraction("share of MACs", "0.57,0.4")),
+        default=[0.57, 0.4],
+        help="of MACs that remain (default: 0.57,0.4)",
+    )
     add("--seeds", type=_seeds, default=[0, 1, 2], metavar="S,S,...", help="default: 0,1,2")
     add("--plan-seed", type=int, metavar="S", help="plan once, with this seed (default: each seed plans anew)")
     add("--train-images", type=_count, metavar="N", help="fine-tune with so many, drawn by the seed (default: all)")
@@ -472,16 +472,6 @@ def choose_methods(names: str, snapshots: bool) -> list[str]:
         if METHODS[name].snapshots and not snapshots:
             raise ValueError(f"--methods {name}: needs earlier states of the training; give them with --snapshots")
     return chosen
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share of MACs; give numbers between 0 and 1, as in 0.57,0.4")
-    return share
 
 
 if __name__ == "__main__":

@@ -420,17 +420,20 @@ def _choices(what: str, legal: Sequence[str]) -> Callable[[str], list[Any]]:
     return _list_of(parse)
 
 
-def _ratio(text: str) -> float:
-    try:
-        ratio = float(text)
-    except ValueError:
-        ratio = 0.0
-    if not 0 < ratio < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no ratio to prune; give numbers between 0 and 1, as in 0.5,0.75")
-    return ratio
+def _fraction(what: str, example: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {what}; give numbers between 0 and 1, as in {example}")
+        return value
+
+    return parse
 
 
-_ratios = _list_of(_ratio)
+_ratios = _list_of(_fraction("ratio to prune", "0.5,0.75"))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 import fxprune
 from benchmarks._augmentation import generator
-from benchmarks._checkpoint import CheckpointError, check_settings, write_whole
+from benchmarks._checkpoint import CheckpointError, check_settings, write_text
 from benchmarks._data import Data, open_data
 from benchmarks._environment import environment
 from benchmarks._layer_calls import count_macs
@@ -327,8 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record["differences"] = [
                 asdict(row) | {"clear": row.clear} for row in differences(known, setting.criteria, setting.varieties)
             ]
-            text = json.dumps(record, indent=1) + "\n"
-            write_whole(options.output, lambda path: path.write_text(text, encoding="utf-8"))
+            write_text(options.output, json.dumps(record, indent=1) + "\n")
 
         total = sum(len(setting.keys(seed)) for seed in options.seeds)
         with tqdm(total=total, unit="run", disable=not sys.stderr.isatty()) as bar:

@@ -44,6 +44,7 @@ from benchmarks._checkpoint import (
     fingerprint,
     load_checkpoint,
     save_checkpoint,
+    write_text,
     write_whole,
 )
 from benchmarks._data import Data, open_data
@@ -251,8 +252,7 @@ def finish(folder: Path, networks: Networks, trainer: Trainer) -> dict[str, Any]
     if dense_shapes:
         write_whole(folder / "model.pt", lambda path: torch.save(_plain(model.state_dict()), path))
     if plan is not None:
-        text = plan.to_json()
-        write_whole(folder / "plan.json", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(folder / "plan.json", plan.to_json())
         result |= _rewritten(folder, networks, plan, trainer)
     if trainer.best is not None:
         best, state = trainer.best, _plain(model.state_dict())
@@ -287,7 +287,7 @@ def _rewritten(folder: Path, networks: Networks, plan: fxprune.PrunePlan, traine
 def write_log(folder: Path, log: dict[str, Any], trainer: Trainer) -> None:
     """Write `log.json`: all of `log`, and what is known after each epoch."""
     text = json.dumps(log | {"epochs": [asdict(epoch) for epoch in trainer.epochs]}, indent=2) + "\n"
-    write_whole(folder / "log.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / "log.json", text)
 
 
 def settings_of(options: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:

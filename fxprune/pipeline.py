@@ -60,7 +60,7 @@ def default_pipeline(plan: PrunePlan, inputs: tuple[Any, ...], *, fold_batch_nor
 
 def common_block(plan: PrunePlan) -> int:
     """Length of the blocks, in channels, that passes shall keep whole: that of each layer divides it; 1 is no rule."""
-    return math.lcm(1, *(kernels.block for kernels in plan.layers.values()))
+    return math.lcm(*(kernels.block for kernels in plan.layers.values()))
 
 
 def run(gm: fx.GraphModule, passes: Sequence[Pass], inputs: tuple[Any, ...]) -> Mapping[str, Outcome]:

@@ -82,7 +82,6 @@ def _by_granularity(
     options: Mapping[str, Any],
 ) -> dict[str, float | Mapping[str, float] | None]:
     """The ratio of each granularity, filters first; arguments that the others do not have are refused."""
-    both = isinstance(granularity, Mapping)
     names = list(granularity) if isinstance(granularity, Mapping) else [granularity]
     for name in names:
         if name not in GRANULARITIES:
@@ -92,20 +91,10 @@ def _by_granularity(
                 "granularity={'filter': 0.25, 'kernel': 0.5}"
             )
     if isinstance(granularity, Mapping):
-        if set(names) != set(GRANULARITIES):
-            raise PlanError(
-                f"granularity names {names} only; give both ratios, or granularity={names[0]!r} with ratio="
-            )
-        for name in ("macs", "params", "latency"):
-            if options[name] is not None or ratio is not None:
-                raise PlanError(f"granularity has a ratio for each already; leave ratio and {name} out")
-        if options["snapshots"] is not None:
-            raise PlanError(
-                "snapshots do not fit the network that removed filters leave; plan one granularity at a time"
-            )
-    if names != ["kernel"]:
-        legal = () if both else (*_KERNELS_ONLY.items(),)
-        for name, default in legal:
+        _check_both(names, ratio, options)
+        return {"filter": granularity["filter"], "kernel": granularity["kernel"]}
+    if granularity == "filter":
+        for name, default in _KERNELS_ONLY.items():
             if options[name] != default:
                 raise PlanError(f"{name}={_short(options[name])} is for granularity='kernel'; leave it out for filters")
         if options["latency"] is not None:
@@ -117,9 +106,18 @@ def _by_granularity(
         for name, (value, usual) in given.items():
             if value != usual:
                 raise PlanError(f"{name}={_short(value)} is for granularity='filter'; leave it out for kernels")
-    if isinstance(granularity, Mapping):
-        return {"filter": granularity["filter"], "kernel": granularity["kernel"]}
     return {granularity: ratio}
+
+
+def _check_both(names: list[str], ratio: object, options: Mapping[str, Any]) -> None:
+    """See that a mapping from granularity to ratio is the only answer to how much goes."""
+    if set(names) != set(GRANULARITIES):
+        raise PlanError(f"granularity names {names} only; give both ratios, or granularity={names[0]!r} with ratio=")
+    for name in ("macs", "params", "latency"):
+        if options[name] is not None or ratio is not None:
+            raise PlanError(f"granularity has a ratio for each already; leave ratio and {name} out")
+    if options["snapshots"] is not None:
+        raise PlanError("snapshots do not fit the network that removed filters leave; plan one granularity at a time")
 
 
 def _short(value: object) -> str:

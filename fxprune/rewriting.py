@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from fxprune.layers import ChannelGather
 
@@ -44,6 +45,16 @@ class Pass(Protocol):
     """A rewrite: changes the graph module in place, keeps the function it computes, and says what it did."""
 
     def __call__(self, gm: fx.GraphModule) -> Outcome: ...
+
+
+def holds_tensor(value: Any) -> bool:
+    """Whether a value is a tensor, or a list, tuple or dict that holds one."""
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+
+
+def tensor_sources(node: fx.Node, values: Mapping[fx.Node, Any]) -> list[fx.Node]:
+    """The nodes that give `node` its tensors, in order; `values` are what nodes give."""
+    return [source for source in node.all_input_nodes if holds_tensor(values.get(source))]
 
 
 def calls(gm: fx.GraphModule, kind: type[M]) -> Iterator[tuple[fx.Node, M]]:

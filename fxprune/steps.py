@@ -71,15 +71,14 @@ def masked_by(model: nn.Module, plan: PrunePlan, data: Subject | None, *, progre
     What whole channels leave behind is refitted first, then the kernels of the network without them.
     """
     masked = copy.deepcopy(model)
-    zero_pruned(masked, kept_entries(model, plan) if data is None else entries_without_removed(model, plan))
-    if data is None:
-        return masked
-    if plan.removed:
-        refit_readers(masked, plan, data, progress=progress)
-    if plan.layers and not plan.removed:
+    if data is None or not plan.removed:
         zero_pruned(masked, kept_entries(model, plan))
-        data.reconstruct(masked, plan.layers, lambda name, conv, samples: plan.layers[name], plan.seed, progress)
-    elif plan.layers:
+        if data is not None and plan.layers:
+            data.reconstruct(masked, plan.layers, lambda name, conv, samples: plan.layers[name], plan.seed, progress)
+        return masked
+    zero_pruned(masked, entries_without_removed(model, plan))
+    refit_readers(masked, plan, data, progress=progress)
+    if plan.layers:
         smaller = without_removed(masked, plan, data.example_inputs)
         kernels = replace(plan, removed={})
         put_back(masked, masked_by(smaller, kernels, data.of(smaller), progress=progress), plan)
@@ -88,11 +87,11 @@ def masked_by(model: nn.Module, plan: PrunePlan, data: Subject | None, *, progre
 
 def refit_readers(masked: nn.Module, plan: PrunePlan, data: Subject, *, progress: bool = False) -> None:
     """Refit, in place, the convolutions that read channels which `plan` removes: the others make up for them."""
-    readers = {
-        name: conv
+    readers = [
+        name
         for name, conv in masked.named_modules()
         if isinstance(conv, nn.Conv2d) and conv.groups == 1 and name in plan.removed and plan.removed[name].inputs
-    }
+    ]
 
     def choose(name: str, conv: nn.Conv2d, samples: object) -> GroupedKernels:
         kept = tuple(remaining(conv.in_channels, plan.removed[name].inputs).tolist())

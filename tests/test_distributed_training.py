@@ -12,15 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from training_harness import at_step
 
 from benchmarks import _distributed, train
 from benchmarks._distributed import Group
-from benchmarks._training import Trainer
 
 ROOT = Path(__file__).parent.parent
 STEPS = 17  # of an epoch: 1,237 images, 77 at a time, of which each of two processes gets 38 or 39
@@ -86,18 +85,6 @@ def second_process(monkeypatch: pytest.MonkeyPatch, act: Callable[[], int]) -> I
             yield ended
         finally:
             ended.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) -> None:
-    """Do something just before a step, counted from 1."""
-    step, count = Trainer._step, iter(range(1, 10**6))
-
-    def watched(self: Trainer, *rest: Any) -> bool:
-        if next(count) == number:
-            act()
-        return step(self, *rest)
-
-    monkeypatch.setattr(Trainer, "_step", watched)
 
 
 @pytest.fixture(scope="module")

@@ -292,6 +292,8 @@ def test_making_a_sparsifier_changes_nothing() -> None:
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
     assert sparsifier.plan.skipped == {"0": "not pruned yet", "3": "not pruned yet"}
+    filters = fxprune.sparsify(model, "one-shot", steps=3, granularity="filter", example_inputs=X)
+    assert filters.plan.skipped == {"0": "not pruned yet", "3": "not pruned yet"}
 
 
 # --- rewriting ------------------------------------------------------------------------------------------------------

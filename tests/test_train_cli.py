@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from training_harness import at_step
 
 import fxprune
 from benchmarks import train
@@ -60,18 +61,6 @@ def weights(folder: Path, name: str = "model.pt") -> dict[str, Tensor]:
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) -> None:
-    """Do something just before a step, counted from 1."""
-    step, count = Trainer._step, iter(range(1, 10**6))
-
-    def watched(self: Trainer, *rest: Any) -> bool:
-        if next(count) == number:
-            act()
-        return step(self, *rest)
-
-    monkeypatch.setattr(Trainer, "_step", watched)
 
 
 @pytest.fixture(scope="module")

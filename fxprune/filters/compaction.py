@@ -23,7 +23,7 @@ from fxprune.channels.atoms import UNLABELLED
 from fxprune.channels.interpreter import varying
 from fxprune.errors import PassError
 from fxprune.layers import ChannelGather
-from fxprune.rewriting import is_mutating, new_gather, storage_roots
+from fxprune.rewriting import holds_tensor, is_mutating, new_gather, storage_roots, tensor_sources
 
 Classes = npt.NDArray[np.bool_]
 
@@ -123,7 +123,7 @@ class Compaction:
     def _without(self, node: fx.Node) -> Any:
         """What a node gives without the removed channels: tensors on the meta device, sizes computed anew."""
         value = self._values[node]
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+        if holds_tensor(value):
             if self._labels.get(node) is None:
                 return value
             shortened = self._shortened(node, value)
@@ -149,12 +149,7 @@ class Compaction:
         )
 
     def _source(self, node: fx.Node) -> fx.Node | None:
-        tensors = (
-            source
-            for source in node.all_input_nodes
-            if any(isinstance(leaf, Tensor) for leaf in tree_leaves(self._values.get(source)))
-        )
-        return next(tensors, None)
+        return next(iter(tensor_sources(node, self._values)), None)
 
     def _move(self, node: fx.Node) -> bool:
         """Make a movement right; return whether the graph was changed."""

@@ -31,7 +31,7 @@ from fxprune.channels.atoms import UNLABELLED
 from fxprune.channels.interpreter import varying
 from fxprune.eligibility import computes_its_own_forward
 from fxprune.layers import TrainingFlag
-from fxprune.rewriting import is_mutating
+from fxprune.rewriting import holds_tensor, is_mutating, tensor_sources
 
 Classes = npt.NDArray[np.bool_]
 
@@ -99,11 +99,7 @@ class _Walk:
 
     def sources(self, node: fx.Node) -> list[fx.Node]:
         """Nodes that give a node its tensors."""
-        return [
-            source
-            for source in node.all_input_nodes
-            if any(isinstance(leaf, Tensor) for leaf in tree_leaves(self.values.get(source)))
-        ]
+        return tensor_sources(node, self.values)
 
     def carried(self, node: fx.Node) -> Classes:
         """Lost in an operand in which they stand."""
@@ -135,7 +131,7 @@ def _visit(walk: _Walk, node: fx.Node) -> Classes:
         walk.refuse(walk.present(node), f"{node.name} was computed while tracing, and the model has no such tensor")
     if node.op in ("placeholder", "get_attr"):
         return nothing  # parameters and buffers are set to zero themselves
-    gives_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(walk.values.get(node)))
+    gives_tensors = holds_tensor(walk.values.get(node))
     if not gives_tensors and walk.values.get(node) is not None:
         walk.counted[node] = _sizes(walk, node)
         return nothing

@@ -18,6 +18,7 @@ from fxprune.compiler import make_plan
 from fxprune.eligibility import parameters_of_several_modules
 from fxprune.errors import FxpruneError, PlanError
 from fxprune.masking import kept_entries, zero_pruned
+from fxprune.plan_making import GRANULARITIES
 from fxprune.plans import PrunePlan
 from fxprune.snapshots import load_snapshots
 from fxprune.steps import rewrite
@@ -86,8 +87,8 @@ def sparsify(
         raise PlanError(f"steps is {steps!r}; it must be the number of steps of the training, 1 or more")
     if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise PlanError(f"every is {every!r}; it must be a number of steps, 1 or more")
-    if granularity not in ("kernel", "filter"):
-        raise PlanError(f"granularity is {granularity!r}; it must be 'kernel' or 'filter'")
+    if granularity not in GRANULARITIES:
+        raise PlanError(f"granularity is {granularity!r}; it must be {' or '.join(map(repr, GRANULARITIES))}")
     for name in REFUSED:
         if planning.get(name) is not None:
             raise PlanError(
@@ -160,7 +161,8 @@ class Sparsifier:
             _check_optimizer(optimizer, self._module)
         if plan is None:
             preview = make_plan(self._module, **self._options)  # what cannot be planned is told before the training
-            names = dict.fromkeys((*preview.layers, *getattr(preview, "filters", ())), "not pruned yet")
+            narrower = (name for name, channels in preview.removed.items() if channels.asked_ratio is not None)
+            names = dict.fromkeys((*preview.layers, *narrower), "not pruned yet")
             self.plan = PrunePlan({}, {**preview.skipped, **names})
             self._kept: dict[str, Tensor] = {}
         else:
