@@ -293,7 +293,7 @@ class Planner:
         """The clustering, and the share of redundant kernel groups if variety looked for them."""
         if self._method == "reconstruction":
             assert samples is not None
-            moments = regularized(samples, conv.weight)
+            moments = regularized(samples, conv.weight, shape.groups, shape.kept, self._seed)
             clustering = reconstruction(
                 conv.weight,
                 *moments,

@@ -2,7 +2,9 @@
 
 The damage of pruning one layer is the squared error that a refit leaves (`fxprune.methods.reconstruction`), relative to
 the variance of what the next layer reads: after the BatchNorm and the addition that follow. Two convolutions with the
-same error of their own differ by far in what they do to a residual stream, and only the latter counts.
+same error of their own differ by far in what they do to a residual stream, and only the latter counts. The pull toward
+the dense weights counts as error, as for the planner: with a few hundred rows for thousands of inputs, any layer could
+be fitted from a few of its channels, and would do badly on the next image.
 
 A budget is met by taking channels from the layer where the loss for each multiply-accumulate saved is least, again and
 again: the greedy solution of the Lagrangian, optimal where the loss is convex. The loss of a layer is
@@ -25,6 +27,7 @@ from tqdm import tqdm
 
 from fxprune.calibration.batches import Batch
 from fxprune.calibration.following import follow
+from fxprune.calibration.least_squares import regularized
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.samples import draw
 from fxprune.errors import PlanError
@@ -322,9 +325,9 @@ def _from_data(
             samples = draw(name, node.name, conv, following, network.pause_before(node.name), seed)
             read = samples.targets * samples.scale + samples.offset
             variance = max(float(read.var(0, correction=0).sum()), torch.finfo(torch.float32).tiny)
-            weights = samples.scale.double().abs() / variance**0.5
-            lost = error_path(conv.weight, samples.gram(), samples.cross() * weights[:, None], groups[name], seed)
-            damages[name] = _falling(lost)
+            half = max(1, conv.in_channels // 2)
+            gram, cross, _ = regularized(samples, conv.weight, groups[name], half, seed)
+            damages[name] = _falling(error_path(conv.weight, gram, cross / variance**0.5, groups[name], seed))
     return damages
 
 

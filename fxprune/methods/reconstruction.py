@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from fxprune.methods.clustering import Clustering, Labels, Mask, Matrix
@@ -30,6 +31,8 @@ DAMPING = 1e-4
 ROUNDS = 6
 ENOUGH = 1e-3
 LARGE = 1200
+# Shares of the channels that stay where the error path of a layer above LARGE is computed; the rest is interpolated.
+POINTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 # The share of the channels that go before costs are computed anew; one at a time up to 64 channels.
 BATCH = 1 / 64
 
@@ -68,7 +71,7 @@ def reconstruction(
         the outputs that the same groups of filters explain with single channels, but not with blocks.
     """
     damped = _damped(gram)
-    inverse = torch.linalg.inv(damped)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     given = labels
     start = cocluster(kernel_energy(weight, gram), groups, kept, form, seed, block=block, labels=given)
     labels = np.empty(len(weight), dtype=np.intp)
@@ -101,18 +104,18 @@ def error_path(weight: Tensor, gram: Tensor, cross: Tensor, groups: int, seed: i
     """By how much the squared error grows as fewer channels are kept, in overlap form: `(C,)` for 1 to `C` channels.
 
     The groups are those that `cocluster` finds where half of the channels stay; each gives up one channel after the
-    other. Above `LARGE` inputs the costs of the channels are added up as they are at the start, and scaled so that the
-    sum is right where half of them stay. Arguments are those of `reconstruction`.
+    other. Above `LARGE` inputs the channels go in the order of their costs at the start, and the error is computed
+    where `POINTS` of them stay and interpolated between. Arguments are those of `reconstruction`.
     """
     channels, area = weight.shape[1], weight[0, 0].numel()
     damped = _damped(gram)
-    inverse = torch.linalg.inv(damped)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     start = cocluster(kernel_energy(weight, gram), groups, max(1, channels // 2), seed=seed)
     lost = np.zeros(channels)
     for filters in np.array(start.out_order).reshape(groups, -1):
         targets = cross[torch.from_numpy(filters).to(cross.device)]
         group = Elimination(inverse, targets, area)
-        lost += _summed(group, damped, targets) if group.inputs > LARGE else _stepwise(group)
+        lost += _interpolated(group, damped, targets) if group.inputs > LARGE else _stepwise(group)
     return lost
 
 
@@ -234,17 +237,18 @@ def _stepwise(group: Elimination) -> Matrix:
     return lost
 
 
-def _summed(group: Elimination, damped: Tensor, targets: Tensor) -> Matrix:
-    """The error path of one group from the costs at the start, right where half of the channels stay."""
-    costs = group.costs().cpu().numpy()
-    half = len(costs) // 2
-    lost = np.append(np.sort(costs)[:-1].cumsum()[::-1], 0.0)
-    kept = np.zeros((1, len(costs)), dtype=np.bool_)
-    kept[0, np.argsort(costs, kind="stable")[half:]] = True
+def _interpolated(group: Elimination, damped: Tensor, targets: Tensor) -> Matrix:
+    """The error path of one group if channels go in the order of their costs at the start, exact at `POINTS`."""
+    worst_first = group.costs().argsort(stable=True, descending=True).cpu().numpy()
+    channels = len(worst_first)
+    counts = sorted({1, *(max(1, round(share * channels)) for share in POINTS)})
+    kept = np.zeros((len(counts), channels), dtype=np.bool_)
+    for row, count in zip(kept, counts, strict=True):
+        row[worst_first[:count]] = True
     energy = torch.full((len(targets),), group.explained() / len(targets), dtype=targets.dtype, device=targets.device)
-    exact = float(filter_errors(damped, targets, energy, kept).sum())
-    scaled: Matrix = lost * exact / max(lost[len(costs) - half - 1], np.finfo(np.float64).tiny)
-    return scaled
+    lost = filter_errors(damped, targets, energy, kept).sum(0)
+    path: Matrix = PchipInterpolator([*counts, channels], [*lost, 0.0])(np.arange(1, channels + 1))
+    return path
 
 
 def _damped(gram: Tensor) -> Tensor:
