@@ -1,10 +1,9 @@
 """How much each convolution suffers as it is pruned, measured on calibration data, and the ratios that meet a budget.
 
-The damage of pruning one layer is the squared error that a refit leaves (`fxprune.methods.reconstruction`), relative to
-the variance of what the next layer reads: after the BatchNorm and the addition that follow. Two convolutions with the
-same error of their own differ by far in what they do to a residual stream, and only the latter counts. The pull toward
-the dense weights counts as error, as for the planner: with a few hundred rows for thousands of inputs, any layer could
-be fitted from a few of its channels, and would do badly on the next image.
+The damage of pruning one layer is the squared error that a refit leaves, on images that it does not see
+(`fxprune.calibration.damage`), relative to the variance of what the next layer reads: after the BatchNorm and the
+addition that follow. Two convolutions with the same error of their own differ by far in what they do to a residual
+stream, and only the latter counts.
 
 A budget is met by taking channels from the layer where the loss for each multiply-accumulate saved is least, again and
 again: the greedy solution of the Lagrangian, optimal where the loss is convex. The loss of a layer is
@@ -26,13 +25,12 @@ from torch import fx, nn
 from tqdm import tqdm
 
 from fxprune.calibration.batches import Batch
+from fxprune.calibration.damage import damage_path
 from fxprune.calibration.following import follow
-from fxprune.calibration.least_squares import regularized
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.samples import draw
 from fxprune.errors import PlanError
 from fxprune.methods import Matrix, cocluster
-from fxprune.methods.reconstruction import error_path
 from fxprune.rewriting import call_sites
 from fxprune.shapes import kept_channels, unit_of
 
@@ -323,11 +321,7 @@ def _from_data(
             if following.other and not network.can_look_ahead(node.name, following.other, frozenset()):
                 following = following.without_other()
             samples = draw(name, node.name, conv, following, network.pause_before(node.name), seed)
-            read = samples.targets * samples.scale + samples.offset
-            variance = max(float(read.var(0, correction=0).sum()), torch.finfo(torch.float32).tiny)
-            half = max(1, conv.in_channels // 2)
-            gram, cross, _ = regularized(samples, conv.weight, groups[name], half, seed)
-            damages[name] = _falling(error_path(conv.weight, gram, cross / variance**0.5, groups[name], seed))
+            damages[name] = _falling(damage_path(conv.weight, samples, groups[name], seed))
     return damages
 
 

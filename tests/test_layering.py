@@ -40,7 +40,7 @@ ORDER = (
     ("calibration.following", "calibration.lockstep", "filters.removal"),
     ("calibration.samples", "shapes", "sharing"),
     ("calibration.least_squares", "calibration.survey"),
-    ("calibration.refit",),
+    ("calibration.damage", "calibration.refit"),
     ("calibration",),
     ("planning", "training.gradual"),
     ("sensitivity",),

@@ -17,6 +17,7 @@ from fxprune.methods.reconstruction import (
     Elimination,
     _deal,
     _eliminate,
+    elimination_order,
     filter_errors,
     kernel_energy,
     reconstruction,
@@ -437,18 +438,31 @@ def test_filters_without_a_target_do_not_disturb() -> None:
     assert len(silent.solve(3, 4, "partition").kept) == 3
 
 
-def test_large_layers_are_estimated_and_right_where_half_of_the_channels_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("fxprune.methods.reconstruction")
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(8, 32, 1, 1, generator=generator, dtype=torch.double)
-    inputs = torch.randn(500, 32, generator=generator, dtype=torch.double)  # uncorrelated: costs do not change
-    gram, cross = inputs.T @ inputs / 500, weight.flatten(1) @ inputs.T @ inputs / 500
-    exact = module.error_path(weight, gram, cross, 2)
-    monkeypatch.setattr(module, "LARGE", 16)
-    summed = module.error_path(weight, gram, cross, 2)
-    assert np.all(np.diff(summed) <= 0)
-    assert summed[-1] == 0
-    assert abs(summed[15] / exact[15] - 1) < 0.03
-    assert np.abs(summed - exact).max() < 0.15 * exact[0]
-    chosen = module.reconstruction(weight, gram, cross, (weight.flatten(1) @ gram * weight.flatten(1)).sum(1), 2, 16)
-    assert [len(kept) for kept in chosen.kept] == [16, 16]
+@pytest.mark.parametrize("area", [1, 2])
+def test_channels_go_in_the_order_in_which_they_cost_least(area: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = problem(8, 12, area)
+    start = cocluster(kernel_energy(given.weight, given.gram), 2, 6)
+
+    def costs_of(filters: Sequence[int], alive: Mask) -> list[float]:
+        now = group_error(given, filters, alive)
+        without = [alive & (np.arange(12) != channel) for channel in range(12)]
+        return [group_error(given, filters, w) - now if alive[c] else np.inf for c, w in enumerate(without)]
+
+    filters, order = elimination_order(given.weight, given.gram, given.cross, 2)
+    assert filters.flatten().tolist() == list(start.out_order)
+    for members, channels in zip(filters.tolist(), order, strict=True):
+        alive = np.ones(12, dtype=np.bool_)
+        for channel in channels[:-1]:
+            assert channel == np.argmin(costs_of(members, alive))
+            alive[channel] = False
+    monkeypatch.setattr(MODULE, "LARGE", 1)
+    _, by_cost_at_start = elimination_order(given.weight, given.gram, given.cross, 2)
+    for members, channels in zip(filters.tolist(), by_cost_at_start, strict=True):
+        assert channels.tolist() == np.argsort(costs_of(members, np.ones(12, dtype=np.bool_))).tolist()
+    assert by_cost_at_start.tolist() != order.tolist()
+
+
+def test_large_layers_are_chosen_in_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "LARGE", 16)
+    given = problem(8, 32)
+    assert [len(kept) for kept in given.solve(2, 16).kept] == [16, 16]

@@ -58,7 +58,7 @@ def random_weight(filters: int = 8, channels: int = 6, area: int = 4) -> Tensor:
 def test_a_layer_is_solved_by_least_squares_of_each_group(centered: bool) -> None:
     weight, kernels = random_weight(), random_kernels(8, 6, 2, 3)
     samples = some_samples(weight, 3000, centered=centered)
-    parts = columns_of(kernels, 4, weight.device)
+    parts = columns_of(kernels.out_order, kernels.kept, 4, weight.device)
     new = GroupedRidge(samples.gram(), parts, weight.flatten(1), 1e-9).solve(samples.cross())
     intercept = samples.target_mean - new @ samples.input_mean
     inputs = samples.inputs.double() + samples.input_mean
@@ -90,7 +90,7 @@ def test_the_pull_is_toward_the_dense_weights() -> None:
     weight, kernels = random_weight(), random_kernels(8, 6, 2, 3)
     samples = some_samples(weight)
     prior = weight.flatten(1)
-    parts = columns_of(kernels, 4, weight.device)
+    parts = columns_of(kernels.out_order, kernels.kept, 4, weight.device)
     for ridge in (1e-3, 1.0):
         problem = GroupedRidge(samples.gram(), parts, prior, ridge)
         new = problem.solve(samples.cross())

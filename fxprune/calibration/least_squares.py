@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fxprune.calibration.samples import Samples
-from fxprune.methods import Clustering, cocluster
+from fxprune.methods import cocluster
 from fxprune.methods.reconstruction import kernel_energy
-from fxprune.plans import GroupedKernels
 
 Part: TypeAlias = tuple[Tensor, Tensor]
 """Indices of the outputs of one group, and of the columns of the flattened weight that it keeps."""
@@ -23,11 +24,18 @@ PLENTY = 64
 JUDGES = 2
 
 
-def columns_of(kernels: GroupedKernels | Clustering, area: int, device: torch.device) -> list[Part]:
-    """Filters of each group, and the columns of the flattened weight that it keeps; `area` is `kh * kw`."""
-    filters = torch.tensor(kernels.out_order, device=device).reshape(len(kernels.kept), -1)
-    kept = torch.tensor(kernels.kept, device=device)
-    columns = (kept[:, :, None] * area + torch.arange(area, device=device)).flatten(1)
+def columns_of(out_order: ArrayLike, kept: ArrayLike, area: int, device: torch.device) -> list[Part]:
+    """Filters of each group, and the columns of the flattened weight that it keeps.
+
+    Args:
+        out_order: the filters of one group after those of the other.
+        kept: `(n, k)`, the input channels of each group.
+        area: `kh * kw`.
+        device: of the result.
+    """
+    channels = torch.as_tensor(np.array(kept), device=device)
+    filters = torch.as_tensor(np.array(out_order), device=device).reshape(len(channels), -1)
+    columns = (channels[:, :, None] * area + torch.arange(area, device=device)).flatten(1)
     return list(zip(filters, columns, strict=True))
 
 
@@ -88,24 +96,36 @@ def choose_ridge(samples: Samples, parts: Sequence[Part], prior: Tensor) -> floa
         return RIDGES[0]
     if rows < 2:
         return RIDGES[-1]
-    first, second = samples.halves()
     judges = parts[:: max(1, len(parts) // JUDGES)]
 
     @cache
     def error(index: int) -> float:
-        total = 0.0
-        for (gram, cross), (gram_seen, cross_seen) in ((first, second), (second, first)):
-            weights = GroupedRidge(gram_seen, judges, prior, RIDGES[index]).solve(cross_seen)
-            for outputs, columns in judges:
-                own = weights[outputs[:, None], columns]
-                residual = own @ gram[columns[:, None], columns] - 2 * cross[outputs[:, None], columns]
-                total += float((residual * own).sum())
-        return total
+        return float(held_out_errors(samples, judges, prior, RIDGES[index]).sum())
 
     best = len(RIDGES) // 2  # downhill from the middle: too weak a pull errs more the weaker it is, as does too strong
     while (better := min(range(max(0, best - 1), min(best + 2, len(RIDGES))), key=error)) != best:
         best = better
     return RIDGES[best]
+
+
+def held_out_errors(samples: Samples, parts: Sequence[Part], prior: Tensor, ridge: float) -> Tensor:
+    """The mean squared error of each output, `(O,)`, when one half of the images is fitted and the other one predicted.
+
+    Args:
+        samples: of the layer.
+        parts: see `GroupedRidge`, as for the others; outputs that are in none have no error.
+        prior: the dense weights.
+        ridge: the pull toward them.
+    """
+    errors = prior.new_zeros(len(prior))
+    first, second = samples.halves
+    for seen, unseen in ((first, second), (second, first)):
+        weights = GroupedRidge(seen.gram, parts, prior, ridge).solve(seen.cross)
+        for outputs, columns in parts:
+            own, cross = weights[outputs[:, None], columns], unseen.cross[outputs[:, None], columns]
+            explained = ((2 * cross - own @ unseen.gram[columns[:, None], columns]) * own).sum(1)
+            errors[outputs] += (unseen.energy[outputs] - explained) / 2
+    return errors
 
 
 def regularized(
@@ -129,7 +149,7 @@ def regularized(
     prior = weight.detach().double().flatten(1)
     gram, cross, energy = samples.gram(), samples.cross(), samples.energy()
     start = cocluster(kernel_energy(weight, gram), groups, kept, seed=seed)
-    parts = columns_of(start, weight[0, 0].numel(), prior.device)
+    parts = columns_of(start.out_order, start.kept, weight[0, 0].numel(), prior.device)
     pull = choose_ridge(samples, parts, prior) * float(gram.diagonal().mean())
     scale = samples.scale.double()
     return (

@@ -134,7 +134,7 @@ def solve(weight: Tensor, kernels: GroupedKernels, samples: Samples, bounds: Bou
         bounds: of the rectifier that reads the result.
     """
     prior = weight.detach().double().flatten(1)
-    parts = columns_of(kernels, weight[0, 0].numel(), weight.device)
+    parts = columns_of(kernels.out_order, kernels.kept, weight[0, 0].numel(), weight.device)
     cross = samples.cross()
     problem = GroupedRidge(samples.gram(), parts, prior, choose_ridge(samples, parts, prior))
     new, mean = problem.solve(cross), samples.target_mean

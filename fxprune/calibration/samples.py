@@ -7,6 +7,8 @@ has far fewer unknowns than there are positions.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +31,14 @@ CHUNK = 8_192
 """Rows that are multiplied in float32 before the product is added up in float64."""
 LARGEST = 1e17
 """Values of which that many squares add up in float32."""
+
+
+class Moments(NamedTuple):
+    """What least squares needs to know of rows: `gram (D, D)`, `cross (O, D)` and `energy (O,)`, float64."""
+
+    gram: Tensor
+    cross: Tensor
+    energy: Tensor
 
 
 @dataclass(frozen=True)
@@ -68,14 +78,19 @@ class Samples:
             targets = targets - targets.mean(0, dtype=torch.float64).float()
         return self._mean_product(targets, self.inputs)
 
-    def halves(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Gram matrix and cross products of the first and the second half of the rows, which are different images."""
-        half = (len(self.inputs) + 1) // 2
+    @cached_property
+    def halves(self) -> tuple[Moments, Moments]:
+        """Of the first and the second half of the rows, which are different images; twice the same if there is one."""
+        rows = len(self.inputs)
         first, second = (
-            (self._mean_product(inputs, inputs), self._mean_product(targets - self.target_mean.float(), inputs))
+            Moments(
+                self._mean_product(inputs, inputs),
+                self._mean_product(targets, inputs),
+                targets.square().mean(0, dtype=torch.float64),
+            )
             for inputs, targets in (
-                (self.inputs[:half], self.targets[:half]),
-                (self.inputs[half:], self.targets[half:]),
+                (self.inputs[part], self.targets[part] - self.target_mean.float())
+                for part in (slice((rows + 1) // 2), slice(rows // 2, None))
             )
         )
         return first, second

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from fxprune.methods.clustering import Clustering, Labels, Mask, Matrix
@@ -31,8 +30,6 @@ DAMPING = 1e-4
 ROUNDS = 6
 ENOUGH = 1e-3
 LARGE = 1200
-# Shares of the channels that stay where the error path of a layer above LARGE is computed; the rest is interpolated.
-POINTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 # The share of the channels that go before costs are computed anew; one at a time up to 64 channels.
 BATCH = 1 / 64
 
@@ -71,7 +68,7 @@ def reconstruction(
         the outputs that the same groups of filters explain with single channels, but not with blocks.
     """
     damped = _damped(gram)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    inverse = _inverse(damped)
     given = labels
     start = cocluster(kernel_energy(weight, gram), groups, kept, form, seed, block=block, labels=given)
     labels = np.empty(len(weight), dtype=np.intp)
@@ -100,23 +97,24 @@ def reconstruction(
     return Clustering.from_labels(labels, chosen.repeat(block, axis=1), tuple(history), cost)
 
 
-def error_path(weight: Tensor, gram: Tensor, cross: Tensor, groups: int, seed: int = 0) -> Matrix:
-    """By how much the squared error grows as fewer channels are kept, in overlap form: `(C,)` for 1 to `C` channels.
+def elimination_order(
+    weight: Tensor, gram: Tensor, cross: Tensor, groups: int, seed: int = 0
+) -> tuple[Labels, Labels]:
+    """In what order groups of filters give up their input channels, in overlap form.
 
-    The groups are those that `cocluster` finds where half of the channels stay; each gives up one channel after the
-    other. Above `LARGE` inputs the channels go in the order of their costs at the start, and the error is computed
-    where `POINTS` of them stay and interpolated between. Arguments are those of `reconstruction`.
+    The groups are those that `cocluster` finds where half of the channels stay. Above `LARGE` inputs the channels go
+    in the order of their costs at the start. Arguments are those of `reconstruction`.
+
+    Returns:
+        The filters of each group `(n, O / n)`, and its channels `(n, C)`, the first to go first.
     """
     channels, area = weight.shape[1], weight[0, 0].numel()
-    damped = _damped(gram)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    inverse = _inverse(_damped(gram))
     start = cocluster(kernel_energy(weight, gram), groups, max(1, channels // 2), seed=seed)
-    lost = np.zeros(channels)
-    for filters in np.array(start.out_order).reshape(groups, -1):
-        targets = cross[torch.from_numpy(filters).to(cross.device)]
-        group = Elimination(inverse, targets, area)
-        lost += _interpolated(group, damped, targets) if group.inputs > LARGE else _stepwise(group)
-    return lost
+    filters = np.array(start.out_order).reshape(groups, -1)
+    members = (torch.from_numpy(group).to(cross.device) for group in filters)
+    order = [_give_up(Elimination(inverse, cross[group], area), 0).cpu().numpy() for group in members]
+    return filters, np.stack(order)
 
 
 def kernel_energy(weight: Tensor, gram: Tensor) -> Matrix:
@@ -165,10 +163,6 @@ class Elimination:
         costs = (weight * torch.linalg.solve(diagonal, weight)).sum((1, 2))
         return torch.where(self.alive, costs, torch.inf)
 
-    def explained(self) -> float:
-        """Energy of the targets that the present weights explain; it falls as channels go."""
-        return float((self._weight * self._cross).sum())
-
     def drop(self, channels: Tensor, adapt: bool = True) -> None:
         """Remove channels and adapt the weights of those that stay, unless nothing will be asked of them."""
         self.alive[channels] = False
@@ -194,10 +188,18 @@ def _choose(inverse: Tensor, cross: Tensor, labels: Labels, area: int, kept: int
 def _eliminate(eliminations: Sequence[Elimination], kept: int) -> Mask:
     """Overlap form: each group drops the channels that cost it least. `(n, C)` bool."""
     for group in eliminations:
-        while (surplus := int(group.alive.sum()) - kept) > 0:
-            count = min(surplus, _at_once(group))
-            group.drop(group.costs().argsort(stable=True)[:count], adapt=count < surplus)
+        _give_up(group, kept)
     return np.stack([group.alive.cpu().numpy() for group in eliminations])
+
+
+def _give_up(group: Elimination, kept: int) -> Tensor:
+    """Drop channels until `kept` are left. Returns those that went, in their order."""
+    gone = [group.alive.new_empty(0, dtype=torch.long)]
+    while (surplus := int(group.alive.sum()) - kept) > 0:
+        count = min(surplus, _at_once(group))
+        gone.append(group.costs().argsort(stable=True)[:count])
+        group.drop(gone[-1], adapt=count < surplus)
+    return torch.cat(gone)
 
 
 def _deal(eliminations: Sequence[Elimination], kept: int) -> Mask:
@@ -225,36 +227,14 @@ def _deal(eliminations: Sequence[Elimination], kept: int) -> Mask:
     return alive
 
 
-def _stepwise(group: Elimination) -> Matrix:
-    """The error path of one group, each step after the weights have adapted."""
-    left = len(group.alive)
-    lost, before = np.zeros(left), group.explained()
-    while left > 1:
-        count = min(left - 1, _at_once(group))
-        group.drop(group.costs().argsort(stable=True)[:count])
-        lost[left - count - 1 : left - 1] = before - group.explained()
-        left -= count
-    return lost
-
-
-def _interpolated(group: Elimination, damped: Tensor, targets: Tensor) -> Matrix:
-    """The error path of one group if channels go in the order of their costs at the start, exact at `POINTS`."""
-    worst_first = group.costs().argsort(stable=True, descending=True).cpu().numpy()
-    channels = len(worst_first)
-    counts = sorted({1, *(max(1, round(share * channels)) for share in POINTS)})
-    kept = np.zeros((len(counts), channels), dtype=np.bool_)
-    for row, count in zip(kept, counts, strict=True):
-        row[worst_first[:count]] = True
-    energy = torch.full((len(targets),), group.explained() / len(targets), dtype=targets.dtype, device=targets.device)
-    lost = filter_errors(damped, targets, energy, kept).sum(0)
-    path: Matrix = PchipInterpolator([*counts, channels], [*lost, 0.0])(np.arange(1, channels + 1))
-    return path
-
-
 def _damped(gram: Tensor) -> Tensor:
     damped = gram.clone()
     damped.diagonal().add_(DAMPING * float(gram.diagonal().mean()) or 1.0)
     return damped
+
+
+def _inverse(damped: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
 
 def _at_once(group: Elimination) -> int:

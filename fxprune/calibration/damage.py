@@ -1,0 +1,48 @@
+"""How much a layer suffers as it is pruned: the error of a refit, on images that it was not fitted to.
+
+With a few hundred rows for thousands of inputs any layer could be fitted from a few of its channels, and would do badly
+on the next image. So one half of the images is fitted, and the other one predicted, each in turn.
+"""
+
+import numpy as np
+import torch
+from scipy.interpolate import PchipInterpolator
+from torch import Tensor
+
+from fxprune.calibration.least_squares import Part, choose_ridge, columns_of, held_out_errors, regularized
+from fxprune.calibration.samples import Samples
+from fxprune.methods import Matrix
+from fxprune.methods.reconstruction import LARGE, elimination_order
+
+# Shares of its channels with which a layer is fitted, and those with which one above LARGE is, for time.
+SHARES = tuple(part / 16 for part in range(1, 16))
+FEW_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+
+
+def damage_path(weight: Tensor, samples: Samples, groups: int, seed: int = 0) -> Matrix:
+    """The squared error of the output if each group keeps `1` to `C` channels, relative to the variance of what the
+    next layer reads: `(C,)`, interpolated between `SHARES` of the channels.
+
+    Args:
+        weight: `(O, C, kh, kw)` of the dense layer.
+        samples: of it, in the dense network.
+        groups: `n`, a divisor of `O`.
+        seed: of the clustering.
+    """
+    channels, area, prior = weight.shape[1], weight[0, 0].numel(), weight.detach().double().flatten(1)
+    half = max(1, channels // 2)
+    gram, cross, _ = regularized(samples, weight, groups, half, seed)
+    filters, order = elimination_order(weight, gram, cross, groups, seed)
+
+    def parts(kept: int) -> list[Part]:
+        return columns_of(filters, order[:, -kept:], area, prior.device)
+
+    ridge = choose_ridge(samples, parts(half), prior)
+    read = samples.targets * samples.scale + samples.offset
+    variance = max(float(read.var(0, correction=0).sum()), torch.finfo(torch.float32).tiny)
+    weights = samples.scale.double().square() / variance
+    shares = FEW_SHARES if channels * area > LARGE else SHARES
+    counts = sorted({1, *(max(1, round(share * channels)) for share in shares)} - {channels})
+    errors = [float(held_out_errors(samples, parts(kept), prior, ridge) @ weights) for kept in counts]
+    path: Matrix = PchipInterpolator([*counts, channels], [*errors, 0.0])(np.arange(1, channels + 1))
+    return path
