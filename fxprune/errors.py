@@ -1,5 +1,8 @@
 """Every error fxprune raises. Each message names the thing, the value, the rule and the way out."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class FxpruneError(Exception):
     """Base class of all errors that fxprune raises on purpose."""
@@ -39,3 +42,9 @@ class AccelerationError(FxpruneError):
 
 class NothingRewrittenWarning(UserWarning):
     """The model was compiled, but no convolution could be rewritten."""
+
+
+def near_matches(name: str, names: Iterable[str]) -> str:
+    """The names most like `name`, as the end of an error message: `" (near: 'a', 'b')"`, or `""` if none is."""
+    close = difflib.get_close_matches(name, list(names), cutoff=0.5)
+    return f" (near: {', '.join(map(repr, close))})" if close else ""

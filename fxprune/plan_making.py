@@ -9,13 +9,13 @@ from torch import nn
 
 from fxprune.acceleration import accelerate, acceleration_report
 from fxprune.calibration import Calibration, survey
-from fxprune.errors import AccelerationError, PlanError
+from fxprune.errors import AccelerationError, PlanError, near_matches
 from fxprune.filters.planning import plan_filters
 from fxprune.filters.selection import Scope
 from fxprune.latency import LatencyOption, LatencyTable, as_patterns, check_latency, damages, meet
 from fxprune.layer_times import GROUP_COUNTS, measure_layers
 from fxprune.planning import PUBLISHED, Planner, match_patterns, resolve_block, resolve_sharing
-from fxprune.plans import PrunePlan, near_matches
+from fxprune.plans import PrunePlan
 from fxprune.sensitivity import Cost, Sensitivity, check_share
 from fxprune.shapes import TARGETS, Groups
 from fxprune.sharing import common_writers

@@ -15,10 +15,11 @@ from fxprune.calibration.least_squares import regularized
 from fxprune.calibration.samples import Samples
 from fxprune.criteria import Criterion, Evidence, ScoreFunction, kernel_scores, resolve
 from fxprune.eligibility import check_model, check_weight, parameters_of_several_modules, skip_reason
-from fxprune.errors import PlanError
+from fxprune.errors import PlanError, near_matches
 from fxprune.methods import Clustering, Labels, Mask, Matrix, cocluster, common_groups, reconstruction, srgkp, tmi_gkp
 from fxprune.methods.cocluster import Layer, choose_channels, in_blocks, share_lost
-from fxprune.plans import GroupedKernels, PrunePlan, freeze_ratio, near_matches
+from fxprune.plan_fields import freeze_ratio
+from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.shapes import BLOCKS, FORMS, TARGETS, Groups, Shape, choose_shape
 from fxprune.snapshots import Snapshot, load_snapshots
 from fxprune.variety import Variety, cosine_similarity, functional_similarity, vary

@@ -3,23 +3,31 @@
 A plan holds no weights and no code. It is validated when it is built, cannot be changed, and survives JSON.
 """
 
-import difflib
 import itertools
 import json
-import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from fxprune.errors import PlanError
+from fxprune.errors import PlanError, near_matches
+from fxprune.plan_fields import (
+    check_divisible,
+    check_ratio,
+    fields_of,
+    freeze_ratio,
+    frozen,
+    integer,
+    integers,
+    parsed,
+    rows,
+    set_field,
+    share,
+)
 
 Form = Literal["partition", "overlap"]
-
-Value = TypeVar("Value")
 
 FORMAT = "fxprune-plan"
 VERSION = 1
@@ -58,14 +66,14 @@ class GroupedKernels:
 
     def __post_init__(self) -> None:
         """Turn lists into tuples and check the rules above."""
-        _set(self, "out_order", _integers("out_order", self.out_order))
-        _set(self, "kept", tuple(_integers(f"kept[{g}]", channels) for g, channels in enumerate(_rows(self.kept))))
-        _set(self, "in_channels", _integer("in_channels", self.in_channels))
-        _set(self, "asked_ratio", check_ratio(self.asked_ratio))
-        _set(self, "block", _integer("block", self.block))
+        set_field(self, "out_order", integers("out_order", self.out_order))
+        set_field(self, "kept", tuple(integers(f"kept[{g}]", channels) for g, channels in enumerate(rows(self.kept))))
+        set_field(self, "in_channels", integer("in_channels", self.in_channels))
+        set_field(self, "asked_ratio", check_ratio(self.asked_ratio))
+        set_field(self, "block", integer("block", self.block))
         for name in ("redundancy", "block_cost"):
             if getattr(self, name) is not None:
-                _set(self, name, _share(name, getattr(self, name)))
+                set_field(self, name, share(name, getattr(self, name)))
         filters = len(self.out_order)
         if not filters:
             raise PlanError("out_order is empty; it must list every filter of the convolution once")
@@ -173,7 +181,7 @@ class GroupedKernels:
         """
         names = tuple(field.name for field in fields(cls))
         later = {"redundancy": None, "block": 1, "block_cost": None}  # plans of earlier versions have no such fields
-        return cls(**_fields(later | data if isinstance(data, dict) else data, *names))
+        return cls(**fields_of(later | data if isinstance(data, dict) else data, *names))
 
 
 @dataclass(frozen=True)
@@ -199,14 +207,14 @@ class RemovedChannels:
     def __post_init__(self) -> None:
         """Turn lists into tuples and check the rules above."""
         for name in ("outputs", "inputs"):
-            channels = _integers(name, getattr(self, name))
+            channels = integers(name, getattr(self, name))
             if any(a >= b for a, b in itertools.pairwise((-1, *channels))):
                 raise PlanError(f"{name} is not strictly ascending from 0 on; sort the channels and list each once")
-            _set(self, name, channels)
+            set_field(self, name, channels)
         if self.asked_ratio is not None:
-            _set(self, "asked_ratio", check_ratio(self.asked_ratio))
+            set_field(self, "asked_ratio", check_ratio(self.asked_ratio))
         if self.redundancy is not None:
-            _set(self, "redundancy", _share("redundancy", self.redundancy))
+            set_field(self, "redundancy", share("redundancy", self.redundancy))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as lists and numbers, ready for JSON."""
@@ -224,7 +232,7 @@ class RemovedChannels:
         Raises:
             PlanError: a field is missing, unknown or invalid.
         """
-        return cls(**_fields(data, *(field.name for field in fields(cls))))
+        return cls(**fields_of(data, *(field.name for field in fields(cls))))
 
 
 @dataclass(frozen=True)
@@ -259,12 +267,12 @@ class PrunePlan:
 
     def __post_init__(self) -> None:
         """Make the mappings read-only and check them."""
-        _set(self, "layers", _frozen("layers", self.layers, GroupedKernels))
-        _set(self, "skipped", _frozen("skipped", self.skipped, str))
-        _set(self, "notes", _frozen("notes", self.notes, str))
-        _set(self, "removed", _frozen("removed", self.removed, RemovedChannels))
-        _set(self, "ratio", freeze_ratio(self.ratio))
-        _set(self, "seed", _integer("seed", self.seed))
+        set_field(self, "layers", frozen("layers", self.layers, GroupedKernels))
+        set_field(self, "skipped", frozen("skipped", self.skipped, str))
+        set_field(self, "notes", frozen("notes", self.notes, str))
+        set_field(self, "removed", frozen("removed", self.removed, RemovedChannels))
+        set_field(self, "ratio", freeze_ratio(self.ratio))
+        set_field(self, "seed", integer("seed", self.seed))
         for name in ("method", "criterion"):
             if not isinstance(getattr(self, name), str):
                 raise PlanError(f"{name} is {getattr(self, name)!r}; it must be a string")
@@ -339,9 +347,9 @@ class PrunePlan:
         if version != VERSION:
             raise PlanError(f"the plan has version {version!r}, but only {VERSION} can be read; make the plan again")
         names = (field.name for field in fields(cls))
-        values = _fields({"notes": {}, "removed": {}} | data, *names)  # plans of earlier versions lack these two
-        values["layers"] = _parsed("layers", values["layers"], GroupedKernels.from_dict)
-        values["removed"] = _parsed("removed", values["removed"], RemovedChannels.from_dict)
+        values = fields_of({"notes": {}, "removed": {}} | data, *names)  # plans of earlier versions lack these two
+        values["layers"] = parsed("layers", values["layers"], GroupedKernels.from_dict)
+        values["removed"] = parsed("removed", values["removed"], RemovedChannels.from_dict)
         return cls(**values)
 
     def check(self, model: nn.Module) -> None:
@@ -404,130 +412,3 @@ def channels_of(module: nn.Module) -> tuple[int, int]:
 
 
 _REMAKE = "make a plan for this model with fxprune.make_plan"
-
-
-def check_ratio(ratio: object) -> float:
-    """Return `ratio` as a float in `[0, 1)`.
-
-    Raises:
-        PlanError: it is no number in that range.
-    """
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
-        raise PlanError(f"ratio is {ratio!r}; it must be a number in [0, 1), or map module-name patterns to numbers")
-    if not 0 <= ratio < 1:  # false for NaN too
-        raise PlanError(f"ratio {ratio} is not in [0, 1): it is the share of kernel groups to remove; 0.5 removes half")
-    return float(ratio)
-
-
-def freeze_ratio(ratio: object) -> float | Mapping[str, float]:
-    """Return the ratio, or a read-only copy of the mapping from pattern to ratio.
-
-    Raises:
-        PlanError: a ratio is no number in `[0, 1)`, or a pattern is no string; the message names the pattern.
-    """
-    if not isinstance(ratio, Mapping):
-        return check_ratio(ratio)
-    checked = {}
-    for pattern, value in ratio.items():
-        if not isinstance(pattern, str):
-            raise PlanError(f"ratio: {pattern!r} is not a string; map module-name patterns to ratios")
-        try:
-            checked[pattern] = check_ratio(value)
-        except PlanError as error:
-            raise PlanError(f"{pattern}: {error}") from error
-    return MappingProxyType(checked)
-
-
-def check_divisible(filters: int, groups: int) -> None:
-    """See that groups of equal size exist.
-
-    Raises:
-        PlanError: `groups` does not divide `filters`; the message names the nearest divisors.
-
-    >>> check_divisible(64, 6)
-    Traceback (most recent call last):
-    fxprune.errors.PlanError: 64 filters do not divide into 6 groups; use a divisor of 64, such as 4 or 8
-    """
-    if groups >= 1 and filters % groups == 0:
-        return
-    divisors = [d for d in range(1, filters + 1) if filters % d == 0]
-    nearest = {
-        max((d for d in divisors if d < groups), default=1),
-        min((d for d in divisors if d > groups), default=filters),
-    }
-    ways = " or ".join(str(d) for d in sorted(nearest))
-    raise PlanError(f"{filters} filters do not divide into {groups} groups; use a divisor of {filters}, such as {ways}")
-
-
-def near_matches(name: str, names: Iterable[str]) -> str:
-    """The names most like `name`, as the end of an error message: `" (near: 'a', 'b')"`, or `""` if none is."""
-    close = difflib.get_close_matches(name, list(names), cutoff=0.5)
-    return f" (near: {', '.join(map(repr, close))})" if close else ""
-
-
-def _set(instance: object, name: str, value: object) -> None:
-    object.__setattr__(instance, name, value)  # the one way to normalize a field of a frozen dataclass
-
-
-def _integer(what: str, value: object) -> int:
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]  # raises for what is no integer
-    except TypeError:
-        number = None
-    positive = what in ("in_channels", "block")
-    if number is None or isinstance(value, bool) or (positive and number < 1):
-        rule = "a positive integer" if positive else "an integer"
-        raise PlanError(f"{what} is {value!r}; it must be {rule}")
-    return number
-
-
-def _share(what: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise PlanError(f"{what} is {value!r}; it must be a number in [0, 1]")
-    return float(value)
-
-
-def _rows(value: object) -> Iterable[object]:
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise PlanError(f"kept is {value!r}; it must hold one list of input channels for each group")
-    return value
-
-
-def _integers(what: str, values: object) -> tuple[int, ...]:
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise PlanError(f"{what} is {values!r}; it must be a list of integers")
-    return tuple(_integer(f"an entry of {what}", value) for value in values)
-
-
-def _frozen(what: str, mapping: object, kind: type) -> Mapping[str, Any]:
-    if not isinstance(mapping, Mapping):
-        raise PlanError(f"{what} is a {type(mapping).__name__}; it must map module names to {kind.__name__}")
-    for name, value in mapping.items():
-        if not isinstance(name, str) or not isinstance(value, kind):
-            raise PlanError(f"{what}: {name!r} maps to a {type(value).__name__}; it must map names to {kind.__name__}")
-    return MappingProxyType(dict(mapping))
-
-
-def _parsed(what: str, data: object, parse: Callable[[object], Value]) -> dict[str, Value]:
-    """A JSON object with each entry parsed; errors name the entry."""
-    if not isinstance(data, dict):
-        raise PlanError(f"{what} is not a JSON object; it must map module names to what is pruned there")
-    parsed = {}
-    for name, entry in data.items():
-        try:
-            parsed[name] = parse(entry)
-        except PlanError as error:
-            raise PlanError(f"{name}: {error}") from error
-    return parsed
-
-
-def _fields(data: object, *names: str) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise PlanError(f"expected a JSON object with the fields {', '.join(names)}, found {type(data).__name__}")
-    for name in names:
-        if name not in data:
-            raise PlanError(f"the field {name!r} is missing; expected {', '.join(names)}")
-    for name in data:
-        if name not in names:
-            raise PlanError(f"the field {name!r} is unknown; expected {', '.join(names)}")
-    return data

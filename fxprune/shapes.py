@@ -6,7 +6,8 @@ import math
 from typing import Literal, NamedTuple
 
 from fxprune.errors import PlanError
-from fxprune.plans import Form, check_divisible
+from fxprune.plan_fields import check_divisible
+from fxprune.plans import Form
 
 Groups = int | Literal["auto"]
 FORMS = ("auto", "partition", "overlap")

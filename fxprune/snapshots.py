@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.checkpoints import read_state_dict, unwrap, without_parallel_prefix
-from fxprune.errors import PlanError, StorageError
-from fxprune.plans import near_matches
+from fxprune.errors import PlanError, StorageError, near_matches
 
 Snapshot = Mapping[str, Any] | nn.Module | str | Path
 

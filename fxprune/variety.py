@@ -30,9 +30,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.linalg import solve
 
-from fxprune.errors import PlanError
+from fxprune.errors import PlanError, near_matches
 from fxprune.methods.clustering import Labels, Matrix
-from fxprune.plans import near_matches
 
 Array = npt.NDArray[np.float64]
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fxprune.errors import PlanError
-from fxprune.plans import GroupedKernels, PrunePlan, RemovedChannels, channels_of, check_divisible, check_ratio
+from fxprune.plan_fields import check_divisible, check_ratio
+from fxprune.plans import GroupedKernels, PrunePlan, RemovedChannels, channels_of
 
 GOOD: dict[str, Any] = {"out_order": (0, 2, 1, 3), "kept": ((0, 1), (2, 3)), "in_channels": 4, "asked_ratio": 0.5}
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.criteria.criterion import Criterion, Evidence, ScoreFunction, as_criterion
-from fxprune.errors import PlanError
-from fxprune.plans import near_matches
+from fxprune.errors import PlanError, near_matches
 
 # A kernel is `weight[o, c]`; all scores below are computed in float64 on the CPU.
 KERNEL = (2, 3)

@@ -32,8 +32,8 @@ from fxprune.criteria import ScoreFunction, kernel_scores
 from fxprune.errors import PlanError
 from fxprune.filters.units import STAYS, ChannelUnits, Chosen, Units
 from fxprune.methods import Labels, Matrix
+from fxprune.plan_fields import freeze_ratio
 from fxprune.planning import match_patterns
-from fxprune.plans import freeze_ratio
 from fxprune.sensitivity import ENOUGH, TOLERANCE, Cost, check_share
 from fxprune.shapes import kept_channels
 from fxprune.variety import Array, Redundancy, Variety, cosine_similarity, vary

@@ -97,9 +97,7 @@ def reconstruction(
     return Clustering.from_labels(labels, chosen.repeat(block, axis=1), tuple(history), cost)
 
 
-def elimination_order(
-    weight: Tensor, gram: Tensor, cross: Tensor, groups: int, seed: int = 0
-) -> tuple[Labels, Labels]:
+def elimination_order(weight: Tensor, gram: Tensor, cross: Tensor, groups: int, seed: int = 0) -> tuple[Labels, Labels]:
     """In what order groups of filters give up their input channels, in overlap form.
 
     The groups are those that `cocluster` finds where half of the channels stay. Above `LARGE` inputs the channels go

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar
 
-from fxprune.errors import PlanError
-from fxprune.plans import near_matches
+from fxprune.errors import PlanError, near_matches
 
 RECOVERY = 0.25
 """Share of the training that gradual schedules leave after the last pruning, for the network to recover. A choice of

@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxprune.checkpoints import without_parallel_prefix
-from fxprune.errors import PlanError
+from fxprune.errors import PlanError, near_matches
 from fxprune.filters.planning import removable_of, removed_units
 from fxprune.filters.selection import random_units
 from fxprune.masking import kept_entries, zero_pruned
 from fxprune.methods import Clustering
-from fxprune.plans import GroupedKernels, PrunePlan, RemovedChannels, near_matches
+from fxprune.plans import GroupedKernels, PrunePlan, RemovedChannels
 from fxprune.snapshots import Snapshot, state_of
 from fxprune.subject import Subject
 from fxprune.tracing import Inputs
