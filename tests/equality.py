@@ -97,7 +97,10 @@ def masked_by_hand(model: nn.Module, plan: PrunePlan) -> nn.Module:
 
 
 class MasksPerSample(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves the base class untyped
-    """Draws a dropout mask once per sample, not per element, so that it does not depend on the order of channels."""
+    """Draws a dropout mask once per sample, not per element, so that it does not depend on the order of channels.
+
+    The first sample is never dropped: a batch of which nothing is left would say nothing.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # see above
@@ -106,6 +109,7 @@ class MasksPerSample(TorchDispatchMode):  # type: ignore[no-untyped-call]  # tor
         if func is torch.ops.aten.bernoulli_.float:
             mask, probability = args[0], args[1] if len(args) > 1 else 0.5
             drawn = torch.rand(mask.shape[0], *[1] * (mask.dim() - 1)) < probability
+            drawn[0] = True
             return mask.copy_(drawn.expand_as(mask))
         return func(*args, **(kwargs or {}))
 
