@@ -63,11 +63,22 @@ def plan_for(
     masked = masked_by(model, plan, None if data.batches is None else data, progress=progress)
     smaller = without_removed(masked, plan, data.example_inputs)
     kernels, refitted = _plan_kernels(smaller, data.of(smaller), shares["kernel"], **options)
-    together = replace(kernels, removed=plan.removed, ratio={}, method=f"{plan.method}; {kernels.method}")
+    together = _joined(plan, kernels)
     if refitted is None:
         return together, None
     put_back(masked, refitted, plan)
     return together, masked
+
+
+def _joined(filters: PrunePlan, kernels: PrunePlan) -> PrunePlan:
+    """One plan of both; why a layer keeps its filters is said beside why it stays dense, or noted."""
+    skipped, notes = dict(kernels.skipped), dict(kernels.notes)
+    for name, reason in filters.skipped.items():
+        said = notes if name in kernels.layers else skipped
+        before = f"{said[name]}; " if name in said else ""
+        said[name] = f"{before}keeps its filters: {reason}"
+    method = f"{filters.method}; {kernels.method}"
+    return replace(kernels, removed=filters.removed, ratio={}, method=method, skipped=skipped, notes=notes)
 
 
 _NO_BUDGET: Mapping[str, None] = {"macs": None, "params": None}

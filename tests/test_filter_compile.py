@@ -310,6 +310,15 @@ def test_both_granularities_with_calibration() -> None:
         assert error(pruned, model, data) < 0.5 * error(plain, model, data)
 
 
+def test_both_granularities_say_why_a_layer_keeps_its_filters() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3, groups=4)).eval()
+    alone = fxprune.make_plan(model, 0.25, granularity="filter", example_inputs=torch.randn(1, 3, 9, 9))
+    plan = fxprune.make_plan(model, example_inputs=torch.randn(1, 3, 9, 9), **BOTH)
+    assert plan.layers.keys() == {"1"}
+    assert plan.notes == {"1": f"keeps its filters: {alone.skipped['1']}"}
+    assert plan.skipped["2"] == f"is grouped already (groups=4); keeps its filters: {alone.skipped['2']}"
+
+
 # --- in every form in which a network is used -----------------------------------------------------------------------
 
 FORMS: dict[str, dict[str, Any]] = {
