@@ -145,7 +145,7 @@ def eliminate(inputs: Tensor, targets: Tensor, intercept: bool) -> list[float]:
 def test_damage_is_the_error_that_brute_force_finds(norm: bool, bias: bool, residual: bool) -> None:
     model = OneLayer(norm, bias, residual).double()
     randomize(model).eval()
-    data = images(160).double()
+    data = images(80).double()
     table = fxprune.measure_sensitivity(model, calibration=data, groups=1)
     (layer,) = table.layers
     with torch.no_grad():
