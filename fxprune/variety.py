@@ -16,7 +16,7 @@ soft .160 (functional similarity), pairs (cosine) from 0.7 up .181, from 0.5 up 
 fine-tuning (800 images, dense 79.6 %) 51.4 % with l2 alone, 50.0 % soft, 23.9 % all pairs: strong units go because
 they are not the oddest. Variety is therefore an option, off by default, and `"pairs"` means the form with a threshold.
 Whole filters, refitted and fine-tuned for a short epoch (docs/comparison.md): all pairs cost 2.3 points on ResNet-56 at
-57 % of the MACs, and 0.3 points on a VGG-16 at 40 % (one seed: noise). Trained to the end, where the paper's claim
+57 % of the MACs, and 0.7 points on a VGG-16 at 40 %. Trained to the end, where the paper's claim
 lives, nothing is measured.
 """
 
