@@ -149,7 +149,7 @@ class Elimination:
     """
 
     def __init__(self, inverse: Tensor, cross: Tensor, area: int) -> None:
-        self._inverse, self._weight, self._cross, self._area = inverse.clone(), cross @ inverse, cross, area
+        self._inverse, self._weight, self._area = inverse.clone(), cross @ inverse, area
         self.inputs = len(inverse)
         self.alive = torch.ones(len(inverse) // area, dtype=torch.bool, device=inverse.device)
 
