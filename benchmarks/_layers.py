@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from benchmarks._layer_calls import input_shapes
 from benchmarks._rivals import RUNTIMES, Call, Network, prepare
-from fxprune.layers import ChannelGather
-from fxprune.rewriting import calls
-from fxprune.timing import Timing, race
+from fxprune.graph.editing import calls
+from fxprune.graph.layers import ChannelGather
+from fxprune.inference.race import Timing, race
 
 WARMUP = 3
 MIN_SECONDS = 0.005

@@ -1,8 +1,8 @@
 """The pruners that are compared: each makes of one network one with a given share of its MACs.
 
-Filters here are removed by the l1 norm (Li et al. 2017, section 3.1); *variety* is `fxprune.variety`. Networks that are
-*refitted* have their kept weights solved anew on images to calibrate with. The published methods, SR-GKP and TMI-GKP,
-do not know of that and have it as a variant; Torch-Pruning has nothing of the kind.
+Filters here are removed by the l1 norm (Li et al. 2017, section 3.1); *variety* is `fxprune.criteria.variety`. Networks
+that are *refitted* have their kept weights solved anew on images to calibrate with. The published methods, SR-GKP and
+TMI-GKP, do not know of that and have it as a variant; Torch-Pruning has nothing of the kind.
 """
 
 import math
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 import fxprune
 from benchmarks._layer_calls import count_macs
 from benchmarks._torch_pruning import Importance, prune_channels
-from fxprune.planning import Planner
-from fxprune.report import layer_costs
-from fxprune.shapes import Groups
-from fxprune.snapshots import Snapshot
-from fxprune.tracing import trace
+from fxprune.criteria.snapshots import Snapshot
+from fxprune.graph.costs import layer_costs
+from fxprune.graph.tracing import trace
+from fxprune.planning import Request
+from fxprune.planning.planner import Planner
+from fxprune.plans.shapes import Groups
 
 ROUND_TO = 4
 """Where kernels go after filters, layers keep a multiple of so many filters, or they would not divide into groups."""
@@ -146,7 +147,7 @@ def uniform_ratio(model: nn.Module, example: Tensor, share: float, options: dict
     target = share * sum(macs.values())
 
     def remaining(ratio: float) -> float:
-        shapes = Planner(model, ratio, **options).shapes
+        shapes = Planner(model, Request(ratio=ratio, **options)).shapes
         return sum(macs.values()) - sum(macs[name] * (1 - s.kept / channels[name]) for name, s in shapes.items())
 
     low, high = 0.0, 1 - 0.5**RATIO_STEPS

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 import fxprune
 from benchmarks._layer_calls import count_macs
 from benchmarks._torch_pruning import Batches, Importance, prune_channels
-from fxprune import verification
+from fxprune.exact import verification
+from fxprune.graph.tracing import trace
 from fxprune.passes import FoldBatchNorm
-from fxprune.tracing import trace
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 RIVALS = ("dense", "torch-pruning")

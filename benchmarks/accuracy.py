@@ -28,7 +28,7 @@ from benchmarks import compile_time
 from benchmarks._environment import environment
 from benchmarks._images import CIFAR10, IMAGENET, Images, Normalization, open_disjoint, open_images
 from fxprune.models import load_model
-from fxprune.planning import match_patterns
+from fxprune.planning.patterns import match_patterns
 
 CIFAR_MODELS = {
     "resnet20": IMAGENET,  # these three have published weights, trained with the statistics of ImageNet

@@ -4,12 +4,12 @@ r"""Are saved MACs saved time? The latency of a dense network against pruned one
     python -m benchmarks.latency --model resnet18 --ratio 0.5,0.75 --against dense,torch-pruning --layers --plot r18.png
     python -m benchmarks.latency --plot all.svg --from benchmarks/results/latency-*.json
 
-Method: of each batch all networks, in all runtimes and layouts, take turns in one race (`fxprune.timing`), so that what
-else the machine does hits all alike. Times are medians over the rounds with the distance of their quartiles; ratios are
-medians of ratios within a round, to the dense network in the same runtime. Every network has BatchNorm folded and runs
-in both layouts, unless one is asked for, and the faster counts: of the dense opponent too. Before it is timed its
-output must equal that of its oracle, for fxprune the masked model. Weights may be random: they take no other time.
-"""
+Method: of each batch all networks, in all runtimes and layouts, take turns in one race (`fxprune.inference.race`), so
+that what else the machine does hits all alike. Times are medians over the rounds with the distance of their quartiles;
+ratios are medians of ratios within a round, to the dense network in the same runtime. Every network has BatchNorm
+folded and runs in both layouts, unless one is asked for, and the faster counts: of the dense opponent too. Before it is
+timed its output must equal that of its oracle, for fxprune the masked model. Weights may be random: they take no other
+time. """
 
 import argparse
 import contextlib
@@ -45,9 +45,9 @@ from benchmarks._rivals import (
     torch_pruning_network,
 )
 from benchmarks.accuracy import CIFAR_MODELS, _count, build, left_out, write
+from fxprune.inference.race import Timing, race
 from fxprune.models import default_input_size
-from fxprune.shapes import FORMS
-from fxprune.timing import Timing, race
+from fxprune.plans.shapes import FORMS
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -25,9 +25,10 @@ from benchmarks.accuracy import add_options, build, left_out, open_sources, sett
 from fxprune.calibration.batches import read_batches
 from fxprune.calibration.following import Following
 from fxprune.calibration.refit import reconstruct
-from fxprune.planning import Planner
-from fxprune.shapes import Shape
-from fxprune.tracing import trace
+from fxprune.graph.tracing import trace
+from fxprune.planning import Request
+from fxprune.planning.planner import Planner
+from fxprune.plans.shapes import Shape
 
 Refit = Callable[[nn.Module, Tensor, Mapping[str, Any]], fx.GraphModule]
 """Compiles a model, given images to calibrate with and options of `fxprune.make_plan`."""
@@ -130,7 +131,7 @@ def check_structure(
     for variant in variants:
         options = options_of(variant, structure, snapshots, 0)
         try:
-            shapes = Planner(model, calibrated=True, **options).shapes
+            shapes = Planner(model, Request(**options), calibrated=True).shapes
         except fxprune.PlanError as error:
             raise fxprune.PlanError(f"{variant.name}: {error}; --variants leaves it out") from error
         first = first or (variant.name, shapes)

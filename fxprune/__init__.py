@@ -8,10 +8,8 @@ exactly.
 2
 """
 
-from fxprune.acceleration import accelerate, acceleration_report
+from fxprune.api import analyze, compile, make_plan, measure_latency, measure_sensitivity, report
 from fxprune.channels import ChannelAnalysis
-from fxprune.choices import AccelerationReport
-from fxprune.compiler import analyze, compile, make_plan, measure_latency, measure_sensitivity, report
 from fxprune.errors import (
     AccelerationError,
     CalibrationError,
@@ -24,16 +22,19 @@ from fxprune.errors import (
     TraceError,
     VerificationError,
 )
-from fxprune.latency import LatencyTable
-from fxprune.layers import ChannelGather
+from fxprune.exact.reporting import Report
+from fxprune.exact.rewriting import rewrite
+from fxprune.exact.storage import load, save
+from fxprune.exact.verification import Verification, verify
+from fxprune.graph.layers import ChannelGather
+from fxprune.inference.acceleration import accelerate, acceleration_report
+from fxprune.inference.reporting import AccelerationReport
+from fxprune.planning.latency_table import LatencyTable
+from fxprune.planning.lossy import mask
+from fxprune.planning.sensitivity import Sensitivity
 from fxprune.plans import GroupedKernels, PrunePlan
-from fxprune.report import Report
-from fxprune.sensitivity import Sensitivity
-from fxprune.steps import mask, rewrite
-from fxprune.storage import load, save
 from fxprune.training.sparsification import Sparsifier, hold, sparsify
 from fxprune.training.tickets import random_ticket, rewind
-from fxprune.verification import Verification, verify
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from fxprune.cli import main
+from fxprune.cli.program import main
 
 sys.exit(main())

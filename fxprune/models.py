@@ -13,8 +13,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fxprune.checkpoints import read_state_dict, without_parallel_prefix
 from fxprune.errors import FxpruneError, StorageError
+from fxprune.files import read_state_dict, without_parallel_prefix
 
 
 class ModelNameError(FxpruneError):

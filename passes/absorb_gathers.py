@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.layers import ChannelGather
-from fxprune.rewriting import Memory, Outcome, Skip, Tensors, calls, erase_gather, first_reader, read_by_name
-from fxprune.tracing import is_hooked
+from fxprune.graph.editing import Outcome, Skip, Tensors, calls, erase_gather, first_reader, read_by_name
+from fxprune.graph.layers import ChannelGather
+from fxprune.graph.memory import Memory
+from fxprune.graph.tracing import is_hooked
 
 Layer = nn.modules.conv._ConvNd | nn.Linear
 

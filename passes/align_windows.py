@@ -34,11 +34,11 @@ from torch import Tensor, fx
 
 from fxprune.channels import Blocks, ChannelAnalysis, Reordering, analyze_channels
 from fxprune.channels.atoms import Array
-from fxprune.layers import ChannelGather
-from fxprune.orders import Read, known_reads, new_order
+from fxprune.channels.orders import Read, known_reads, new_order
+from fxprune.graph.editing import Outcome, call_sites, calls, first_reader, new_path, read_by_name
+from fxprune.graph.layers import ChannelGather
+from fxprune.graph.values import meta_values
 from fxprune.passes.sink_gathers import reorder
-from fxprune.rewriting import Outcome, call_sites, calls, first_reader, new_path, read_by_name
-from fxprune.tracing import meta_values
 
 Sets: TypeAlias = npt.NDArray[np.bool_]
 

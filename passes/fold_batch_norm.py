@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.layers import ChannelGather
-from fxprune.rewriting import Outcome, Skip, call_sites, calls, first_reader, read_by_name
-from fxprune.tracing import is_hooked
+from fxprune.graph.editing import Outcome, Skip, call_sites, calls, first_reader, read_by_name
+from fxprune.graph.layers import ChannelGather
+from fxprune.graph.tracing import is_hooked
 
 
 @dataclass(frozen=True)

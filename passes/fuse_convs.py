@@ -22,11 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-from fxprune.fused import FusedConv2d
-from fxprune.layers import ChannelGather
-from fxprune.orders import alignment
-from fxprune.rewriting import Memory, Outcome, Skip, calls, first_reader, new_path, read_by_name
-from fxprune.tracing import is_hooked, meta_values
+from fxprune.channels.orders import alignment
+from fxprune.graph.editing import Outcome, Skip, calls, first_reader, new_path, read_by_name
+from fxprune.graph.fused import FusedConv2d
+from fxprune.graph.layers import ChannelGather
+from fxprune.graph.memory import Memory
+from fxprune.graph.tracing import is_hooked
+from fxprune.graph.values import meta_values
 
 # Targets of nodes: functions, and names of methods.
 _ADDS_IN_PLACE = frozenset(("add_", "__iadd__", operator.iadd))

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import PassError
-from fxprune.layers import ChannelGather
+from fxprune.graph.editing import Outcome, call_sites, first_reader, gather_after, gather_before, read_by_name
+from fxprune.graph.layers import ChannelGather
 from fxprune.plans import GroupedKernels, PrunePlan
-from fxprune.rewriting import Outcome, call_sites, first_reader, gather_after, gather_before, read_by_name
 
 CHANNELS = -3
 """The channel dimension of `(N, C, H, W)` and of an image without a batch, `(C, H, W)`."""

@@ -15,20 +15,10 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from fxprune.layers import ChannelGather
-from fxprune.orders import alignment, feeds_convolution
-from fxprune.rewriting import (
-    KEPT_BECAUSE,
-    Memory,
-    Outcome,
-    Skip,
-    call_sites,
-    calls,
-    erase_gather,
-    is_mutating,
-    new_path,
-    storage_roots,
-)
+from fxprune.channels.orders import alignment, feeds_convolution
+from fxprune.graph.editing import KEPT_BECAUSE, Outcome, Skip, call_sites, calls, erase_gather, new_path
+from fxprune.graph.layers import ChannelGather
+from fxprune.graph.memory import Memory, is_mutating, storage_roots
 
 
 @dataclass(frozen=True)

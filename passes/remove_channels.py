@@ -5,9 +5,9 @@ bias and the BatchNorm scale and shift of o are zero, and f keeps zero, that cha
 
 1. Every module and parameter that the plan names loses its channels: filters, input channels, entries.
 2. Operators that move channels with sizes written into them (slices, views, shuffles, padding) are corrected, see
-   `fxprune.filters.compaction`; what cannot be corrected becomes a gather.
+   `fxprune.channels.compaction`; what cannot be corrected becomes a gather.
 Left alone: nothing that the plan names. An error: channels that are not zero, or of which the plan names some but not
-all that go together; channels that cannot go, with the reason (`fxprune.filters.removability`).
+all that go together; channels that cannot go, with the reason (`fxprune.channels.removability`).
 """
 
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.channels import ChannelAnalysis, analyze_channels
+from fxprune.channels.compaction import Classes, Compaction, shorten
+from fxprune.channels.removability import irremovable
+from fxprune.channels.removal import entries_of
 from fxprune.errors import PassError
-from fxprune.filters.compaction import Classes, Compaction, shorten
-from fxprune.filters.removability import irremovable
-from fxprune.filters.removal import entries_of
-from fxprune.masking import entries_without_removed, remaining
+from fxprune.graph.editing import Outcome, Tensors
+from fxprune.graph.values import meta_values
 from fxprune.plans import PrunePlan, RemovedChannels
-from fxprune.rewriting import Outcome, Tensors
-from fxprune.tracing import meta_values
+from fxprune.plans.masking import entries_without_removed, remaining
 
 COUNTS = {
     "outputs": ("out_channels", "out_features", "num_features", "num_parameters", "num_channels"),

@@ -26,10 +26,10 @@ from torch import Tensor, fx
 
 from fxprune.channels import ChannelAnalysis, Port, Reordering, Scale, analyze_channels
 from fxprune.channels.atoms import TOLD_APART, Array
-from fxprune.layers import ChannelGather
-from fxprune.orders import Read, known_reads, new_order
-from fxprune.rewriting import KEPT_BECAUSE, Outcome, Skip, Tensors, calls, gather_after, gather_before
-from fxprune.tracing import meta_values
+from fxprune.channels.orders import Read, known_reads, new_order
+from fxprune.graph.editing import KEPT_BECAUSE, Outcome, Skip, Tensors, calls, gather_after, gather_before
+from fxprune.graph.layers import ChannelGather
+from fxprune.graph.values import meta_values
 
 
 @dataclass(frozen=True)

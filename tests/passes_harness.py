@@ -7,9 +7,9 @@ import torch
 from equality import assert_same_function, randomize
 from torch import Tensor, fx, nn
 
-from fxprune.layers import ChannelGather
-from fxprune.rewriting import Outcome, Pass
-from fxprune.tracing import trace
+from fxprune.graph.editing import Outcome, Pass
+from fxprune.graph.layers import ChannelGather
+from fxprune.graph.tracing import trace
 
 SHUFFLE = (2, 0, 3, 1)  # no involution: reading it the wrong way round shows
 SWAP = (0, 1, 3, 2)  # stays inside two groups of two

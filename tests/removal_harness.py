@@ -9,12 +9,13 @@ import torch
 from equality import assert_same_function, randomize
 from torch import Tensor, fx, nn
 
-from fxprune.filters.removal import Removable, find_removable
-from fxprune.filters.units import ChannelUnits, Chosen
+from fxprune.channels.removal import Removable, find_removable
+from fxprune.channels.units import ChannelUnits, Chosen
+from fxprune.graph.costs import layer_costs
+from fxprune.graph.tracing import Trace, trace
+from fxprune.graph.values import meta_values
 from fxprune.passes import RemoveChannels
 from fxprune.plans import PrunePlan
-from fxprune.report import layer_costs
-from fxprune.tracing import Trace, meta_values, trace
 
 
 def prepared(net: nn.Module) -> nn.Module:

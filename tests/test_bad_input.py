@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import fxprune
+from fxprune.criteria.variety import Variety
 from fxprune.errors import CalibrationError, FxpruneError, NothingRewrittenWarning, PassError, PlanError, TraceError
-from fxprune.variety import Variety
 
 
 class Net(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 
 import fxprune
 from fxprune import cli
-from fxprune.kernels import native
+from fxprune.inference.kernels import native
 
 ROOT = Path(__file__).parent.parent
 MACHINE_PATH = re.compile(r"/(?:home|root|Users|work|mnt|scratch)/[\w.]|/tmp/\w|\b[A-Z]:\\\\?Users\b")
@@ -41,7 +41,7 @@ def test_files_that_are_not_python_are_packaged(setup: configparser.RawConfigPar
     found = {str(path.relative_to(package)) for pattern in patterns for path in package.glob(pattern)}
     others = {str(path.relative_to(package)) for path in package.rglob("*") if path.suffix in (".cpp", ".h", ".typed")}
     assert found == others
-    assert {"py.typed", *(f"kernels/{name}" for name in native.SOURCES + native.HEADERS)} == found
+    assert {"py.typed", *(f"inference/kernels/{name}" for name in native.SOURCES + native.HEADERS)} == found
 
 
 def test_passes_is_a_relative_link() -> None:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxprune.rewriting import Memory, call_sites
+from fxprune.graph.editing import call_sites
+from fxprune.graph.memory import Memory
 
 Bounds = tuple[float, float]
 

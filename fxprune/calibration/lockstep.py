@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fxprune.calibration.batches import Batch
 from fxprune.errors import CalibrationError
-from fxprune.rewriting import Memory, is_mutating
+from fxprune.graph.memory import Memory, is_mutating
 
 MEMORY_LIMIT = 4 * 2**30
 """Bytes of intermediate values that are kept in memory; what exceeds them goes to temporary files."""

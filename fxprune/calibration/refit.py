@@ -26,8 +26,8 @@ from fxprune.calibration.following import Bounds, Following, follow
 from fxprune.calibration.least_squares import GroupedRidge, choose_ridge, columns_of
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.samples import Samples, draw
+from fxprune.graph.editing import call_sites
 from fxprune.plans import GroupedKernels
-from fxprune.rewriting import call_sites
 
 # Rounds of the one-sided problem, and the relative gain below which they end.
 ROUNDS = 24

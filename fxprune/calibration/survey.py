@@ -9,7 +9,7 @@ from fxprune.calibration.batches import Batch
 from fxprune.calibration.following import Following, follow
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.samples import Samples, draw
-from fxprune.rewriting import call_sites
+from fxprune.graph.editing import call_sites
 
 
 def survey(

@@ -17,7 +17,7 @@ from fxprune.channels.atoms import Array, Blocks, Tie
 from fxprune.channels.interpreter import Port, Scale, State, layer_name
 from fxprune.channels.operators import FUNCTIONS, METHODS, rule_for
 from fxprune.channels.rules import Rule, item
-from fxprune.tracing import is_hooked, trace_leaf
+from fxprune.graph.tracing import is_hooked, trace_leaf
 
 logger = logging.getLogger("fxprune")
 

@@ -163,7 +163,7 @@ MODULES: dict[str, Rule] = {
     "torch.nn.modules.pixelshuffle.PixelShuffle": reshape,
     "torch.nn.modules.pixelshuffle.PixelUnshuffle": reshape,
     "torch.nn.modules.channelshuffle.ChannelShuffle": reshape,
-    "fxprune.layers.ChannelGather": gather,
+    "fxprune.graph.layers.ChannelGather": gather,
     "torchvision.models.convnext.LayerNorm2d": channel_scale(1, ("weight", "bias")),
     "torchvision.models.video.resnet.Conv3DSimple": convolution,
     "torchvision.models.video.resnet.Conv3DNoTemporal": convolution,

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fxprune.eligibility import check_weight
 from fxprune.errors import PlanError
 from fxprune.methods.clustering import Matrix
+from fxprune.plans.eligibility import check_weight
 
 ScoreFunction = Callable[[str, nn.Conv2d], Tensor]
 """`(name, conv)` to the importance `(O, C)` of each kernel: finite, 0 or more, high means keep.

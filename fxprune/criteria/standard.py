@@ -137,15 +137,14 @@ CRITERIA: Mapping[str, Criterion] = MappingProxyType(
 """Criteria by name. `Taylor` is not among them: it needs a loss."""
 
 
-def resolve(criterion: object, evidence: Evidence) -> tuple[str, ScoreFunction]:
-    """Turn what a user passes as `criterion=` into its name and its score function.
+def criterion_of(criterion: object) -> Criterion:
+    """Turn what a user passes as `criterion=` into a criterion.
 
     Args:
         criterion: a name in `CRITERIA`, a `Criterion`, or a function `(name, conv) -> (O, C)`.
-        evidence: what is known of the model.
 
     Raises:
-        PlanError: it is none of these, or evidence is missing.
+        PlanError: it is none of these.
     """
     if isinstance(criterion, str):
         if criterion not in CRITERIA:
@@ -156,6 +155,20 @@ def resolve(criterion: object, evidence: Evidence) -> tuple[str, ScoreFunction]:
     found = as_criterion(criterion)
     if found is None:
         raise PlanError(f"criterion is {criterion!r}; it must be {_LEGAL}")
+    return found
+
+
+def resolve(criterion: object, evidence: Evidence) -> tuple[str, ScoreFunction]:
+    """The name of a criterion and its score function.
+
+    Args:
+        criterion: see `criterion_of`.
+        evidence: what is known of the model.
+
+    Raises:
+        PlanError: see `criterion_of`, or evidence is missing.
+    """
+    found = criterion_of(criterion)
     return found.name, found.bind(evidence)
 
 

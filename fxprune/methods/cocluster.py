@@ -26,8 +26,8 @@ import numpy.typing as npt
 
 from fxprune.errors import PlanError
 from fxprune.methods.clustering import Clustering, Labels, Mask, Matrix
-from fxprune.plan_fields import check_divisible
 from fxprune.plans import Form
+from fxprune.plans.fields import check_divisible
 
 # Alternations per start; planning ResNet-50 needs fewer than 20 in every layer.
 MAX_ROUNDS = 30

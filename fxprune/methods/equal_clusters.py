@@ -13,7 +13,7 @@ from scipy.spatial.distance import cdist
 
 from fxprune.methods.clustering import Labels, Matrix
 from fxprune.methods.same_size_dbscan import same_size_dbscan
-from fxprune.plan_fields import check_divisible
+from fxprune.plans.fields import check_divisible
 
 # Equal-size k-means: restarts, steps of each, and the squared shift of the centres, as a share of the mean variance of
 # a feature, at which a run has converged: those of the KMeans of scikit-learn that the published port is built on.

@@ -13,7 +13,7 @@ from scipy.spatial.distance import cdist, pdist, squareform
 from scipy.stats import rankdata
 
 from fxprune.methods.clustering import Labels, Matrix
-from fxprune.plan_fields import check_divisible
+from fxprune.plans.fields import check_divisible
 
 # Output dimensions of t-SNE that are tried, and its options.
 DIMENSIONS = range(2, 8)

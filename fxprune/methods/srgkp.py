@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fxprune.errors import PlanError
 from fxprune.methods.clustering import Clustering, Labels, Mask, Matrix
 from fxprune.methods.kernel_selection import equal_pairs, select_greedily, selection_cost, similarity
-from fxprune.plan_fields import check_divisible
+from fxprune.plans.fields import check_divisible
 
 Number = TypeVar("Number", np.float64, np.intp)
 

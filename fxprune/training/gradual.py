@@ -5,32 +5,23 @@ the groups are those of the plan at the target, and only the kept channels shrin
 has it keeps the most important ones, by the weights of that moment. Kept sets are nested in time.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 from torch import nn
 
 from fxprune.criteria import Evidence, kernel_scores, resolve
+from fxprune.criteria.snapshots import load_snapshots
+from fxprune.criteria.variety import Variety, cosine_similarity, vary
 from fxprune.methods.clustering import Matrix
 from fxprune.methods.cocluster import choose_channels, in_blocks
+from fxprune.planning.requests import Request
 from fxprune.plans import GroupedKernels, PrunePlan
-from fxprune.shapes import kept_channels
-from fxprune.snapshots import Snapshot, load_snapshots
-from fxprune.variety import Variety, cosine_similarity, vary
+from fxprune.plans.shapes import kept_channels
 
 
-def narrow(
-    model: nn.Module,
-    target: PrunePlan,
-    before: PrunePlan,
-    share: float,
-    *,
-    criterion: object = None,
-    variety: object = None,
-    snapshots: Iterable[Snapshot] | None = None,
-    seed: int = 0,
-) -> PrunePlan:
+def narrow(model: nn.Module, target: PrunePlan, before: PrunePlan, share: float, request: Request) -> PrunePlan:
     """The plan at a share of the target's sparsity that keeps nothing which `before` drops.
 
     Args:
@@ -38,18 +29,15 @@ def narrow(
         target: where this leads, in overlap form.
         before: an earlier plan towards the same target; layers that it does not name are still dense.
         share: in `[0, 1]`. A layer of `C` channels keeps `(1 - share * ratio) * C` in each group, rounded as
-            `fxprune.shapes.kept_channels` does, never more than before.
-        criterion: see `fxprune.make_plan`, as for the others.
-        variety: the similarity is the cosine of the weights.
-        snapshots: for criteria that need an earlier state.
-        seed: of random scores.
+            `fxprune.plans.shapes.kept_channels` does, never more than before.
+        request: its criterion, variety (the similarity is the cosine of the weights), snapshots and seed.
 
     Raises:
         PlanError: a weight has no finite values, or the criterion gives no legal scores.
     """
-    earlier = None if snapshots is None else load_snapshots(snapshots, model)[0]
-    name_of_criterion, score = resolve("l2" if criterion is None else criterion, Evidence(model, earlier, None, seed))
-    rule = Variety.parse(variety)
+    earlier = None if request.snapshots is None else load_snapshots(request.snapshots, model)[0]
+    evidence = Evidence(model, earlier, None, request.seed)
+    criterion, score = resolve("l2" if request.criterion is None else request.criterion, evidence)
     layers: dict[str, GroupedKernels] = {}
     skipped = dict(target.skipped)
     for name, last in target.layers.items():
@@ -64,8 +52,8 @@ def narrow(
         else:
             conv = model.get_submodule(name)
             assert isinstance(conv, nn.Conv2d)
-            scores = kernel_scores(name, conv, score, name_of_criterion)
-            layers[name] = replace(_narrowed(conv, now, kept, scores, rule), asked_ratio=ratio)
+            scores = kernel_scores(name, conv, score, criterion)
+            layers[name] = replace(_narrowed(conv, now, kept, scores, request.rule), asked_ratio=ratio)
     asked = target.ratio
     reached = (
         {pattern: value * share for pattern, value in asked.items()} if isinstance(asked, Mapping) else asked * share

@@ -7,6 +7,7 @@ once does not: pruned weights still have gradients, and they count in the norm t
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,18 +15,19 @@ from torch import Tensor, distributed, fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from fxprune.compiler import make_plan
-from fxprune.eligibility import parameters_of_several_modules
+from fxprune.calibration.subject import Subject
+from fxprune.criteria.snapshots import load_snapshots
 from fxprune.errors import FxpruneError, PlanError
-from fxprune.masking import kept_entries, zero_pruned
-from fxprune.plan_making import GRANULARITIES
+from fxprune.exact.rewriting import rewrite
+from fxprune.exact.verification import verify
+from fxprune.graph.tracing import Inputs
+from fxprune.planning.making import plan_for
+from fxprune.planning.requests import DEFAULT_RATIO, GRANULARITIES, Request
 from fxprune.plans import PrunePlan
-from fxprune.snapshots import load_snapshots
-from fxprune.steps import rewrite
-from fxprune.tracing import Inputs
+from fxprune.plans.eligibility import parameters_of_several_modules
+from fxprune.plans.masking import kept_entries, zero_pruned
 from fxprune.training.gradual import narrow
 from fxprune.training.schedules import OneShot, Schedule, resolve_schedule
-from fxprune.verification import verify
 
 Granularity = Literal["kernel", "filter"]
 
@@ -90,22 +92,22 @@ def sparsify(
     if granularity not in GRANULARITIES:
         raise PlanError(f"granularity is {granularity!r}; it must be {' or '.join(map(repr, GRANULARITIES))}")
     for name in REFUSED:
-        if planning.get(name) is not None:
+        if planning.pop(name, None) is not None:
             raise PlanError(
                 f"{name} has no meaning while the weights still change; make a plan with fxprune.make_plan, then "
                 "train under it with fxprune.hold"
             )
-    options = dict(planning)
-    if planning.get("snapshots") is not None:  # read now: there will be many plans, and a file may be gone by then
-        options["snapshots"] = list(load_snapshots(planning["snapshots"], _unwrap(model)[0]))
-    if ratio is not None or not {"macs", "params"} & {name for name in planning if planning[name] is not None}:
-        options["ratio"] = 0.5 if ratio is None else ratio
-    if granularity == "filter":
-        options["granularity"] = granularity
-    elif chosen.gradual:
+    example_inputs = planning.pop("example_inputs", None)
+    if granularity == "kernel" and chosen.gradual:
         _check_gradual(chosen, planning)
-        options |= {"method": "cocluster", "form": "overlap"}
-    return Sparsifier(model, chosen, steps, every or max(1, steps // EVENTS), optimizer, options)
+        planning |= {"method": "cocluster", "form": "overlap"}
+    request = Request(ratio=ratio, granularity=granularity, **planning)
+    if request.ratio is None and request.budget is None:
+        request = replace(request, ratio=DEFAULT_RATIO)
+    if request.snapshots is not None:  # read now: there will be many plans, and a file may be gone by then
+        request = replace(request, snapshots=load_snapshots(request.snapshots, _unwrap(model)[0]))
+    pruning = Pruning(chosen, steps, every or max(1, steps // EVENTS), request, example_inputs)
+    return Sparsifier(model, pruning, optimizer)
 
 
 def hold(model: nn.Module, plan: PrunePlan, optimizer: Optimizer | None = None) -> "Sparsifier":
@@ -125,7 +127,26 @@ def hold(model: nn.Module, plan: PrunePlan, optimizer: Optimizer | None = None) 
         PlanError: the plan was made for another model, a weight cannot be held at zero, or the optimizer does not train
             the model.
     """
-    return Sparsifier(model, OneShot(), 0, 1, optimizer, {}, plan)
+    return Sparsifier(model, Pruning(OneShot(), 0, 1, Request()), optimizer, plan)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How a sparsifier prunes.
+
+    Attributes:
+        schedule: the schedule.
+        steps: how many steps the training has; 0 where a plan is held.
+        every: least number of steps from one plan to the next.
+        request: what the target is and how it is planned.
+        example_inputs: positional arguments of forward.
+    """
+
+    schedule: Schedule
+    steps: int
+    every: int
+    request: Request
+    example_inputs: Inputs | None = None
 
 
 class Sparsifier:
@@ -140,19 +161,12 @@ class Sparsifier:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        schedule: Schedule,
-        steps: int,
-        every: int,
-        optimizer: Optimizer | None,
-        options: Mapping[str, Any],
-        plan: PrunePlan | None = None,
+        self, model: nn.Module, pruning: Pruning, optimizer: Optimizer | None, plan: PrunePlan | None = None
     ) -> None:
-        self.schedule, self.steps, self.every = schedule, steps, every
+        self.schedule, self.steps, self.every = pruning.schedule, pruning.steps, pruning.every
         self.share = 0.0
         self._module, self._parallel = _unwrap(model)
-        self._options = dict(options)
+        self._request, self._example_inputs = pruning.request, pruning.example_inputs
         self._step = 0
         self._planned_at: int | None = None
         self._target: PrunePlan | None = None  # whose groups of filters all plans of a gradual schedule have
@@ -160,7 +174,7 @@ class Sparsifier:
         if optimizer is not None:
             _check_optimizer(optimizer, self._module)
         if plan is None:
-            preview = make_plan(self._module, **self._options)  # what cannot be planned is told before the training
+            preview = self._planned(self._request)  # what cannot be planned is told before the training
             narrower = (name for name, channels in preview.removed.items() if channels.asked_ratio is not None)
             names = dict.fromkeys((*preview.layers, *narrower), "not pruned yet")
             self.plan = PrunePlan({}, {**preview.skipped, **names})
@@ -203,7 +217,7 @@ class Sparsifier:
             TraceError: the model cannot be traced.
             VerificationError: the result differs from the model.
         """
-        inputs = self._options.get("example_inputs") if example_inputs is None else example_inputs
+        inputs = self._example_inputs if example_inputs is None else example_inputs
         small = rewrite(self._module, self.plan, inputs)
         if inputs is not None:
             verify(small, self._module, inputs)
@@ -269,16 +283,17 @@ class Sparsifier:
             self._zero()
 
     def _plan_at(self, share: float) -> PrunePlan:
-        options = self._options
         before = None if self._planned_at is None else self.plan
-        if options.get("granularity") == "filter":
-            return make_plan(self._module, **_scaled(options, share) | {"after": before})
+        if self._request.granularity == "filter":
+            return self._planned(replace(_scaled(self._request, share), after=before))
         if not self.schedule.gradual:
-            return make_plan(self._module, **options)
+            return self._planned(self._request)
         if self._target is None:
-            self._target = make_plan(self._module, **options)
-        scoring = {name: options[name] for name in ("criterion", "variety", "snapshots", "seed") if name in options}
-        return narrow(self._module, self._target, self.plan, share, **scoring)
+            self._target = self._planned(self._request)
+        return narrow(self._module, self._target, self.plan, share, self._request)
+
+    def _planned(self, request: Request) -> PrunePlan:
+        return plan_for(Subject(self._module, self._example_inputs, None), request)[0]
 
     def _agreed(self, plan: PrunePlan) -> PrunePlan:
         """The plan of the first process. Equal weights give equal plans, but a criterion may have data of its own in
@@ -330,18 +345,16 @@ def _check_gradual(schedule: Schedule, planning: Mapping[str, Any]) -> None:
             )
 
 
-def _scaled(options: Mapping[str, Any], share: float) -> dict[str, Any]:
-    """The arguments of a plan at a share of the target sparsity."""
-    scaled = dict(options)
-    for cost in ("macs", "params"):
-        if scaled.get(cost) is not None:
-            scaled[cost] = 1 - (1 - scaled[cost]) * share
-    ratio = scaled.get("ratio")
-    if isinstance(ratio, Mapping):
-        scaled["ratio"] = {pattern: value * share for pattern, value in ratio.items()}
-    elif ratio is not None:
-        scaled["ratio"] = ratio * share
-    return scaled
+def _scaled(request: Request, share: float) -> Request:
+    """The request at a share of the target sparsity."""
+    if request.macs is not None:
+        return replace(request, macs=1 - (1 - request.macs) * share)
+    if request.params is not None:
+        return replace(request, params=1 - (1 - request.params) * share)
+    if isinstance(request.ratio, Mapping):
+        return replace(request, ratio={pattern: value * share for pattern, value in request.ratio.items()})
+    assert request.ratio is not None
+    return replace(request, ratio=request.ratio * share)
 
 
 def _unwrap(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]:

@@ -31,16 +31,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxprune.checkpoints import without_parallel_prefix
+from fxprune.calibration.subject import Subject
+from fxprune.criteria.snapshots import Snapshot, state_of
 from fxprune.errors import PlanError, near_matches
-from fxprune.filters.planning import removable_of, removed_units
-from fxprune.filters.selection import random_units
-from fxprune.masking import kept_entries, zero_pruned
+from fxprune.files import without_parallel_prefix
+from fxprune.graph.tracing import Inputs
 from fxprune.methods import Clustering
+from fxprune.planning.filters import removable_of, removed_units
+from fxprune.planning.selection import random_units
 from fxprune.plans import GroupedKernels, PrunePlan, RemovedChannels
-from fxprune.snapshots import Snapshot, state_of
-from fxprune.subject import Subject
-from fxprune.tracing import Inputs
+from fxprune.plans.fields import check_seed
+from fxprune.plans.masking import kept_entries, zero_pruned
 
 
 def rewind(
@@ -97,8 +98,7 @@ def random_ticket(model: nn.Module, plan: PrunePlan, seed: int, example_inputs: 
             the model are not known.
         TraceError: the plan removes whole filters, and the model cannot be traced.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise PlanError(f"seed is {seed!r}; it must be an integer, 0 or more")
+    check_seed(seed)
     plan.check(model)
     removed = _drawn_channels(model, plan, seed, example_inputs) if plan.removed else {}
     grouping: dict[tuple[tuple[int, ...], int], str] = {}  # groups of filters to the first layer that has them
@@ -119,7 +119,7 @@ def _drawn_channels(
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d) and not plan.removed.get(name, RemovedChannels()).outputs
     ]  # left out as the plan left them out, or the same channels may form other spaces
-    removable = removable_of(model, Subject(model, example_inputs, None), whole)
+    removable = removable_of(Subject(model, example_inputs, None), whole)
     units = removed_units(removable, plan)
     found = removable.removed(units)
     for name in {**plan.removed, **found}:

@@ -1,0 +1,287 @@
+"""What users call: plan, mask, rewrite, verify in one step, and what is measured for it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from torch import fx, nn
+
+from fxprune.calibration import Calibration
+from fxprune.calibration.subject import Subject
+from fxprune.channels import ChannelAnalysis, analyze_channels
+from fxprune.criteria import Criterion, ScoreFunction
+from fxprune.criteria.snapshots import Snapshot
+from fxprune.criteria.variety import Variety
+from fxprune.errors import FxpruneError
+from fxprune.exact.record import ACCELERATION, record_of
+from fxprune.exact.reporting import Report
+from fxprune.exact.rewriting import rewrite
+from fxprune.exact.verification import verify as verify_models
+from fxprune.graph.tracing import Inputs, as_inputs, trace
+from fxprune.inference.acceleration import accelerate, acceleration_report
+from fxprune.planning.kernels import sensitivity_of
+from fxprune.planning.latency_budget import check_target, group_counts
+from fxprune.planning.latency_measure import measure_layers
+from fxprune.planning.latency_table import LatencyTable
+from fxprune.planning.lossy import masked_by
+from fxprune.planning.making import plan_for
+from fxprune.planning.requests import Request, Scope
+from fxprune.planning.sensitivity import Sensitivity
+from fxprune.plans import PrunePlan
+from fxprune.plans.shapes import Groups
+
+
+def compile(
+    model: nn.Module,
+    ratio: float | Mapping[str, float] | None = None,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    latency: float | None = None,
+    latency_table: LatencyTable | None = None,
+    sensitivity: Sensitivity | None = None,
+    example_inputs: Inputs | None = None,
+    calibration: Calibration | None = None,
+    granularity: str | Mapping[str, float] = "kernel",
+    scope: Scope = "local",
+    round_to: int = 1,
+    groups: Groups | Mapping[str, Groups] = "auto",
+    method: str = "auto",
+    form: str = "auto",
+    block: int | None = None,
+    target: str | None = None,
+    share_groups: bool | None = None,
+    criterion: str | Criterion | ScoreFunction | None = None,
+    variety: str | Variety | None = None,
+    snapshots: Iterable[Snapshot] | None = None,
+    ignore: str | Iterable[str] = (),
+    seed: int = 0,
+    progress: bool = False,
+    verify: bool | None = None,
+    fold_batch_norm: bool = False,
+) -> fx.GraphModule:
+    """Prune a trained model and rewrite it into a smaller graph that computes exactly what the masked model computes.
+
+    The same as `make_plan`, `mask`, `rewrite` and `verify` in turn. The model is never changed; the result shares no
+    memory with it.
+
+    Args:
+        model: any traceable module, on any device, in any floating-point type.
+        ratio: share of kernel groups (or of filters, see `granularity`) to remove from each convolution, in `[0, 1)`,
+            or a mapping from module-name pattern to share; 0.5 if no budget is given either.
+        macs: instead of a ratio, the share of the network's MACs that may remain, in `(0, 1]`. The ratio of each layer
+            follows from its sensitivity, in overlap form, so that the total is met within 1 %.
+        params: the same for the parameters.
+        latency: instead of a ratio, the share in `(0, 1]` of the time of the best dense form that may remain on
+            `target`, which it needs. Ratio, number of groups and form of each layer follow from measured times and from
+            its sensitivity; the whole network is measured too, and the choice corrected, see
+            `fxprune.planning.latency_budget.meet`.
+        latency_table: a table from `measure_latency` for it; measured anew if absent.
+        sensitivity: a table from `measure_sensitivity` for the budget; measured anew if absent.
+        example_inputs: positional arguments of forward. With them shapes and MACs are exact and the result is verified;
+            without, the first calibration batch serves, or else a usual image size is probed.
+        calibration: a few hundred typical inputs: a tensor `(N, ...)`, a `DataLoader`, or any iterable of batches;
+            labels are ignored. With it the kept weights are solved anew so that each layer gives what the dense one
+            gave (`fxprune.calibration.refit`), which is worth far more than any choice of groups. It is read once.
+        granularity: `"kernel"`: convolutions become grouped, each group keeps some input channels. `"filter"`: whole
+            filters go, with everything they feed, through residual additions, concatenations, depthwise convolutions,
+            shuffles and slices; convolutions become narrower. A mapping gives both a ratio and does one after the
+            other: `{"filter": 0.25, "kernel": 0.5}`.
+        scope: of filters: `"local"` removes the same share from each channel space, `"global"` ranks all filters of the
+            network (`fxprune.planning.selection.choose_units`).
+        round_to: each channel space keeps a multiple of this many filters.
+        groups: number of groups, `"auto"`, or a mapping from pattern to either.
+        method: how the groups are chosen, see `fxprune.planning.METHODS`.
+        form: `"partition"`, `"overlap"` or `"auto"`.
+        block: keep input channels in aligned blocks of this many, so that one load of a fused kernel brings a block: 8
+            are 16 bytes in half precision. What it costs is in the report, as are layers that do not divide into
+            blocks; these are pruned channel by channel. None is 8 for target `"cuda"`, else 1.
+        target: `"cpu"` or `"cuda"`: plan for this kind of device and return the inference form for it, see
+            `fxprune.accelerate`; the model and the example inputs must be there. On `"cuda"` groups are wide enough for
+            the tensor cores where their number is `"auto"`, and blocks are 8; None plans as for `"cpu"`.
+        share_groups: layers that write the same channels (the blocks of a residual stage) and have equally many groups
+            get the same groups of filters, so that one order suits all and their outputs need no gather. It costs some
+            accuracy. None is True with a target and channels kept one by one, else False.
+        criterion: importance of a kernel, for method `"cocluster"`, or summed over a filter: a name in
+            `fxprune.criteria.CRITERIA`, a `Criterion`, or a function `(name, conv) -> (O, C)`.
+        variety: make the criterion keep rare kernels or filters: a name in
+            `fxprune.criteria.variety.VARIETIES` or a `Variety`.
+        snapshots: earlier states of the same training run, oldest first, as state dicts, modules or paths; for method
+            `"tmi"` and for the criteria `"movement"` and `"magnitude_increase"`, which take the first.
+        ignore: patterns of layers to leave dense.
+        seed: of the planner's random starts and of the sampled positions.
+        progress: show progress bars on stderr.
+        verify: check the result against the masked model in float64; by default if inputs are given.
+        fold_batch_norm: fold BatchNorm into the convolutions; the result is then exact in evaluation mode only.
+
+    Returns:
+        A `GraphModule`: it trains, scripts, exports, moves and copies as any module does. `fxprune.report` explains it.
+        With `target`, an inference form for that device alone, which `fxprune.acceleration_report` explains as well.
+
+    Raises:
+        PlanError: an argument is not legal, or nothing can be planned.
+        AccelerationError: `target` without example inputs, or not the device of the model.
+        CalibrationError: the calibration data are malformed, or do not fit the model.
+        TraceError: the model cannot be traced, or its shapes cannot be found.
+        VerificationError: the result differs from the masked model.
+
+    Warns:
+        NothingRewrittenWarning: no convolution could be rewritten.
+    """
+    request = _request(locals())
+    if verify and example_inputs is None and calibration is None:
+        raise FxpruneError("verify=True needs example_inputs to run the models on; pass them, or leave verify out")
+    check_target(model, target, example_inputs is not None or calibration is not None)
+    subject = Subject(model, example_inputs, calibration)
+    plan, masked = plan_for(subject, request)
+    if masked is None:
+        masked = masked_by(subject, plan, progress=progress)
+    pruned = rewrite(masked, plan, subject.example_inputs, fold_batch_norm=fold_batch_norm)
+    if verify or (verify is None and subject.example_inputs is not None):
+        assert subject.example_inputs is not None
+        verify_models(pruned, masked, subject.example_inputs)
+    if target is None:
+        return pruned
+    assert subject.example_inputs is not None
+    result = accelerate(pruned, subject.example_inputs, progress=progress)
+    if latency is not None:
+        told = acceleration_report(result)
+        note = f"latency: asked for {latency:.2f} of the best dense time, reached {told.relative:.2f}"
+        result.meta[ACCELERATION] = replace(told, notes=(*told.notes, note))
+    return result
+
+
+def make_plan(
+    model: nn.Module,
+    ratio: float | Mapping[str, float] | None = None,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    latency: float | None = None,
+    latency_table: LatencyTable | None = None,
+    sensitivity: Sensitivity | None = None,
+    example_inputs: Inputs | None = None,
+    calibration: Calibration | None = None,
+    granularity: str | Mapping[str, float] = "kernel",
+    scope: Scope = "local",
+    round_to: int = 1,
+    groups: Groups | Mapping[str, Groups] = "auto",
+    method: str = "auto",
+    form: str = "auto",
+    block: int | None = None,
+    target: str | None = None,
+    share_groups: bool | None = None,
+    criterion: str | Criterion | ScoreFunction | None = None,
+    variety: str | Variety | None = None,
+    snapshots: Iterable[Snapshot] | None = None,
+    ignore: str | Iterable[str] = (),
+    seed: int = 0,
+    progress: bool = False,
+    after: PrunePlan | None = None,
+) -> PrunePlan:
+    """Choose which convolutions are pruned and how. Arguments and errors are those of `compile`; the model is only
+    read. Equal arguments give equal plans.
+
+    With calibration data each layer is planned on what the layers before it, pruned and refitted, give it. `mask` with
+    the same data then finds the same weights.
+
+    Args:
+        after: an earlier plan of filters for the same model: what it removes stays removed, and counts. For gradual
+            schedules; `compile` has no such argument. The others are those of `compile`.
+    """
+    return plan_for(Subject(model, example_inputs, calibration), _request(locals()))[0]
+
+
+def measure_latency(
+    model: nn.Module,
+    *,
+    example_inputs: Inputs,
+    target: str | None = None,
+    groups: Groups | Mapping[str, Groups] = "auto",
+    ignore: str | Iterable[str] = (),
+    progress: bool = False,
+) -> LatencyTable:
+    """Measure how long each convolution takes, dense and at each ratio and number of groups. `print` the table, and
+    pass it to `compile(..., latency=0.6, latency_table=table)` for one share after another.
+
+    Args:
+        model: see `compile`, as for the others.
+        example_inputs: of the sizes to be fast for.
+        target: the device to measure, where the model must be; None is the device of the model.
+        groups: number of groups to measure; `"auto"` tries several.
+        ignore: patterns of layers to leave out.
+        progress: show bars on stderr.
+
+    Raises:
+        PlanError: an argument is not legal.
+        AccelerationError: the model is not on the target, or cannot be accelerated.
+        TraceError: the model cannot be traced.
+    """
+    request = _request(locals())
+    if target is None:
+        request = replace(request, target=next((p.device.type for p in model.parameters()), "cpu"))
+    subject = Subject(model, example_inputs, None)
+    counts = group_counts(subject, request)
+    check_target(model, request.target, has_inputs=True)
+    return measure_layers(model, as_inputs(example_inputs), counts, progress=progress)
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    *,
+    example_inputs: Inputs | None = None,
+    calibration: Calibration | None = None,
+    groups: Groups | Mapping[str, Groups] = "auto",
+    target: str | None = None,
+    ignore: str | Iterable[str] = (),
+    seed: int = 0,
+    progress: bool = False,
+) -> Sensitivity:
+    """Measure how much each convolution suffers as it is pruned alone. `print` the table, `plot` it, and pass it to
+    `compile(..., macs=0.5, sensitivity=table)` for one budget after another.
+
+    Args:
+        model: see `compile`, as for the others.
+        example_inputs: for the MACs.
+        calibration: what the damage is measured on. Without it, only the weights count.
+        groups: number of groups to measure with.
+        target: see `compile`; it decides how many `"auto"` is.
+        ignore: patterns of layers to leave out.
+        seed: of the sampled positions and of the clustering.
+        progress: show a bar on stderr.
+
+    Raises:
+        PlanError: nothing can be pruned, or the MACs are not known.
+        CalibrationError: the calibration data are malformed, or do not fit the model.
+    """
+    request = _request(locals())
+    return sensitivity_of(Subject(model, example_inputs, calibration), request)
+
+
+def analyze(model: nn.Module, example_inputs: Inputs | None = None) -> ChannelAnalysis:
+    """Find the channel spaces of a model: which channels share an order, what ties them, and why some may not move.
+    `print` it.
+
+    Raises:
+        TraceError: the model cannot be traced.
+    """
+    traced = trace(model, example_inputs)
+    return analyze_channels(traced.module, traced.values)
+
+
+def report(pruned: nn.Module) -> Report:
+    """Return the report of a compiled model.
+
+    Raises:
+        FxpruneError: the module was not compiled by fxprune, or lost its record in pickling.
+    """
+    accelerated = getattr(pruned, "meta", {}).get(ACCELERATION)
+    if accelerated is not None and accelerated.compiled is not None:
+        compiled: Report = accelerated.compiled
+        return compiled
+    return record_of(pruned).report
+
+
+def _request(arguments: Mapping[str, Any]) -> Request:
+    """What the arguments of a public function ask for."""
+    return Request(**{field.name: arguments[field.name] for field in fields(Request) if field.name in arguments})

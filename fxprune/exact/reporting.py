@@ -1,0 +1,291 @@
+"""What became of each convolution, in numbers: form, groups, filters, ratio, parameters, multiply-accumulates, and the
+gathers that remain.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxprune.graph.costs import batch_size, known_sum, layer_costs, total_macs
+from fxprune.graph.editing import KEPT_BECAUSE, calls
+from fxprune.graph.layers import ChannelGather
+from fxprune.passes.align_windows import runs
+from fxprune.plans import PrunePlan, RemovedChannels
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One convolution.
+
+    Attributes:
+        name: module path.
+        form: `"partition"` or `"overlap"` if kernels went and it is grouped; `"filters"` if only whole filters or input
+            channels went; `"dense"` if it was left alone.
+        groups: number of groups.
+        asked_ratio, reached_ratio: share of kernel groups removed (from the channels that are left, if filters went
+            too), as asked and as rounding to whole channels allows. In the form `"filters"` the share of filters;
+            `asked_ratio` is None where nothing was asked, as in a depthwise convolution that follows another.
+        params_dense, params: parameters of the layer before and after.
+        macs_dense, macs: multiply-accumulates of one image before and after; None if shapes are unknown.
+        reason: why it was left dense, or why none of its own filters went; empty if all was done that was asked.
+        redundancy: share of its kernel groups, or filters, that resemble another, if the planner looked for them
+            (`variety=`).
+        error: squared error of its output on the calibration data, relative to the variance of what the dense network
+            gives there; None without calibration.
+        block_cost: share of the importance that the same groups could keep, but for the blocks of channels (`block=`);
+            None if channels are kept one by one.
+        filters_dense, filters: filters before and after; None if the graph does not call the layer.
+    """
+
+    name: str
+    form: str
+    groups: int
+    asked_ratio: float | None
+    reached_ratio: float
+    params_dense: int
+    params: int
+    macs_dense: int | None
+    macs: int | None
+    reason: str
+    redundancy: float | None = None
+    error: float | None = None
+    block_cost: float | None = None
+    filters_dense: int | None = None
+    filters: int | None = None
+
+
+@dataclass(frozen=True)
+class GatherReport:
+    """One gather that remains at run time.
+
+    Attributes:
+        name: module path.
+        channels: number of channels it writes.
+        reason: why it could not vanish.
+        runs: number of maximal stretches of consecutive ascending channels in its index: one for each window it copies.
+        bytes: what it writes for one image, over all calls, in the dtype of the model; None if shapes are unknown. It
+            reads as much again.
+    """
+
+    name: str
+    channels: int
+    reason: str
+    runs: int
+    bytes: int | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The account of a compiled model. `str()` is a table; `to_dict()` is JSON-able.
+
+    Attributes:
+        layers: every `Conv2d`, in model order.
+        gathers: the gathers that remain, in graph order.
+        gathered_bytes: what they write for one image; None if shapes are unknown.
+        params_dense, params_pruned: parameters of the whole model, as far as forward uses them.
+        macs_dense, macs_pruned: multiply-accumulates of all convolutions and linear layers for one image; None if
+            shapes are unknown.
+        input_shapes: shapes of the inputs that the MACs are counted for, batch included.
+        notes: what else the user should know.
+    """
+
+    layers: tuple[LayerReport, ...]
+    gathers: tuple[GatherReport, ...]
+    gathered_bytes: int | None
+    params_dense: int
+    params_pruned: int
+    macs_dense: int | None
+    macs_pruned: int | None
+    input_shapes: tuple[tuple[int, ...], ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as dicts, lists, strings and numbers."""
+        return asdict(self)
+
+    @property
+    def rewritten(self) -> int:
+        """Number of convolutions that became grouped or narrower."""
+        return sum(layer.form != "dense" for layer in self.layers)
+
+    def _summary(self) -> str:
+        """How many convolutions were rewritten, and what a ratio is the share of."""
+        narrower = sum(layer.form == "filters" for layer in self.layers)
+        of = f"of {len(self.layers)} convolutions"
+        if not narrower:
+            return f"{self.rewritten} {of} grouped; the ratio is the share of kernel groups removed from each of these"
+        if narrower == self.rewritten:
+            return f"{narrower} {of} lost filters or input channels; the ratio is the share of filters removed"
+        return (
+            f"{self.rewritten - narrower} {of} grouped, {narrower} others lost filters or input channels; the ratio is "
+            "the share of kernel groups removed from what the filters left, of these others that of filters"
+        )
+
+    def __str__(self) -> str:
+        width = max([12, *(len(layer.name) for layer in self.layers)])
+        extra = [
+            name
+            for name in ("redundancy", "error", "block_cost")
+            if any(getattr(layer, name) is not None for layer in self.layers)
+        ]
+        narrower = any(layer.filters != layer.filters_dense for layer in self.layers)
+        counts = [_change(layer.filters_dense, layer.filters) if narrower else "" for layer in self.layers]
+        column = max(7, *(len(text) for text in counts)) + 1 if narrower else 0
+        lines = [
+            f"{'convolution':{width}}  {'form':9} {'groups':>6}{'filters' if narrower else '':>{column}}"
+            f" {'asked':>6} {'reached':>7} {'params':>19} {'MACs':>19}"
+            + "".join(f" {name.replace('_', ' '):>10}" for name in extra)
+        ]
+        for layer, filters in zip(self.layers, counts, strict=True):
+            if layer.form == "dense":
+                lines.append(f"{layer.name:{width}}  {'dense':9} {layer.reason}")
+                continue
+            asked = "" if layer.asked_ratio is None else f"{layer.asked_ratio:.3g}"
+            lines.append(
+                f"{layer.name:{width}}  {layer.form:9} {layer.groups:>6}{filters:>{column}}"
+                f" {asked:>6} {layer.reached_ratio:>7.3g}"
+                f" {_change(layer.params_dense, layer.params):>19} {_change(layer.macs_dense, layer.macs):>19}"
+                + "".join(f" {_percent(getattr(layer, name)):>10}" for name in extra)
+                + (f"  {layer.reason}" if layer.reason else "")
+            )
+        shapes = ", ".join("x".join(map(str, shape[1:])) for shape in self.input_shapes) or "unknown size"
+        lines += [
+            "",
+            self._summary(),
+            f"parameters  {_change(self.params_dense, self.params_pruned)}"
+            f"  ({_share(self.params_dense, self.params_pruned)})",
+            f"MACs        {_change(self.macs_dense, self.macs_pruned)}  ({_share(self.macs_dense, self.macs_pruned)}), "
+            f"convolutions and linear layers, one image of {shapes}",
+            f"gathers     {len(self.gathers)} remain"
+            + (f" and write {_bytes(self.gathered_bytes)} an image" if self.gathers else ""),
+        ]
+        gather_width = max([0, *(len(gather.name) for gather in self.gathers)])
+        lines.extend(
+            f"  {gather.name:{gather_width}} {_bytes(gather.bytes):>8} {gather.runs:>5} runs"
+            f" {gather.channels:>5} channels: {gather.reason}"
+            for gather in self.gathers
+        )
+        lines.extend(f"note: {note}" for note in self.notes)
+        return "\n".join(lines)
+
+
+def make_report(
+    plan: PrunePlan,
+    dense: Mapping[str, tuple[int, int | None]],
+    gm: fx.GraphModule,
+    values: Mapping[fx.Node, Any],
+    *,
+    errors: Mapping[str, float],
+    params_dense: int,
+    input_shapes: tuple[tuple[int, ...], ...],
+    notes: tuple[str, ...],
+) -> Report:
+    """Compare a rewritten graph with what it was.
+
+    Args:
+        plan: the plan that was applied.
+        dense: parameters and MACs of each layer before, by module path (`layer_costs`).
+        gm: the rewritten graph, and `values` what its nodes give on meta tensors.
+        errors: of each refitted layer.
+        params_dense: of the whole graph before.
+        input_shapes: shapes that the MACs are counted for.
+        notes: passed on.
+    """
+    after = layer_costs(gm, values)
+    convs = {str(node.target): conv for node, conv in calls(gm, nn.Conv2d)}
+    left = [name for name in convs if plan.removed and name not in plan.layers and name not in plan.skipped]
+    layers = []
+    for name in [*plan.layers, *plan.skipped, *left]:
+        before_params, before_macs = dense.get(name, (0, None))
+        params, macs = after.get(name, (before_params, before_macs))
+        layers.append(
+            LayerReport(
+                name=name,
+                params_dense=before_params,
+                params=params,
+                macs_dense=before_macs,
+                macs=macs,
+                error=errors.get(name),
+                **_became(plan, name, convs.get(name)),
+            )
+        )
+    order = {name: i for i, name in enumerate(dense)}
+    layers.sort(key=lambda layer: order.get(layer.name, len(order)))
+    return Report(
+        layers=tuple(layers),
+        gathers=(gathers := _gathers(gm, values)),
+        gathered_bytes=known_sum(gather.bytes for gather in gathers),
+        params_dense=params_dense,
+        params_pruned=sum(p.numel() for p in gm.parameters()),
+        macs_dense=total_macs(dense),
+        macs_pruned=total_macs(after),
+        input_shapes=input_shapes,
+        notes=notes,
+    )
+
+
+def _became(plan: PrunePlan, name: str, conv: nn.Conv2d | None) -> dict[str, Any]:
+    """What a plan made of a convolution, as fields of its report."""
+    kernels, removed = plan.layers.get(name), plan.removed.get(name, RemovedChannels())
+    filters = None if conv is None else conv.out_channels
+    before = None if filters is None else filters + len(removed.outputs)
+    common: dict[str, Any] = {"filters": filters, "filters_dense": before}
+    if kernels is not None:
+        return common | {
+            "form": kernels.form,
+            "groups": kernels.groups,
+            "asked_ratio": kernels.asked_ratio,
+            "reached_ratio": kernels.ratio,
+            "reason": "",
+            "redundancy": kernels.redundancy,
+            "block_cost": kernels.block_cost,
+        }
+    common["groups"] = 1 if conv is None else conv.groups
+    common["reason"] = plan.skipped.get(name, "" if removed.outputs else "none of its filters was chosen")
+    if not removed.outputs and not removed.inputs:
+        return common | {"form": "dense", "asked_ratio": 0.0, "reached_ratio": 0.0}
+    return common | {
+        "form": "filters",
+        "asked_ratio": removed.asked_ratio,
+        "reached_ratio": len(removed.outputs) / before if before else 0.0,
+        "redundancy": removed.redundancy,
+    }
+
+
+def _gathers(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> tuple[GatherReport, ...]:
+    found: dict[str, GatherReport] = {}
+    batch = batch_size(gm, values)
+    for node, gather in calls(gm, ChannelGather):
+        size, name, value = gather.index.numel(), str(node.target), values.get(node)
+        reason = node.meta.get(KEPT_BECAUSE, "two channel spaces meet that cannot share an order")
+        if not gather.is_permutation:
+            reason = f"overlap form: the groups read {size} channels out of {gather.in_channels}"
+        written = value.numel() * value.element_size() // batch if isinstance(value, Tensor) else None
+        first = found.setdefault(name, GatherReport(name, size, reason, runs(gather.index), 0))
+        found[name] = replace(first, bytes=known_sum((first.bytes, written)))
+    return tuple(found.values())
+
+
+def _change(before: int | None, after: int | None) -> str:
+    return "unknown" if before is None or after is None else f"{_short(before)} -> {_short(after)}"
+
+
+def _share(before: int | None, after: int | None) -> str:
+    return "unknown" if not before or after is None else f"{100 * after / before:.1f} % remain"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _bytes(count: int | None) -> str:
+    return "unknown bytes" if count is None else f"{_short(count)}{'' if count >= 1000 else ' '}B"
+
+
+def _short(count: int) -> str:
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size * (0.9995 if size > 10**3 else 1):  # 999,500 is 1 M, not 1e+03 k
+            return f"{count / size:.3g} {unit}"
+    return str(count)

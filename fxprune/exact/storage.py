@@ -1,0 +1,156 @@
+"""Save a compiled model as weights and plan, without code, and replay it on a fresh dense model."""
+
+import hashlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.errors import FxpruneError, StorageError
+from fxprune.exact.record import record_of
+from fxprune.exact.rewriting import rewrite
+from fxprune.plans import PrunePlan
+from fxprune.plans.masking import masked_copy
+
+FORMAT = "fxprune"
+VERSION = 1
+
+
+def save(pruned: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the weights, index tables and plan of a compiled model. The file holds no code and opens with
+    `torch.load(weights_only=True)`.
+
+    The file appears whole or not at all: it is written beside `path` and then renamed.
+
+    Raises:
+        FxpruneError: the module was not compiled by fxprune.
+        StorageError: the file cannot be written.
+    """
+    record = record_of(pruned)
+    state = {name: tensor.detach().cpu() for name, tensor in pruned.state_dict().items()}
+    header = json.dumps(
+        {"plan": record.plan.to_json(), "inputs": _describe(record.inputs), "options": dict(record.options)}
+    )
+    content = {"format": FORMAT, "version": VERSION, "header": header, "state": state, "digest": _digest(header, state)}
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        try:
+            torch.save(content, partial)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        raise StorageError(f"{target} cannot be written: {error}; choose another place") from error
+
+
+def load(path: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
+    """Rebuild a compiled model from a file and a dense model of the same architecture, whose weights do not matter.
+    `model` is not changed.
+
+    Raises:
+        StorageError: the file is truncated, altered, foreign or of a newer format, or was saved from another
+            architecture.
+    """
+    content = _read(Path(path))
+    header = json.loads(content["header"])
+    try:
+        plan = PrunePlan.from_json(header["plan"])
+        blank = masked_copy(model, plan)
+        for name in plan.layers:  # any weights will do, but the dropped kernels must be zero, and zero times NaN is NaN
+            nn.init.zeros_(blank.get_parameter(f"{name}.weight"))
+        inputs = _meta(header["inputs"])
+        pruned = rewrite(blank, plan, inputs or None, **header["options"])
+    except FxpruneError as error:
+        raise StorageError(f"{path} does not fit {type(model).__name__}: {error}") from error
+    return _fill(pruned, content["state"], path, model)
+
+
+def _fill(pruned: fx.GraphModule, state: dict[str, Tensor], path: object, model: nn.Module) -> fx.GraphModule:
+    """Put the saved tensors in place; the index tables must be those that replaying the plan gave."""
+    own = pruned.state_dict()
+    wrong = sorted(own.keys() ^ state.keys()) or sorted(name for name in own if own[name].shape != state[name].shape)
+    if wrong:
+        raise StorageError(
+            f"{path} does not fit {type(model).__name__}: {wrong[0]} differs; "
+            "build the model with the arguments it was compiled with"
+        )
+    for name, tensor in own.items():
+        if (
+            name.rpartition(".")[2] == "index"
+            and not tensor.is_floating_point()
+            and not torch.equal(tensor.cpu(), state[name])
+        ):
+            raise StorageError(
+                f"{path} does not fit {type(model).__name__}: replaying its plan gives another {name}; "
+                "load it with the model it was compiled from"
+            )
+    pruned.load_state_dict(state)
+    return pruned
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise StorageError(f"{path} does not exist") from error
+    except Exception as error:  # torch raises a dozen types for files that are not its own
+        raise StorageError(f"{path} is truncated or not a file of fxprune.save ({type(error).__name__})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise StorageError(f"{path} was not written by fxprune.save; for a plain state dict use model.load_state_dict")
+    if content.get("version") != VERSION:
+        raise StorageError(
+            f"{path} has format version {content.get('version')}, this fxprune reads version {VERSION}; "
+            "use the version that wrote it"
+        )
+    if not isinstance(content.get("header"), str) or not isinstance(content.get("state"), dict):
+        raise StorageError(f"{path} is altered: parts of it are missing")
+    if not all(isinstance(tensor, Tensor) for tensor in content["state"].values()):
+        raise StorageError(f"{path} is altered: its state holds more than tensors")
+    if content.get("digest") != _digest(content["header"], content["state"]):
+        raise StorageError(f"{path} is altered: its checksum does not match; save the model again")
+    return content
+
+
+def _describe(value: Any) -> Any:
+    """Inputs as JSON: tensors by shape and type, what holds them by kind."""
+    if isinstance(value, Tensor):
+        return {"tensor": [list(value.shape), str(value.dtype).removeprefix("torch.")]}
+    if isinstance(value, dict):
+        return {"dict": {name: _describe(item) for name, item in value.items()}}
+    if isinstance(value, list | tuple):
+        return {"list" if isinstance(value, list) else "tuple": [_describe(item) for item in value]}
+    if isinstance(value, bool | int | float | str | None):
+        return {"value": value}
+    raise StorageError(
+        f"the model was compiled with an example input of type {type(value).__name__}, which a file without code "
+        "cannot hold; compile it with tensors, numbers, strings, and lists, tuples or dicts of them"
+    )
+
+
+def _meta(description: Any) -> Any:
+    """Undo `_describe`, with meta tensors."""
+    ((kind, content),) = description.items()
+    if kind == "tensor":
+        shape, dtype = content
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    if kind == "dict":
+        return {name: _meta(item) for name, item in content.items()}
+    if kind in ("list", "tuple"):
+        items = [_meta(item) for item in content]
+        return items if kind == "list" else tuple(items)
+    return content
+
+
+def _digest(header: str, state: dict[str, Tensor]) -> str:
+    """SHA-256 of all that counts: a flipped bit in a weight is noticed."""
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(state):
+        tensor = state[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,5 @@
+"""Graphs: how a model becomes one, what its nodes give and cost, and how it is edited.
+
+`tracing` captures a model, with `modes` and `values`; `layers` and `fused` are the modules that a graph may contain
+and torch lacks; `editing` is what every pass uses, `memory` tells which values share it; `copying` copies module trees.
+"""

@@ -1,0 +1,47 @@
+"""Copies of module trees: their tensors shared, converted, or made their own."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxprune.errors import TraceError
+
+
+def share_tensors(model: nn.Module, convert: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
+    """Copy the module tree of `model` but not its parameters and buffers, which are shared, or replaced by
+    `convert(tensor)`.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        memo[id(tensor)] = tensor if convert is None else convert(tensor)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as cause:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied with copy.deepcopy ({cause}); "
+            "remove what blocks the copy (a legacy weight_norm hook, "
+            "an open file, a lock) and try again"
+        ) from cause
+
+
+def own_tensors(gm: fx.GraphModule, masked: nn.Module) -> None:
+    """Give `gm` its own copy of every tensor that it still shares with the masked model, one copy for each, so that
+    ties stay.
+    """
+    shared = {id(t) for t in (*masked.parameters(), *masked.buffers())}
+    copies: dict[int, Tensor] = {}
+    for module in gm.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is None or id(tensor) not in shared:
+                    continue
+                if id(tensor) not in copies:
+                    data = tensor.detach().clone()
+                    copies[id(tensor)] = (
+                        nn.Parameter(data, requires_grad=tensor.requires_grad)
+                        if isinstance(tensor, nn.Parameter)
+                        else data
+                    )
+                store[name] = copies[id(tensor)]  # type: ignore[assignment]  # a parameter replaces a parameter

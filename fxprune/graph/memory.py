@@ -1,0 +1,98 @@
+"""Which values share memory, and who writes into it."""
+
+import inspect
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import fx, nn
+
+from fxprune.graph.layers import ChannelGather
+
+
+def is_mutating(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node writes into one of its inputs: `relu(inplace=True)`, `x.mul_(y)`, `x += y`, `out=`."""
+    if node.op == "call_module":
+        return bool(getattr(gm.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    if "out" in node.kwargs or name == "setitem" or (name.endswith("_") and not name.endswith("__")):
+        return True
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name in _INPLACE_OPERATORS
+    inplace = node.kwargs.get("inplace", False)
+    try:
+        bound = (
+            inspect.signature(node.target).bind_partial(*node.args, **node.kwargs) if callable(node.target) else None
+        )
+    except (TypeError, ValueError):  # builtins without a signature have no `inplace` argument
+        return bool(inplace)
+    return bool(bound.arguments.get("inplace", inplace)) if bound else bool(inplace)
+
+
+def storage_roots(gm: fx.GraphModule) -> dict[fx.Node, frozenset[fx.Node]]:
+    """For each node, the nodes whose memory its value may share, itself included. Only known operators are trusted to
+    give new memory.
+    """
+    roots: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if _gives_new_memory(gm, node):
+            roots[node] = frozenset((node,))
+        else:
+            roots[node] = frozenset((node,)).union(*(roots[source] for source in node.all_input_nodes))
+    return roots
+
+
+class Memory:
+    """Who writes into which memory, to tell whether a value is still what it was when a copy of it is left out.
+
+    Taken once; it stays valid while a pass only erases gathers.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._position = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self._roots = storage_roots(gm)
+        self._writers = [node for node in gm.graph.nodes if is_mutating(gm, node)]
+
+    def owns(self, node: fx.Node) -> bool:
+        """Whether the value of `node` is memory that no earlier value shares, and that is not the caller's or a
+        parameter.
+        """
+        return node.op not in ("placeholder", "get_attr") and self._roots[node] == {node}
+
+    def changes(self, value: fx.Node, after: fx.Node, readers: Iterable[fx.Node]) -> bool:
+        """Whether `value` may be written into between the node `after` and the last of `readers`."""
+        start, stop = self._position[after], max((self._position[reader] for reader in readers), default=-1)
+        return any(
+            start < self._position[writer] < stop and not self._roots[value].isdisjoint(self._roots[writer])
+            for writer in self._writers
+        )
+
+
+_INPLACE_OPERATORS = frozenset(
+    "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift iconcat".split()
+)
+
+_NEW_MEMORY_MODULES = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.modules.pooling._AvgPoolNd,
+    ChannelGather,
+)
+
+_NEW_MEMORY_FUNCTIONS = frozenset(
+    (torch.cat, torch.stack, operator.add, operator.mul, operator.sub, operator.truediv, torch.add, torch.mul)
+)
+
+
+def _gives_new_memory(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(gm.get_submodule(str(node.target)), _NEW_MEMORY_MODULES) and not is_mutating(gm, node)
+    return node.op == "call_function" and node.target in _NEW_MEMORY_FUNCTIONS and "out" not in node.kwargs

@@ -1,0 +1,297 @@
+"""Capture a model as a `torch.fx` graph without touching it, and without freezing its training mode.
+
+Three things that `torch.fx.symbolic_trace` does not do:
+
+1. *Leaves.* Every convolution, normalisation and linear layer stays one node, subclasses included. A module whose
+   forward cannot be traced (control flow on shapes, say) becomes a leaf too, innermost first, so that the rest of the
+   model is still captured.
+2. *Modes.* The model is traced in evaluation and in training mode and the graphs are compared. A literal that differs,
+   such as the last argument of `F.dropout(x, p, self.training)`, becomes a `TrainingFlag`; a module without layers of
+   its own whose operators differ (`DropPath`) becomes a leaf.
+3. *Shapes.* They are computed on meta tensors, so that they cost next to nothing.
+"""
+
+import inspect
+import operator
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+
+from fxprune.errors import TraceError
+from fxprune.graph.copying import share_tensors
+from fxprune.graph.layers import ChannelGather, TrainingFlag
+from fxprune.graph.modes import compare_modes, insert_training_flags, restore_modes
+from fxprune.graph.values import first_line, meta_values, propagate
+
+Inputs: TypeAlias = Tensor | Sequence[Any]
+
+LEAVES: tuple[type[nn.Module], ...] = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.Linear,
+    ChannelGather,
+    TrainingFlag,
+)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A captured model.
+
+    Attributes:
+        module: the graph with its own module tree. Parameters and buffers are *shared* with the traced model.
+        values: what each node gives for `inputs`: meta tensors in place of tensors, otherwise plain values. A node
+            whose value is unknown is absent.
+        inputs: the arguments of forward as meta tensors, from the example or from a probe; empty if no probe fits.
+        probed: True if no example was given and `inputs` was found by trying.
+        opaque: modules that could not be traced and stay whole, with the reason.
+        modes: `("eval", "train")`, or `("eval",)` if the forward differs in structure between the modes; the graph then
+            follows evaluation.
+        notes: what the user should know, one sentence each.
+    """
+
+    module: fx.GraphModule
+    values: Mapping[fx.Node, Any]
+    inputs: tuple[Any, ...]
+    probed: bool
+    opaque: Mapping[str, str]
+    modes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def as_inputs(example_inputs: Inputs) -> tuple[Any, ...]:
+    """Return example inputs as a tuple of positional arguments; a bare tensor is one argument."""
+    return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+
+
+def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
+    """Trace `model` into a graph.
+
+    Args:
+        model: any module; it is not changed, and neither are the attributes it keeps beside its parameters.
+        example_inputs: positional arguments of `model.forward`, tensors of any device. Arguments with a default that
+            the example leaves out keep their default for good. Without an example, a single tensor input is probed with
+            usual image sizes.
+
+    Returns:
+        The trace. Its modules share parameters with `model`.
+
+    Raises:
+        TraceError: the top-level forward cannot be traced; the message names the submodules that can. Or a lazy module
+            has no parameters yet.
+    """
+    for name, layer in model.named_modules():
+        if any(is_lazy(parameter) for parameter in layer.parameters(recurse=False)):
+            raise TraceError(
+                f"{name or 'the model'}: {type(layer).__name__} is not initialized yet; run the model once first"
+            )
+    examples = None if example_inputs is None else as_inputs(example_inputs)
+    fixed = _fixed_arguments(model, examples)
+    leaves: dict[str, str] = {}
+    while True:
+        (evaluation, traced), (training, _) = (_trace_in_mode(model, mode, leaves, fixed) for mode in (False, True))
+        flags, divergent = compare_modes(evaluation, training)
+        fresh = {
+            name: "its operators differ between training and evaluation"
+            for name in divergent
+            if _can_be_leaf(model, name)
+        }
+        if not fresh.keys() - leaves.keys():
+            break
+        leaves |= fresh
+
+    root = share_tensors(model)
+    graph = evaluation
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target.startswith("_tensor_constant") and not hasattr(root, node.target):
+            root.register_buffer(node.target, getattr(traced, node.target))  # made while the forward ran
+    if not divergent:
+        insert_training_flags(root, graph, flags)
+    _drop_fixed_arguments(graph, fixed)
+    hints = _argument_types(model)
+    for node in graph.nodes:
+        if node.op == "output":
+            node.type = None  # a return annotation such as GoogLeNetOutputs cannot be scripted
+        elif node.op == "placeholder" and isinstance(node.type, str):
+            node.type = hints.get(str(node.target))  # fx would write the string "Tensor" as a type named _Tensor_
+    module = fx.GraphModule(root, graph, class_name=type(model).__name__)
+    restore_modes(module, root)
+
+    notes = (
+        ["channels of modules that could not be traced keep their order: " + ", ".join(sorted(leaves))]
+        if _has_layers(root, leaves)
+        else []
+    )
+    if divergent:
+        where = ", ".join(name or "the model itself" for name in sorted(divergent))
+        notes.append(
+            f"the forward of {where} differs between training and evaluation mode; "
+            "the compiled graph follows evaluation"
+        )
+    values, inputs = propagate(module, examples)
+    return Trace(
+        module=module,
+        values=values,
+        inputs=inputs,
+        probed=examples is None,
+        opaque=leaves,
+        modes=("eval",) if divergent else ("eval", "train"),
+        notes=tuple(notes),
+    )
+
+
+def trace_leaf(
+    module: nn.Module, training: bool, inputs: tuple[Any, ...]
+) -> tuple[fx.GraphModule, dict[fx.Node, Any]] | None:
+    """Trace one module in one mode, with its values on the meta tensors `inputs`; None if it cannot be traced or does
+    not run on them.
+    """
+    root = share_tensors(module).train(training)
+    try:
+        graph_module = fx.GraphModule(root, _Tracer(()).trace(root))
+    except Exception:  # any failure of user code means the same here: the module stays whole
+        return None
+    values, error = meta_values(graph_module, inputs)
+    return None if error else (graph_module, values)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Return whether calling `module` runs more than its forward: hooks, or a parametrized (computed) weight."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or nn.utils.parametrize.is_parametrized(module)
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------------
+
+
+class _Tracer(fx.Tracer):
+    """`fx.Tracer` with our leaf rule; `failed` names the innermost module whose forward raised."""
+
+    def __init__(self, leaves: Iterable[str] = ()) -> None:  # a pickled graph makes its tracer without arguments
+        # torchvision wraps this function for calls from its own modules; here it stays one node for all.
+        super().__init__(autowrap_functions=(torchvision.ops.stochastic_depth,))
+        self.leaves = frozenset(leaves)
+        self.failed: str | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            isinstance(m, LEAVES)
+            or module_qualified_name in self.leaves
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed is None:
+                self.failed = self.path_of_module(m)
+            raise
+
+
+def _trace_in_mode(
+    model: nn.Module, training: bool, leaves: dict[str, str], fixed: Mapping[str, Any]
+) -> tuple[fx.Graph, nn.Module]:
+    """Trace a fresh copy in one mode, turning modules that raise into leaves (added to `leaves`) until it succeeds."""
+    while True:
+        tracer = _Tracer(leaves)
+        root = share_tensors(model).train(training)
+        try:
+            return tracer.trace(root, concrete_args=dict(fixed)), root
+        except Exception as cause:
+            if not tracer.failed or tracer.failed in leaves:
+                raise TraceError(_untraceable(model, cause)) from cause
+            leaves[tracer.failed] = f"its forward cannot be traced ({first_line(cause)})"
+
+
+def _untraceable(model: nn.Module, cause: Exception) -> str:
+    children = [
+        name
+        for name, child in model.named_children()
+        if any(isinstance(m, nn.Conv2d) for m in child.modules()) and _is_traceable(child)
+    ]
+    said = first_line(cause)
+    way_out = (
+        "compile a submodule and put it back, for example `model.{0} = fxprune.compile(model.{0})`; "
+        "traceable here: {1}".format(children[0], ", ".join(children))
+        if children
+        else "none of its submodules with convolutions can be traced on its own either"
+    )
+    return f"{type(model).__name__} cannot be traced as a whole: {said}; {way_out}"
+
+
+def _is_traceable(module: nn.Module) -> bool:
+    try:
+        _Tracer(()).trace(share_tensors(module).eval())
+    except Exception:  # any failure of user code means the same here: not traceable
+        return False
+    return True
+
+
+def _fixed_arguments(model: nn.Module, examples: tuple[Any, ...] | None) -> dict[str, Any]:
+    """Arguments of forward that keep their default value: all that have one, except those the example fills."""
+    signature = inspect.signature(model.forward).parameters.values()
+    parameters = [p for p in signature if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    keywords = [p for p in signature if p.kind is p.KEYWORD_ONLY]
+    given = 0 if examples is None else len(examples)
+    if given > len(parameters) and not any(p.kind is p.VAR_POSITIONAL for p in signature):
+        raise TraceError(
+            f"{type(model).__name__}.forward takes {len(parameters)} positional arguments, but example_inputs has "
+            f"{given} values; give one for each"
+        )
+    missing = [p.name for p in parameters[given:] if p.default is p.empty] if examples is not None else []
+    if missing:
+        raise TraceError(
+            f"{type(model).__name__}.forward needs {', '.join(missing)}, "
+            f"but example_inputs has {given} values; give one for each"
+        )
+    return {p.name: p.default for p in (*parameters[given:], *keywords) if p.default is not p.empty}
+
+
+def _argument_types(model: nn.Module) -> dict[str, Any]:
+    """Annotations of forward, with those that are strings (`from __future__ import annotations`) evaluated; empty if
+    one names what is not there at run time.
+    """
+    try:
+        return typing.get_type_hints(model.forward)
+    except Exception:  # an annotation may be any expression
+        return {}
+
+
+def _drop_fixed_arguments(graph: fx.Graph, fixed: Mapping[str, Any]) -> None:
+    """Remove the placeholders that tracing leaves behind for fixed arguments, with the assertions on them."""
+    for node in list(graph.nodes):
+        if (
+            node.op != "placeholder"
+            or not any(node.target.rpartition("_")[0] == name for name in fixed)
+            or node.target in fixed
+        ):
+            continue
+        checks = [node]
+        for check in checks:
+            checks.extend(user for user in check.users if user not in checks)
+        if any(check.op == "output" or (check is not node and check.target not in _CHECKS) for check in checks):
+            continue  # the argument is used after all
+        for check in reversed(checks):
+            graph.erase_node(check)
+
+
+_CHECKS = (operator.eq, torch._assert, fx._symbolic_trace._assert_is_none)
+
+
+def _can_be_leaf(model: nn.Module, name: str) -> bool:
+    return name != "" and not any(isinstance(m, LEAVES) for m in model.get_submodule(name).modules())
+
+
+def _has_layers(root: nn.Module, names: Iterable[str]) -> bool:
+    return any(isinstance(m, LEAVES) for name in names for m in root.get_submodule(name).modules())

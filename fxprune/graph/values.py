@@ -1,0 +1,103 @@
+"""What each node of a graph gives, found on meta tensors, so that it costs next to nothing."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.errors import TraceError
+from fxprune.graph.copying import share_tensors
+
+# Spatial sizes tried, in this order, when no example is given: ImageNet, CIFAR, MNIST, then whatever fits the
+# classifier.
+PROBE_SIZES = (224, 32, 28, 64, 96, 128, 256, 299, 384, 512, 16, 8)
+
+
+def first_line(error: Exception) -> str:
+    """The first sentence of an error message, for torch explains at length."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+
+
+class _MetaInterpreter(fx.Interpreter):
+    """Runs a graph node by node and keeps every value."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=graph)
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.values[n] = value = super().run_node(n)
+        return value
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # Wrapped functions (swin's window attention) change the lists they are given; fx hands out immutable ones.
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        thawed = _thaw((args, kwargs))
+        return thawed[0], thawed[1]
+
+
+def _thaw(argument: Any) -> Any:
+    if isinstance(argument, dict):
+        return {key: _thaw(value) for key, value in argument.items()}
+    if isinstance(argument, list):
+        return [_thaw(value) for value in argument]
+    if type(argument) is tuple:
+        return tuple(_thaw(value) for value in argument)
+    return argument
+
+
+def propagate(module: fx.GraphModule, examples: tuple[Any, ...] | None) -> tuple[dict[fx.Node, Any], tuple[Any, ...]]:
+    """Values of all nodes on meta tensors, from the example or from the first probe that fits, and the inputs used."""
+    if examples is None:
+        for probe in _probes(module):
+            values, error = meta_values(module, (probe,))
+            if error is None:
+                return values, (probe,)
+        return {}, ()
+    inputs = torch.utils._pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, examples)
+    values, error = meta_values(module, inputs)
+    if error is not None and not _needs_data(error):
+        shapes = ", ".join(
+            str(tuple(leaf.shape)) for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)
+        )
+        raise TraceError(f"the model does not run on example inputs of shape {shapes}: {first_line(error)}") from error
+    return values, inputs
+
+
+def _needs_data(error: Exception) -> bool:
+    """Whether a run on meta tensors ended because it asked for their data: a size or a branch depends on values."""
+    return isinstance(error, NotImplementedError) or "on meta tensors" in str(error)
+
+
+def meta_values(module: fx.GraphModule, inputs: tuple[Any, ...]) -> tuple[dict[fx.Node, Any], Exception | None]:
+    """Run `module` on meta tensors; return the value of each node reached, and the error that ended the run, if any."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        meta = tensor.detach().to("meta")
+        return nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
+
+    tree = nn.Module()  # the modules alone: copying the graph as well would take most of the time
+    tree._modules, tree._parameters, tree._buffers = module._modules, module._parameters, module._buffers
+    interpreter = _MetaInterpreter(share_tensors(tree, convert).eval(), module.graph)
+    try:
+        with torch.no_grad():
+            interpreter.run(*inputs)
+    except Exception as error:  # user code may raise anything; the caller decides what it means
+        return interpreter.values, error
+    return interpreter.values, None
+
+
+def _probes(module: fx.GraphModule) -> Iterator[Tensor]:
+    """Plausible inputs for a module with a single tensor input, two samples each."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    layers = [module.get_submodule(node.target) for node in module.graph.nodes if node.op == "call_module"]
+    first = next((m for m in layers if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)), None)
+    if len(placeholders) != 1 or first is None:
+        return
+    dtype = first.weight.dtype
+    if isinstance(first, nn.Linear):
+        yield torch.empty(2, first.in_features, dtype=dtype, device="meta")
+        return
+    for size in PROBE_SIZES:
+        yield torch.empty(2, first.in_channels, *(size,) * len(first.kernel_size), dtype=dtype, device="meta")

@@ -1,0 +1,91 @@
+"""The account of an acceleration: what was tried for each convolution, how long it took, and what was chosen."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fxprune.exact.reporting import Report
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """One convolution with what is fused into it.
+
+    Attributes:
+        name: module path in the pruned model.
+        input_shape: `(N, C, H, W)` it was timed with.
+        chosen: the fastest form, a key of `seconds`.
+        seconds: shortest time of each form that was tried. A form is `"pruned"` or `"dense"` and the engine: `"pruned
+            native"`. A convolution that was not pruned has dense forms only.
+        obstacles: engines that cannot compute it, with the reason.
+    """
+
+    name: str
+    input_shape: tuple[int, ...]
+    chosen: str
+    seconds: Mapping[str, float]
+    obstacles: Mapping[str, str]
+
+    @property
+    def dense_form(self) -> str:
+        """The fastest dense form."""
+        return min((form for form in self.seconds if form.startswith("dense")), key=self.seconds.__getitem__)
+
+    @property
+    def dense_seconds(self) -> float:
+        """Time of the fastest dense form."""
+        return self.seconds[self.dense_form]
+
+
+@dataclass(frozen=True)
+class AccelerationReport:
+    """The account of an accelerated model. `str()` is a table; `to_dict()` is JSON-able.
+
+    Attributes:
+        device, dtype, memory_format: what the model was made for.
+        chosen: the whole graph that was chosen, a key of `seconds`.
+        seconds: shortest time of each whole graph that was tried: `"pruned"` or `"dense"` and the memory format.
+        relative: time of the chosen graph relative to the best dense one, in the same rounds; 1 if that is the choice.
+        layers: the convolutions, in graph order.
+        gathers: gathers that no convolution could take in.
+        difference: largest difference to the model before, relative to the largest output.
+        notes: what else the user should know.
+        compiled: the report of the pruned model; None if the model was not compiled.
+    """
+
+    device: str
+    dtype: str
+    memory_format: str
+    chosen: str
+    seconds: Mapping[str, float]
+    relative: float
+    layers: tuple[LayerChoice, ...]
+    gathers: int
+    difference: float
+    notes: tuple[str, ...]
+    compiled: Report | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as dicts, lists, strings and numbers."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        width = max([11, *(len(layer.name) for layer in self.layers)])
+        lines = [f"{'convolution':{width}}  {'chosen':16} {'ms':>8} {'dense ms':>9} {'ratio':>6}  tried (ms)"]
+        for layer in self.layers:
+            seconds = layer.seconds[layer.chosen]
+            tried = ", ".join(f"{form} {1e3 * time:.3f}" for form, time in layer.seconds.items())
+            lines.append(
+                f"{layer.name:{width}}  {layer.chosen:16} {1e3 * seconds:>8.3f} {1e3 * layer.dense_seconds:>9.3f} "
+                f"{seconds / layer.dense_seconds:>6.2f}  {tried}"
+            )
+        whole = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in self.seconds.items())
+        lines += [
+            "",
+            f"whole network: {whole}",
+            f"chosen: {self.chosen}, {self.relative:.2f} of the best dense time; "
+            f"{self.dtype} on {self.device}, {self.memory_format}; {self.gathers} gathers remain",
+            f"largest difference to the model before: {self.difference:.1e} of the largest output",
+            *(f"note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)

@@ -1,0 +1,80 @@
+"""Measured times of single layers, remembered in memory and in a file, so that nothing is timed twice on a machine.
+
+The time of a layer is its shortest round: other work on the machine only ever adds to it.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from fxprune.inference.kernels.native import cache_directory, processor, source_digest
+from fxprune.inference.race import race
+
+ROUNDS = 9
+WARMUP = 2
+TURN_SECONDS = 2e-3  # a turn lasts about as long: the clock and the caches of a single short call say little
+
+
+class Stopwatch:
+    """Seconds of calls, by a key that says what was called.
+
+    Args:
+        device: where the calls run.
+        remember: read and write the file in the cache folder; without it times are kept for this object only.
+    """
+
+    def __init__(self, device: torch.device, remember: bool = True) -> None:
+        self.device = device
+        self.path = cache_directory() / f"times-{_machine(device)}.json" if remember else None
+        self._seconds: dict[str, float] = _read(self.path) if self.path else {}
+        self._is_new = False
+
+    def times(self, keys: Iterable[str]) -> dict[str, float] | None:
+        """Seconds of `keys`; None unless all were timed before: only times of one race can be compared."""
+        keys = tuple(keys)
+        return {key: self._seconds[key] for key in keys} if all(key in self._seconds for key in keys) else None
+
+    def race(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+        """Time all of `calls`, by key, side by side, and return their seconds."""
+        timings = race(calls, rounds=ROUNDS, warmup=WARMUP, device=self.device, min_seconds=TURN_SECONDS)
+        seconds = {key: timing.fastest for key, timing in timings.items()}
+        self._seconds.update(seconds)
+        self._is_new = True
+        return seconds
+
+    def save(self) -> None:
+        """Write the file, if there is anything new. A folder that cannot be written to costs only time."""
+        if self.path is None or not self._is_new:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            merged = {**_read(self.path), **self._seconds}
+            with tempfile.TemporaryDirectory(dir=self.path.parent) as scratch:
+                whole = Path(scratch) / self.path.name
+                whole.write_text(json.dumps(merged), encoding="utf-8")
+                os.replace(whole, self.path)
+        except OSError:
+            return
+        self._is_new = False
+
+
+def _machine(device: torch.device) -> str:
+    """What a time depends on beside the layer, as part of a file name."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}-{torch.get_num_threads()}"
+    parts = (device.type, name, f"torch{torch.__version__}", source_digest())
+    return "".join(c if c.isalnum() else "-" for c in "-".join(parts))
+
+
+def _read(path: Path) -> dict[str, float]:
+    """The times in a file; none if it is absent or damaged."""
+    try:
+        times = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(times, dict):
+        return {}
+    return {str(key): float(t) for key, t in times.items() if isinstance(t, float) and t > 0}

@@ -1,0 +1,104 @@
+"""The one step that changes the function: what a plan drops becomes zero, and what stays is refitted."""
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import fx, nn
+
+from fxprune.calibration import FITS, Calibration
+from fxprune.calibration.subject import Subject
+from fxprune.exact.pipeline import run
+from fxprune.graph.copying import own_tensors
+from fxprune.graph.tracing import Inputs, trace
+from fxprune.passes import RemoveChannels
+from fxprune.plans import GroupedKernels, PrunePlan
+from fxprune.plans.masking import entries_without_removed, masked_copy, remaining, zero_pruned
+
+
+def mask(
+    model: nn.Module, plan: PrunePlan, calibration: Calibration | None = None, *, progress: bool = False
+) -> nn.Module:
+    """Return a copy of `model` in which the kernels and channels that `plan` drops are zero: the oracle of all that
+    follows.
+
+    Args:
+        model: the dense model. It is not changed.
+        plan: what to drop.
+        calibration: see `compile`; with it the kernels that stay are refitted.
+        progress: show a bar on stderr.
+
+    Raises:
+        PlanError: the plan was made for another model.
+        CalibrationError: the calibration data are malformed, or do not fit the model.
+    """
+    plan.check(model)
+    if calibration is None:
+        return masked_copy(model, plan)
+    return masked_by(Subject(model, None, calibration), plan, progress=progress)
+
+
+def masked_by(subject: Subject, plan: PrunePlan, *, progress: bool = False) -> nn.Module:
+    """The same for a model whose trace and calibration data, if there are any, are known.
+
+    What whole channels leave behind is refitted first, then the kernels of the network without them.
+    """
+    model = subject.model
+    if subject.batches is None:
+        return masked_copy(model, plan)
+    if not plan.removed:
+        masked = masked_copy(model, plan)
+        if plan.layers:
+            subject.reconstruct(masked, plan.layers, lambda name, conv, samples: plan.layers[name], plan.seed, progress)
+        return masked
+    masked = copy.deepcopy(model)
+    zero_pruned(masked, entries_without_removed(model, plan))
+    refit_readers(subject, masked, plan, progress=progress)
+    if plan.layers:
+        smaller = without_removed(masked, plan, subject.example_inputs)
+        kernels = replace(plan, removed={})
+        put_back(masked, masked_by(subject.of(smaller), kernels, progress=progress), plan)
+    return masked
+
+
+def refit_readers(subject: Subject, masked: nn.Module, plan: PrunePlan, *, progress: bool = False) -> None:
+    """Refit, in place, the convolutions that read channels which `plan` removes: the others make up for them."""
+    readers = [
+        name
+        for name, conv in masked.named_modules()
+        if isinstance(conv, nn.Conv2d) and conv.groups == 1 and name in plan.removed and plan.removed[name].inputs
+    ]
+
+    def choose(name: str, conv: nn.Conv2d, samples: object) -> GroupedKernels:
+        kept = tuple(remaining(conv.in_channels, plan.removed[name].inputs).tolist())
+        return GroupedKernels(tuple(range(conv.out_channels)), (kept,), conv.in_channels, 0.0)
+
+    subject.reconstruct(masked, readers, choose, plan.seed, progress)
+    zero_pruned(masked, entries_without_removed(masked, plan))  # the fit gives the removed filters a value again
+
+
+def without_removed(masked: nn.Module, plan: PrunePlan, example_inputs: Inputs | None) -> fx.GraphModule:
+    """The network without the channels that `plan` removes, its convolutions still dense."""
+    traced = trace(masked, example_inputs)
+    run(traced.module, (RemoveChannels(plan, traced.inputs),), traced.inputs)
+    own_tensors(traced.module, masked)
+    return traced.module
+
+
+@torch.no_grad()
+def put_back(masked: nn.Module, smaller: nn.Module, plan: PrunePlan) -> None:
+    """Write the tensors of the network without the removed channels to their places in the masked one, in place."""
+    setattr(masked, FITS, getattr(masked, FITS, {}) | getattr(smaller, FITS, {}))
+    found = smaller.state_dict()
+    for name, tensor in masked.state_dict().items():
+        if name not in found:
+            continue
+        new, channels = found[name], plan.removed.get(name.rpartition(".")[0])
+        if tensor.shape == new.shape:
+            tensor.copy_(new)
+        elif channels is not None:
+            rows = remaining(tensor.shape[0], channels.outputs)
+            if tensor.dim() > 1 and tensor.shape[1] != new.shape[1]:
+                tensor[rows[:, None], remaining(tensor.shape[1], channels.inputs)] = new
+            else:
+                tensor[rows] = new

@@ -1,0 +1,50 @@
+"""From a request to a plan."""
+
+from dataclasses import replace
+
+from torch import nn
+
+from fxprune.calibration.subject import Subject
+from fxprune.planning.filters import plan_filters
+from fxprune.planning.kernels import plan_kernels
+from fxprune.planning.lossy import masked_by, put_back, without_removed
+from fxprune.planning.requests import Request
+from fxprune.plans import PrunePlan
+
+
+def plan_for(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module | None]:
+    """The plan, and the masked model if it was refitted on the way.
+
+    Raises:
+        PlanError: nothing can be planned as asked for.
+        AccelerationError: a latency is asked for, and the model cannot be accelerated.
+        CalibrationError: the calibration data do not fit the model.
+    """
+    first, *rest = request.parts()
+    if first.granularity == "kernel":
+        return plan_kernels(subject, first)
+    if first.after is not None:
+        first.after.check(subject.model)
+    plan = plan_filters(subject, first)
+    if not rest:
+        return plan, None
+    (second,) = rest
+    masked = masked_by(subject, plan, progress=request.progress)
+    smaller = without_removed(masked, plan, subject.example_inputs)
+    kernels, refitted = plan_kernels(subject.of(smaller), second)
+    together = _joined(plan, kernels)
+    if refitted is None:
+        return together, None
+    put_back(masked, refitted, plan)
+    return together, masked
+
+
+def _joined(filters: PrunePlan, kernels: PrunePlan) -> PrunePlan:
+    """One plan of both; why a layer keeps its filters is said beside why it stays dense, or noted."""
+    skipped, notes = dict(kernels.skipped), dict(kernels.notes)
+    for name, reason in filters.skipped.items():
+        said = notes if name in kernels.layers else skipped
+        before = f"{said[name]}; " if name in said else ""
+        said[name] = f"{before}keeps its filters: {reason}"
+    method = f"{filters.method}; {kernels.method}"
+    return replace(kernels, removed=filters.removed, ratio={}, method=method, skipped=skipped, notes=notes)

@@ -1,0 +1,312 @@
+"""What a user may ask for: one object that checks itself, made at the door and carried to whoever needs part of it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from fxprune.criteria import Criterion, ScoreFunction, criterion_of
+from fxprune.criteria.snapshots import Snapshot, listed
+from fxprune.criteria.variety import Variety
+from fxprune.errors import PlanError, near_matches
+from fxprune.planning.latency_table import LatencyTable, check_latency
+from fxprune.planning.sensitivity import Cost, Sensitivity
+from fxprune.plans import PrunePlan
+from fxprune.plans.fields import check_seed, check_share, freeze_ratio
+from fxprune.plans.shapes import BLOCKS, FORMS, TARGETS, Groups
+
+Scope = Literal["local", "global"]
+
+GRANULARITIES = ("kernel", "filter")
+"""What is removed: kernels, so that convolutions become grouped, or whole filters, so that they become narrower."""
+METHODS = ("auto", "cocluster", "reconstruction", "tmi", "srgkp")
+"""How groups and kept kernels are chosen.
+
+- `"cocluster"`: the kept importance is largest (`fxprune.methods.cocluster`). The only one that takes a criterion and
+  variety.
+- `"reconstruction"`: the error that a refit leaves is smallest; needs calibration (`fxprune.methods.reconstruction`).
+- `"tmi"`: TMI-GKP as published; needs snapshots (`fxprune.methods.tmi`).
+- `"srgkp"`: SR-GKP as published (`fxprune.methods.srgkp`).
+- `"auto"`: reconstruction if there is calibration data and neither criterion nor variety is given, else cocluster.
+"""
+PUBLISHED = ("tmi", "srgkp")
+"""Methods of papers: overlap form only, and 8 groups unless said otherwise."""
+DEFAULT_RATIO = 0.5
+"""Of kernel groups, or filters, where neither ratio nor budget is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """How much is to go, of what, chosen how, for which device.
+
+    The fields are the arguments of `fxprune.compile` of the same names, which explains them. Once made, a mapping is a
+    copy, an iterable a tuple, and `variety` the rule that its name stands for.
+
+    Attributes:
+        after: an earlier plan of filters for the same model: what it removes stays removed, and counts.
+
+    Raises:
+        PlanError: a value is not legal, or contradicts another. What depends on the model is checked by the planners.
+    """
+
+    ratio: float | Mapping[str, float] | None = None
+    macs: float | None = None
+    params: float | None = None
+    latency: float | None = None
+    latency_table: LatencyTable | None = None
+    sensitivity: Sensitivity | None = None
+    granularity: str | Mapping[str, float] = "kernel"
+    scope: Scope = "local"
+    round_to: int = 1
+    groups: Groups | Mapping[str, Groups] = "auto"
+    method: str = "auto"
+    form: str = "auto"
+    block: int | None = None
+    target: str | None = None
+    share_groups: bool | None = None
+    criterion: str | Criterion | ScoreFunction | None = None
+    variety: str | Variety | None = None
+    snapshots: Iterable[Snapshot] | None = None
+    ignore: str | Iterable[str] = ()
+    seed: int = 0
+    progress: bool = False
+    after: PrunePlan | None = None
+
+    def __post_init__(self) -> None:
+        """Check the rules above, and copy what could change."""
+        self._check_granularity()
+        self._check_amount()
+        self._check_groups()
+        self._check_device()
+        check_seed(self.seed)
+        _freeze(self, "variety", Variety.parse(self.variety))
+        if self.criterion is not None:
+            criterion_of(self.criterion)
+        self._check_method()
+        if self.snapshots is not None:
+            _freeze(self, "snapshots", listed(self.snapshots))
+        _freeze(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
+
+    # --- what follows from it -----------------------------------------------------------------------------------------
+
+    @property
+    def budget(self) -> tuple[Cost, float] | None:
+        """The share of MACs or parameters that may remain, if that was asked for."""
+        costs: tuple[Cost, ...] = get_args(Cost)
+        return next(((cost, share) for cost in costs if (share := getattr(self, cost)) is not None), None)
+
+    @property
+    def filter_ratio(self) -> float | Mapping[str, float] | None:
+        """The ratio of filters: the default if nothing is given, None for a budget."""
+        return DEFAULT_RATIO if self.ratio is None and self.budget is None else self.ratio
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of `ignore`."""
+        assert isinstance(self.ignore, tuple)
+        return self.ignore
+
+    @property
+    def rule(self) -> Variety | None:
+        """The rule of `variety`."""
+        assert not isinstance(self.variety, str)
+        return self.variety
+
+    @property
+    def effective_block(self) -> int:
+        """How many channels are kept together. None is what suits the target: 8 on `"cuda"`, else 1; and 1 for the
+        methods of papers, which choose single channels.
+        """
+        if self.block is not None:
+            return self.block
+        return 1 if self.target is None or self.method in PUBLISHED else BLOCKS[self.target]
+
+    @property
+    def gives_up_blocks(self) -> bool:
+        """Whether the target would like blocks that the method does not know."""
+        return self.block is None and self.target is not None and self.effective_block != BLOCKS[self.target]
+
+    @property
+    def shares_groups(self) -> bool:
+        """Whether layers that write the same channels get the same groups of filters. It costs some accuracy and saves
+        gathers. None is True with a target. Blocks that are read whole hold the order of the stream, so that sharing
+        would save nothing, and methods of papers group each layer by itself: None is False for both.
+        """
+        if self.share_groups is not None:
+            return self.share_groups
+        return self.target is not None and self.effective_block == 1 and self.method not in PUBLISHED
+
+    def method_for(self, calibrated: bool) -> str:
+        """The method, given whether there is calibration data.
+
+        Raises:
+            PlanError: it needs calibration data, or the criterion or variety does not fit it.
+        """
+        free = self.criterion is None and self.variety is None
+        method = self.method if self.method != "auto" else "reconstruction" if calibrated and free else "cocluster"
+        if method == "reconstruction" and not calibrated:
+            raise PlanError(
+                "method 'reconstruction' measures the error on data; pass calibration=, or use method='cocluster'"
+            )
+        if self.rule is not None:
+            self.rule.similarity_for(calibrated)
+        return method
+
+    def parts(self) -> "Iterator[Request]":
+        """Requests of one granularity each, in the order in which they are served: filters first."""
+        if not isinstance(self.granularity, Mapping):
+            yield self
+            return
+        usual = {name: _DEFAULTS[name] for name in _KERNELS_ONLY}
+        yield replace(self, granularity="filter", ratio=self.granularity["filter"], **usual)
+        usual = {name: _DEFAULTS[name] for name in _FILTERS_ONLY}
+        yield replace(self, granularity="kernel", ratio=self.granularity["kernel"], **usual)
+
+    # --- checks -------------------------------------------------------------------------------------------------------
+
+    def _check_granularity(self) -> None:
+        """See that only what the granularity has is given."""
+        given = self.granularity
+        names = list(given) if isinstance(given, Mapping) else [given]
+        for name in names:
+            if name not in GRANULARITIES:
+                close = near_matches(str(name), GRANULARITIES)
+                raise PlanError(
+                    f"granularity is {name!r}{close}; it must be 'kernel', 'filter', or map both to their ratios: "
+                    "granularity={'filter': 0.25, 'kernel': 0.5}"
+                )
+        if isinstance(given, Mapping):
+            self._check_both(names)
+            _freeze(self, "granularity", MappingProxyType({name: freeze_ratio(value) for name, value in given.items()}))
+            return
+        foreign, other, them = (
+            (_KERNELS_ONLY, "kernel", "filters") if given == "filter" else (_FILTERS_ONLY, "filter", "kernels")
+        )
+        for name in foreign:
+            if (value := getattr(self, name)) != _DEFAULTS[name]:
+                raise PlanError(f"{name}={_short(value)} is for granularity={other!r}; leave it out for {them}")
+        if given == "filter" and self.latency is not None:
+            raise PlanError(
+                f"latency={self.latency!r} chooses groups of kernels; give filters a ratio or macs= instead"
+            )
+
+    def _check_both(self, names: list[str]) -> None:
+        """See that a mapping from granularity to ratio is the only answer to how much goes."""
+        if set(names) != set(GRANULARITIES):
+            raise PlanError(
+                f"granularity names {names} only; give both ratios, or granularity={names[0]!r} with ratio="
+            )
+        for name in ("macs", "params", "latency"):
+            if getattr(self, name) is not None or self.ratio is not None:
+                raise PlanError(f"granularity has a ratio for each already; leave ratio and {name} out")
+        if self.snapshots is not None:
+            raise PlanError(
+                "snapshots do not fit the network that removed filters leave; plan one granularity at a time"
+            )
+
+    def _check_amount(self) -> None:
+        """See that one thing says how much goes, and what it needs is there."""
+        amounts = {name: getattr(self, name) for name in ("ratio", "macs", "params", "latency")}
+        if sum(value is not None for value in amounts.values()) > 1:
+            if self.granularity == "filter":
+                raise PlanError(
+                    f"ratio is {self.ratio!r}, macs {self.macs!r} and params {self.params!r}; pass exactly one of them"
+                )
+            raise PlanError("ratio, macs, params and latency exclude one another; pass one of them")
+        if (self.budget or self.latency is not None) and self.form == "partition":
+            raise PlanError("a budget needs ratios of any value, which the partition form has not; leave form out")
+        for name, kind, how in _TABLES:
+            table = getattr(self, name)
+            if table is not None and not isinstance(table, kind):
+                raise PlanError(
+                    f"{name} is a {type(table).__name__}; pass what {how} returned, or {kind.__name__}.from_json"
+                )
+        if self.sensitivity is not None and not self.budget and self.latency is None:
+            raise PlanError("sensitivity is for a budget; pass macs= or params= or latency= with it, or leave it out")
+        if self.latency_table is not None and self.latency is None:
+            raise PlanError("latency_table is for a share of the latency; pass latency= with it, or leave it out")
+        if self.budget is not None:
+            cost, share = self.budget
+            check_share(share, cost)
+        if self.latency is not None:
+            check_latency(self.latency)
+            if self.target is None:
+                raise PlanError(
+                    f"latency={self.latency:.4g} needs the device to be fast on; pass target='cpu' or target='cuda'"
+                )
+        if self.scope not in get_args(Scope):
+            raise PlanError(f"scope is {self.scope!r}; it must be 'local' or 'global'")
+        if self.ratio is not None:
+            _freeze(self, "ratio", freeze_ratio(self.ratio))
+            if self.scope == "global" and isinstance(self.ratio, Mapping):
+                raise PlanError(
+                    "ratio maps patterns to shares, but scope='global' ranks all layers together; use 'local'"
+                )
+        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
+            raise PlanError(f"round_to is {self.round_to!r}; it must be an integer, 1 or more")
+
+    def _check_groups(self) -> None:
+        for count in self.groups.values() if isinstance(self.groups, Mapping) else (self.groups,):
+            if count != "auto" and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+                raise PlanError(f"groups is {count!r}; it must be a positive integer, 'auto', or map patterns to these")
+        if isinstance(self.groups, Mapping):
+            _freeze(self, "groups", dict(self.groups))
+        _check_choice("method", self.method, METHODS)
+        _check_choice("form", self.form, FORMS)
+        if self.method in PUBLISHED and self.form == "partition":
+            raise PlanError(f"method {self.method!r} is for the overlap form; use form='auto', or method='cocluster'")
+
+    def _check_device(self) -> None:
+        if self.target is not None:
+            _check_choice("target", self.target, TARGETS)
+        if self.block is not None and (
+            isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1
+        ):
+            raise PlanError(
+                f"block is {self.block!r}; it must be a positive integer, such as 8, or None for what suits the target"
+            )
+        if self.block is not None and self.block > 1 and self.method in PUBLISHED:
+            raise PlanError(f"method {self.method!r} chooses channels one by one; leave block out, or use 'cocluster'")
+        if self.share_groups is not None and not isinstance(self.share_groups, bool):
+            raise PlanError(
+                f"share_groups is {self.share_groups!r}; it must be True, False, or None for what suits the target"
+            )
+        if self.share_groups and self.method in PUBLISHED:
+            raise PlanError(
+                f"method {self.method!r} groups each layer by itself; leave share_groups out, or use 'cocluster'"
+            )
+
+    def _check_method(self) -> None:
+        for what in ("criterion", "variety"):
+            if getattr(self, what) is not None and self.method not in ("auto", "cocluster"):
+                raise PlanError(f"method {self.method!r} has its own score; leave {what} out, or use 'cocluster'")
+        if self.method == "tmi" and self.snapshots is None:
+            raise PlanError(
+                "method 'tmi' compares the weights with earlier states of the same training run; pass snapshots=[state "
+                "dicts or paths], or use method='cocluster', which needs none"
+            )
+
+
+_DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(Request)}
+_KERNELS_ONLY = ("sensitivity", "latency_table", "groups", "method", "form", "block", "share_groups")
+"""Fields that say how kernels are grouped."""
+_FILTERS_ONLY = ("scope", "round_to", "after")
+"""Fields that say which filters go."""
+_TABLES: tuple[tuple[str, type, str], ...] = (
+    ("sensitivity", Sensitivity, "fxprune.measure_sensitivity"),
+    ("latency_table", LatencyTable, "fxprune.measure_latency"),
+)
+
+
+def _freeze(request: Request, name: str, value: object) -> None:
+    object.__setattr__(request, name, value)
+
+
+def _check_choice(what: str, value: object, legal: tuple[str, ...]) -> None:
+    if value not in legal:
+        close = near_matches(str(value), legal)
+        raise PlanError(f"{what} is {value!r}{close}; it must be one of {', '.join(map(repr, legal))}")
+
+
+def _short(value: object) -> str:
+    return repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"

@@ -1,0 +1,126 @@
+"""Which convolutions can be regrouped exactly and are worth it, and why the others stay dense."""
+
+from collections.abc import Set
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from fxprune.errors import PlanError
+from fxprune.graph.editing import calls, first_reader, read_by_name
+from fxprune.graph.tracing import Trace
+
+# Narrower convolutions stay dense. Below 16 input channels (an RGB stem) there is little to remove and every kernel
+# matters; below 16 filters even two groups are narrower than the 8 lanes of an AVX2 register, and measured slower than
+# the dense convolution (1 thread, oneDNN 3.13: 2.2 to 5.4 times the dense time at 2 to 4 filters a group).
+MIN_IN_CHANNELS = 16
+MIN_OUT_CHANNELS = 16
+
+# Subclasses whose forward only pads and then convolves with `self.weight` and `self.groups`, so regrouping is exact.
+EXACT_SUBCLASSES = frozenset({"timm.layers.conv2d_same.Conv2dSame"})
+
+QUANTIZED_PACKAGES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+
+
+def skip_reason(module: nn.Module, shared_parameters: Set[int] = frozenset()) -> str:
+    """Why a module stays dense by default, or `""` if it is a convolution that can be pruned.
+
+    Args:
+        module: a module with initialized parameters.
+        shared_parameters: `id` of each parameter that several modules own, see `parameters_of_several_modules`.
+    """
+    if not isinstance(module, nn.Conv2d):
+        return f"{type(module).__name__} is not a Conv2d"
+    conv = module
+    if "forward" in vars(conv) or "_conv_forward" in vars(conv):
+        return "its forward was replaced; only plain Conv2d can be regrouped exactly"
+    if computes_its_own_forward(type(conv)):
+        return f"subclass {type(conv).__name__} computes its own forward; only plain Conv2d can be regrouped exactly"
+    if parametrize.is_parametrized(conv):
+        return "is parametrized, its weight is computed; call torch.nn.utils.parametrize.remove_parametrizations first"
+    if conv._forward_pre_hooks or conv._forward_hooks:
+        return "has forward hooks, which may change its weight, input or output; remove them first"
+    if conv.groups == conv.in_channels and conv.groups > 1:
+        return "is depthwise already"
+    if conv.groups > 1:
+        return f"is grouped already (groups={conv.groups})"
+    if id(conv.weight) in shared_parameters:
+        return "shares its weight with another module"
+    if not conv.weight.is_floating_point():  # quantized, integer and complex types
+        return f"its weight is {conv.weight.dtype}, not floating point"
+    if conv.in_channels < MIN_IN_CHANNELS:
+        return f"too few input channels ({conv.in_channels} < {MIN_IN_CHANNELS})"
+    if conv.out_channels < MIN_OUT_CHANNELS:
+        return f"too few filters ({conv.out_channels} < {MIN_OUT_CHANNELS})"
+    return ""
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    """See that a weight has values that can be compared.
+
+    Raises:
+        PlanError: the weight is on the meta device, or holds NaN or infinity.
+    """
+    if weight.is_meta:
+        raise PlanError(f"{name}: the weight is on the meta device and has no values; load the weights before planning")
+    wrong = int(weight.numel() - torch.isfinite(weight).sum())
+    if wrong:
+        raise PlanError(
+            f"{name}: {wrong} of {weight.numel()} weights are NaN or infinite; repair them, or leave the layer alone "
+            f"with ignore=({name!r},)"
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    """See that the modules of a model are in a state from which one can plan.
+
+    Raises:
+        PlanError: naming the first module that is quantized or whose parameters are not initialized.
+    """
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(QUANTIZED_PACKAGES):
+            raise PlanError(
+                f"{name or 'the model'}: {type(module).__name__} is quantized; prune the floating-point model first "
+                "and quantize the result"
+            )
+        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+            raise PlanError(
+                f"{name or 'the model'}: {type(module).__name__} is not initialized yet; run the model once first"
+            )
+
+
+def parameters_of_several_modules(model: nn.Module) -> Set[int]:
+    """The `id` of each parameter that more than one distinct module owns."""
+    seen: set[int] = set()
+    several: set[int] = set()
+    for module in model.modules():  # a module that is called twice is visited once
+        for parameter in {id(parameter) for parameter in module.parameters(recurse=False)}:
+            (several if parameter in seen else seen).add(parameter)
+    return several
+
+
+def computes_its_own_forward(kind: type[nn.modules.conv._ConvNd]) -> bool:
+    """Whether a convolution does more than pad and convolve with its weight, as torch's own do."""
+    if f"{kind.__module__}.{kind.__qualname__}" in EXACT_SUBCLASSES:
+        return False
+    plain = next(base for base in kind.__mro__ if base.__module__ == nn.modules.conv.__name__)
+    return any(getattr(kind, name, None) is not getattr(plain, name, None) for name in ("forward", "_conv_forward"))
+
+
+def find_obstacles(model: nn.Module, traced: Trace) -> dict[str, str]:
+    """Convolutions that the traced graph does not allow to be grouped, with the reason."""
+    called = {str(node.target): conv for node, conv in calls(traced.module, nn.Conv2d)}
+    named = read_by_name(traced.module)
+    obstacles = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d):
+            continue
+        whole = next((path for path in traced.opaque if name.startswith(f"{path}.")), None)
+        if whole is not None:
+            obstacles[name] = f"inside {whole}: {traced.opaque[whole]}"
+        elif name not in called:
+            obstacles[name] = "the traced graph never calls it"
+        elif reader := first_reader(called[name].parameters(), named):
+            obstacles[name] = f"its parameters are also read by {reader}, which needs them dense"
+    return obstacles
