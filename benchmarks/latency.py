@@ -9,7 +9,7 @@ that what else the machine does hits all alike. Times are medians over the round
 ratios are medians of ratios within a round, to the dense network in the same runtime. Every network has BatchNorm
 folded and runs in both layouts, unless one is asked for, and the faster counts: of the dense opponent too. Before it is
 timed its output must equal that of its oracle, for fxprune the masked model. Weights may be random: they take no other
-time. """
+time."""
 
 import argparse
 import contextlib

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 import fxprune
 from benchmarks import _cifar
 from fxprune.criteria import Taylor
-from fxprune.planning import lossy
 from fxprune.exports import save_onnx
+from fxprune.planning import lossy
 from fxprune.plans import PrunePlan, RemovedChannels
 from fxprune.plans.masking import kept_entries, remaining, zero_pruned
 
