@@ -67,22 +67,22 @@ def compile(
 
     Args:
         model: any traceable module, on any device, in any floating-point type.
+
+        *How much goes.* One of these; ratio 0.5 if none is given.
+
         ratio: share of kernel groups (or of filters, see `granularity`) to remove from each convolution, in `[0, 1)`,
-            or a mapping from module-name pattern to share; 0.5 if no budget is given either.
-        macs: instead of a ratio, the share of the network's MACs that may remain, in `(0, 1]`. The ratio of each layer
-            follows from its sensitivity, in overlap form, so that the total is met within 1 %.
+            or a mapping from module-name pattern to share.
+        macs: the share of the network's MACs that may remain, in `(0, 1]`. The ratio of each layer follows from its
+            sensitivity, in overlap form, so that the total is met within 1 %.
         params: the same for the parameters.
-        latency: instead of a ratio, the share in `(0, 1]` of the time of the best dense form that may remain on
-            `target`, which it needs. Ratio, number of groups and form of each layer follow from measured times and from
-            its sensitivity; the whole network is measured too, and the choice corrected, see
-            `fxprune.planning.latency_budget.meet`.
+        latency: the share in `(0, 1]` of the time of the best dense form that may remain on `target`, which it needs.
+            Ratio, number of groups and form of each layer follow from measured times and from its sensitivity; the
+            whole network is measured too, and the choice corrected, see `fxprune.planning.latency_budget.meet`.
         latency_table: a table from `measure_latency` for it; measured anew if absent.
-        sensitivity: a table from `measure_sensitivity` for the budget; measured anew if absent.
-        example_inputs: positional arguments of forward. With them shapes and MACs are exact and the result is verified;
-            without, the first calibration batch serves, or else a usual image size is probed.
-        calibration: a few hundred typical inputs: a tensor `(N, ...)`, a `DataLoader`, or any iterable of batches;
-            labels are ignored. With it the kept weights are solved anew so that each layer gives what the dense one
-            gave (`fxprune.calibration.refit`), which is worth far more than any choice of groups. It is read once.
+        sensitivity: a table from `measure_sensitivity` for a budget; measured anew if absent.
+
+        *What goes.*
+
         granularity: `"kernel"`: convolutions become grouped, each group keeps some input channels. `"filter"`: whole
             filters go, with everything they feed, through residual additions, concatenations, depthwise convolutions,
             shuffles and slices; convolutions become narrower. A mapping gives both a ratio and does one after the
@@ -91,28 +91,45 @@ def compile(
             network (`fxprune.planning.selection.choose_units`).
         round_to: each channel space keeps a multiple of this many filters.
         groups: number of groups, `"auto"`, or a mapping from pattern to either.
-        method: how the groups are chosen, see `fxprune.planning.METHODS`.
         form: `"partition"`, `"overlap"` or `"auto"`.
-        block: keep input channels in aligned blocks of this many, so that one load of a fused kernel brings a block: 8
-            are 16 bytes in half precision. What it costs is in the report, as are layers that do not divide into
-            blocks; these are pruned channel by channel. None is 8 for target `"cuda"`, else 1.
-        target: `"cpu"` or `"cuda"`: plan for this kind of device and return the inference form for it, see
-            `fxprune.accelerate`; the model and the example inputs must be there. On `"cuda"` groups are wide enough for
-            the tensor cores where their number is `"auto"`, and blocks are 8; None plans as for `"cpu"`.
-        share_groups: layers that write the same channels (the blocks of a residual stage) and have equally many groups
-            get the same groups of filters, so that one order suits all and their outputs need no gather. It costs some
-            accuracy. None is True with a target and channels kept one by one, else False.
+        ignore: patterns of layers to leave dense.
+
+        *How it is chosen.*
+
+        method: how the groups are chosen, see `fxprune.planning.METHODS`.
         criterion: importance of a kernel, for method `"cocluster"`, or summed over a filter: a name in
             `fxprune.criteria.CRITERIA`, a `Criterion`, or a function `(name, conv) -> (O, C)`.
         variety: make the criterion keep rare kernels or filters: a name in
             `fxprune.criteria.variety.VARIETIES` or a `Variety`.
+        seed: of the planner's random starts and of the sampled positions.
+
+        *Data.*
+
+        example_inputs: positional arguments of forward. With them shapes and MACs are exact and the result is verified;
+            without, the first calibration batch serves, or else a usual image size is probed.
+        calibration: a few hundred typical inputs: a tensor `(N, ...)`, a `DataLoader`, or any iterable of batches;
+            labels are ignored. With it the kept weights are solved anew so that each layer gives what the dense one
+            gave (`fxprune.calibration.refit`), which is worth far more than any choice of groups. It is read once.
         snapshots: earlier states of the same training run, oldest first, as state dicts, modules or paths; for method
             `"tmi"` and for the criteria `"movement"` and `"magnitude_increase"`, which take the first.
-        ignore: patterns of layers to leave dense.
-        seed: of the planner's random starts and of the sampled positions.
-        progress: show progress bars on stderr.
-        verify: check the result against the masked model in float64; by default if inputs are given.
+
+        *Device.*
+
+        target: `"cpu"` or `"cuda"`: plan for this kind of device and return the inference form for it, see
+            `fxprune.accelerate`; the model and the example inputs must be there. On `"cuda"` groups are wide enough for
+            the tensor cores where their number is `"auto"`, and blocks are 8; None plans as for `"cpu"`.
+        block: keep input channels in aligned blocks of this many, so that one load of a fused kernel brings a block: 8
+            are 16 bytes in half precision. What it costs is in the report, as are layers that do not divide into
+            blocks; these are pruned channel by channel. None is 8 for target `"cuda"`, else 1.
+        share_groups: layers that write the same channels (the blocks of a residual stage) and have equally many groups
+            get the same groups of filters, so that one order suits all and their outputs need no gather. It costs some
+            accuracy. None is True with a target and channels kept one by one, else False.
         fold_batch_norm: fold BatchNorm into the convolutions; the result is then exact in evaluation mode only.
+
+        *Checks.*
+
+        verify: check the result against the masked model in float64; by default if inputs are given.
+        progress: show progress bars on stderr.
 
     Returns:
         A `GraphModule`: it trains, scripts, exports, moves and copies as any module does. `fxprune.report` explains it.
