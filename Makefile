@@ -22,7 +22,7 @@ test: .venv/.installed-dev ## run the tests that a change must pass
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-all: .venv/.installed-dev ## run every test, slow ones too
-	$(BIN)/python -m pytest -m "not huge" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not huge" --hypothesis-profile=thorough $(PYTEST_ARGS)
 
 check: .venv/.installed-dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 
 def in_turns(cases: Iterable[Any], *axes: Collection[Any], start: int = 0, step: int = 1) -> list[Any]:
@@ -43,6 +44,12 @@ def one_in(step: int, cases: Iterable[Any], start: int = 0, always: Collection[s
 def fewer(values: Iterable[Any], default: Collection[Any]) -> list[Any]:
     """Every value; by default those in `default`."""
     return [_param((value,), slow=value not in default) for value in values]
+
+
+def examples(thorough: int, **options: Any) -> settings:
+    """Settings of hypothesis: so many examples in `make test-all`, a fifth of them by default (see `conftest.py`)."""
+    count = max(1, thorough * settings().max_examples // 100)
+    return settings(max_examples=count, deadline=None, **options)
 
 
 def _param(values: tuple[Any, ...], slow: bool) -> Any:
