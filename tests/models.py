@@ -162,15 +162,13 @@ FAST = {
     "timm:mixnet_s",
     "timm:skresnet18",
 }
-# The quickest of each source, and of each way to join branches: addition, gates, concatenation, shuffle, dictionary.
+# The quickest of each way to join branches: addition, gates, concatenation, shuffle, and of what timm adds.
 FIRST = {
     "torchvision:mobilenet_v3_small",
     "torchvision:resnet18",
     "torchvision:shufflenet_v2_x0_5",
     "torchvision:squeezenet1_1",
-    "detection:fasterrcnn_mobilenet_v3_large_320_fpn",
     "timm:convnextv2_atto",
-    "timm:ghostnet_050",
 }
 HUGE = {
     f"torchvision:{name}"
