@@ -126,7 +126,7 @@ NETS: dict[str, dict[str, dict[str, Any]]] = {"tiny": TINY | CALIBRATED, "resnet
 
 def planned(model: nn.Module, name: str, request: str) -> dict[str, Any]:
     """The plan as its JSON says it."""
-    data = {"calibration": images()} if request in CALIBRATED else {}
+    data: dict[str, Any] = {"calibration": images()} if request in CALIBRATED else {}
     plan = fxprune.make_plan(model, example_inputs=example(name), **data, **NETS[name][request])
     decoded: dict[str, Any] = json.loads(plan.to_json())
     return decoded
