@@ -1,9 +1,10 @@
 # On a fresh machine with Python >= 3.11, `make demo` and `make test` are the only commands needed.
-# Tests run on all cores; `make test PYTEST_ARGS=` runs them in one process.
+# Tests run on all cores, each file on one, so that what its tests share is built once; `make test PYTEST_ARGS=` runs
+# them in one process.
 # Every target sets up .venv by itself, once: the stamp files below make a second run free.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n auto
+PYTEST_ARGS ?= -n auto --dist loadfile
 BIN := .venv/bin
 SETUP := requirements-dev.txt setup.cfg pyproject.toml
 
@@ -22,7 +23,7 @@ test: .venv/.installed-dev ## run the tests that a change must pass
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-all: .venv/.installed-dev ## run every test, slow ones too
-	$(BIN)/python -m pytest -m "not huge" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not huge" --hypothesis-profile=thorough $(PYTEST_ARGS)
 
 check: .venv/.installed-dev ## ruff and mypy
 	$(BIN)/ruff check .

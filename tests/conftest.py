@@ -6,10 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Most nets here are so small that waiting for a second thread costs up to four times what it saves, and workers of
 # pytest-xdist that each start a thread per core slow one another down. To use more cores, use more workers.
 torch.set_num_threads(1)
+
+# `make test-all` asks for the second. Tests with numbers of their own take their share of it: `products_harness`.
+settings.register_profile("quick", max_examples=20, deadline=None)
+settings.register_profile("thorough", max_examples=100, deadline=None)
+settings.load_profile("quick")
 
 
 @pytest.hookimpl(wrapper=True)

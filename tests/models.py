@@ -21,7 +21,8 @@ class Entry:
         name: what the source calls it.
         source: `torchvision`, `segmentation`, `detection` (only the backbone, the rest cannot be traced) or `timm`.
         size: height and width of the input, as small as the model accepts.
-        fast: part of every test run.
+        fast: takes a few seconds and stands for others.
+        first: of these, part of every test run.
         huge: too slow or too large for any regular run; a smaller sibling is tested in its place.
         modes: in which modes the compiled model must equal the masked one.
         dense: patterns of module names whose eligible convolutions must stay dense all the same, because they are
@@ -32,6 +33,7 @@ class Entry:
     source: str
     size: int = 64
     fast: bool = False
+    first: bool = False
     huge: bool = False
     modes: tuple[str, ...] = ("eval", "train")
     dense: tuple[str, ...] = ()
@@ -160,6 +162,14 @@ FAST = {
     "timm:mixnet_s",
     "timm:skresnet18",
 }
+# The quickest of each way to join branches: addition, gates, concatenation, shuffle, and of what timm adds.
+FIRST = {
+    "torchvision:mobilenet_v3_small",
+    "torchvision:resnet18",
+    "torchvision:shufflenet_v2_x0_5",
+    "torchvision:squeezenet1_1",
+    "timm:convnextv2_atto",
+}
 HUGE = {
     f"torchvision:{name}"
     for name in CLASSIFICATION
@@ -199,6 +209,7 @@ def _entry(source: str, name: str) -> Entry:
         source=source,
         size=SIZES.get(key, 64),
         fast=key in FAST,
+        first=key in FIRST,
         huge=key in HUGE,
         modes=("eval",) if key in EVALUATION_ONLY else ("eval", "train"),
         dense=DENSE.get(key, ()),

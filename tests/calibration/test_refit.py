@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from products_harness import fewer
 from torch import Tensor, nn
 
 from fxprune.calibration.batches import Batch, read_batches
@@ -340,7 +341,7 @@ def output_error(model: nn.Module, reference: nn.Module, data: Tensor) -> float:
     return float((model.eval()(data) - expected).square().sum() / (expected - expected.mean()).square().sum())
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", fewer(range(4), [0, 1]))
 def test_refit_lowers_the_error_of_the_output_on_data_held_out(seed: int) -> None:
     model = network(seed, bias=bool(seed % 2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -404,7 +405,7 @@ def test_a_layer_without_a_place_for_an_intercept_has_none() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", fewer(range(3), [0]))
 def test_few_images_do_no_harm(count: int, seed: int) -> None:
     model = network(seed)
     masked, new, _ = refitted(model, images(count, seed))

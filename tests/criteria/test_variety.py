@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from products_harness import examples
 from torch.nn import functional
 
 import fxprune.criteria.variety
@@ -99,7 +100,7 @@ def test_control_a_uniqueness_that_is_never_updated_is_seen(monkeypatch: pytest.
 
 
 @given(st.integers(1, 20), st.integers(0, 2**32), st.sampled_from(RULES), st.booleans())
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_the_highest_remapped_scores_are_the_last_to_go_for_every_number_kept(
     units: int, seed: int, variety: Variety, tied: bool
 ) -> None:

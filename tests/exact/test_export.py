@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from equality import MasksPerSample, assert_same_function, masked_by_hand, randomize
+from products_harness import fewer
 from torch import Tensor, fx, nn
 from zoo import CASES
 
@@ -149,7 +150,7 @@ def test_export_with_dynamic_batch(name: str, tmp_path: Path) -> None:
     check(loaded.module(), pruned, (2, 3, 5))
 
 
-@few_nets
+@pytest.mark.parametrize("name", fewer(FEW, FEW[1:2]))
 def test_onnx_with_dynamic_batch(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")

@@ -24,7 +24,7 @@ def runs() -> Iterator[object]:
         first = (ratio, form) == (RATIOS[0], FORMS[0])
         if entry.huge and not first:
             continue  # too dear; their siblings run in every combination
-        marks = [pytest.mark.huge] if entry.huge else [] if entry.fast and first else [pytest.mark.slow]
+        marks = [pytest.mark.huge] if entry.huge else [] if entry.first and first else [pytest.mark.slow]
         yield pytest.param(entry, ratio, form, marks=marks, id=f"{entry}-{ratio}-{form}")
 
 

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from equality import assert_bitwise_equal, assert_same_function, masked_by_hand, randomize, small_integers
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, given
 from hypothesis import strategies as st
+from products_harness import examples
 from torch import Tensor, nn
 
 import fxprune
@@ -15,9 +16,7 @@ from fxprune.plans import GroupedKernels, PrunePlan
 WIDTHS = (4, 6, 8)
 IMAGE = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
-thorough = settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None
-)
+some = examples(40, derandomize=True, suppress_health_check=[HealthCheck.too_slow], database=None)
 
 
 class Norm(nn.Module):
@@ -138,7 +137,7 @@ def planned(draw: st.DrawFn, exact: bool = False) -> tuple[nn.Module, PrunePlan]
     return net, PrunePlan({name: draw(groupings(m.out_channels, m.in_channels)) for name, m in chosen})
 
 
-@thorough
+@some
 @given(planned(), st.integers(0, 1000))
 def test_rewriting_keeps_the_function(case: tuple[nn.Module, PrunePlan], seed: int) -> None:
     net, plan = case
@@ -151,7 +150,7 @@ def test_rewriting_keeps_the_function(case: tuple[nn.Module, PrunePlan], seed: i
     assert_same_function(pruned, copy.deepcopy(masked), (IMAGE,))
 
 
-@thorough
+@some
 @given(planned(exact=True), st.integers(0, 1000))
 def test_integers_are_equal_bit_by_bit(case: tuple[nn.Module, PrunePlan], seed: int) -> None:
     net, plan = case
@@ -162,7 +161,7 @@ def test_integers_are_equal_bit_by_bit(case: tuple[nn.Module, PrunePlan], seed: 
     assert_bitwise_equal(fxprune.rewrite(masked, plan, integers), masked, (integers,))
 
 
-@thorough
+@some
 @given(planned(), st.integers(0, 1000))
 def test_control_shifted_filters_are_seen(case: tuple[nn.Module, PrunePlan], seed: int) -> None:
     net, plan = case
@@ -176,7 +175,7 @@ def test_control_shifted_filters_are_seen(case: tuple[nn.Module, PrunePlan], see
 
 
 @given(planned())
-@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@examples(50, derandomize=True, database=None)
 def test_the_drawn_plans_are_what_they_claim(case: tuple[nn.Module, PrunePlan]) -> None:
     net, plan = case
     plan.check(net)

@@ -1,7 +1,11 @@
 """Every net of the zoo, compiled: the same function as the dense masked model, and all of it grouped that must be."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -13,91 +17,116 @@ from equality import (
     randomize,
     small_integers,
 )
+from products_harness import in_turns, one_in
 from torch import Tensor, nn
 from zoo import CASES, Case, Inputs
 
 import fxprune
+from fxprune.exact.record import record_of
 from fxprune.graph.layers import ChannelGather
 from fxprune.plans import PrunePlan
 
 FORMS = ("partition", "overlap")
 RATIOS = (0.5, 0.75)
 
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+BY_NAME = {case.name: case for case in CASES}
 
 
-def dense(case: Case) -> nn.Module:
-    return randomize(case.build().double()).eval()
+@dataclass
+class Made:
+    """A net of the zoo, its compiled form, and the dense masked net that this must equal."""
+
+    model: nn.Module
+    pruned: torch.fx.GraphModule
+    masked: nn.Module
+    plan: PrunePlan
+
+    def __post_init__(self) -> None:
+        self._states = [copy.deepcopy(net.state_dict()) for net in (self.pruned, self.masked)]
+
+    def restored(self) -> Made:
+        """The same, without what tests did to the weights and statistics."""
+        for net, state in zip((self.pruned, self.masked), self._states, strict=True):
+            net.load_state_dict(state)
+        return self
 
 
-def compiled(
-    model: nn.Module, inputs: Inputs | None, ratio: float = 0.5, form: str = "partition"
-) -> tuple[torch.fx.GraphModule, nn.Module, PrunePlan]:
-    """The compiled model, the dense masked one it must equal, and the plan of both."""
-    plan = fxprune.make_plan(model, ratio, form=form, example_inputs=inputs)
+@cache
+def _made(name: str, ratio: float, form: str, with_inputs: bool) -> Made:
+    case = BY_NAME[name]
+    model = randomize(case.build().double()).eval()
+    before = copy.deepcopy(model.state_dict())
+    inputs = case.inputs() if with_inputs else None
     pruned = fxprune.compile(model, ratio, form=form, example_inputs=inputs, verify=False)
-    return pruned, masked_by_hand(model, plan), plan
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), f"{key} of the user's model has changed"
+    plan = record_of(pruned).plan
+    return Made(model, pruned, masked_by_hand(model, plan), plan)
+
+
+def made(case: Case, ratio: float = 0.5, form: str = "partition", with_inputs: bool = True) -> Made:
+    """What several tests look at, compiled once."""
+    return _made(case.name, ratio, form, with_inputs).restored()
 
 
 # --- what the compiler must reach -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("form", FORMS)
-@each_case
-def test_same_function_and_as_much_grouped_as_declared(case: Case, form: str, ratio: float) -> None:
-    model = dense(case)
-    before = copy.deepcopy(model.state_dict())
-    pruned, masked, plan = compiled(model, case.inputs(), ratio, form)
-    assert_same_function(pruned, masked, case.inputs())
-
-    assert len(plan.layers) == case.grouped
-    for name, kernels in plan.layers.items():
-        weight = masked.get_parameter(f"{name}.weight")
+@pytest.mark.parametrize("case, ratio, form", in_turns(CASES, RATIOS, FORMS))
+def test_same_function_and_as_much_grouped_as_declared(case: Case, ratio: float, form: str) -> None:
+    net = made(case, ratio, form)
+    assert len(net.plan.layers) == case.grouped
+    for name, kernels in net.plan.layers.items():
+        weight = net.masked.get_parameter(f"{name}.weight")
         zeros = 1 - int(weight.count_nonzero()) / weight.numel()
         assert zeros == pytest.approx(kernels.ratio), f"{name}: the mask removes another share than the plan says"
         assert abs(kernels.ratio - ratio) <= 0.5 / kernels.in_channels, f"{name}: reaches ratio {kernels.ratio}"
-    layers = {layer.name: layer for layer in fxprune.report(pruned).layers}
+    layers = {layer.name: layer for layer in fxprune.report(net.pruned).layers}
     assert {name for name, layer in layers.items() if layer.form == "dense"} == set(case.skipped)
     assert {layer.form for name, layer in layers.items() if name not in case.skipped} <= {form}
     for name, fragment in case.skipped.items():
         assert fragment in layers[name].reason
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key]), f"{key} of the user's model has changed"
+    assert_same_function(net.pruned, net.masked, case.inputs())
 
 
-@each_case
+@pytest.mark.parametrize("case", [case for case in CASES if case.gathers is not None], ids=lambda case: case.name)
 def test_gathers_that_remain(case: Case) -> None:
-    if case.gathers is None:
-        pytest.skip("the number of gathers is not declared")
-    pruned, _, _ = compiled(dense(case), case.inputs())
+    pruned = made(case).pruned
     left = [gather.name for gather in fxprune.report(pruned).gathers]
     assert len(left) == sum(isinstance(module, ChannelGather) for module in pruned.modules())
     assert len(left) == case.gathers, f"these remain: {', '.join(left)}"
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", [case for case in CASES if case.integer], ids=lambda case: case.name)
+@pytest.mark.parametrize("case, form", in_turns([case for case in CASES if case.integer], FORMS, step=2))
 def test_integers_are_equal_bit_by_bit(case: Case, form: str) -> None:
     inputs = tuple((2 * x).round() for x in case.inputs())
-    pruned, masked, plan = compiled(small_integers(case.build().double()).eval(), inputs, form=form)
+    model = small_integers(case.build().double()).eval()
+    pruned = fxprune.compile(model, 0.5, form=form, example_inputs=inputs, verify=False)
+    plan = record_of(pruned).plan
     assert len(plan.layers) == case.grouped
-    assert_bitwise_equal(pruned, masked, inputs)
+    assert_bitwise_equal(pruned, masked_by_hand(model, plan), inputs)
 
 
-@each_case
+@pytest.mark.parametrize("case", one_in(4, CASES))
 def test_without_example_inputs(case: Case) -> None:
-    pruned, masked, plan = compiled(dense(case), None)
-    assert len(plan.layers) == case.grouped
-    assert_same_function(pruned, masked, case.inputs())
+    net = made(case, with_inputs=False)
+    assert len(net.plan.layers) == case.grouped
+    assert_same_function(net.pruned, net.masked, case.inputs())
+
+
+def test_the_plan_in_the_record_is_that_of_make_plan() -> None:
+    for case in CASES[::12]:
+        net = made(case)
+        assert net.plan == fxprune.make_plan(net.model, 0.5, form="partition", example_inputs=case.inputs())
 
 
 # --- would a mistake be seen? ---------------------------------------------------------------------------------------
 
 
-@each_case
-def test_every_shift_of_filters_or_indices_is_seen(case: Case) -> None:
-    pruned, masked, _ = compiled(dense(case), case.inputs())
+@pytest.mark.parametrize("case, ratio, form", in_turns(CASES, RATIOS, FORMS, step=3))
+def test_every_shift_of_filters_or_indices_is_seen(case: Case, ratio: float, form: str) -> None:
+    net = made(case, ratio, form)
+    pruned, masked = net.pruned, net.masked
     assert not differ(pruned, masked, case.inputs())
     seen = 0
     for name, tensors in ordered_tensors(pruned):

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from products_harness import fewer
 from torch import Tensor
 
 from fxprune.errors import KernelError
@@ -364,7 +365,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_triton
 @pytest.mark.usefixtures("own_cache")
-@pytest.mark.parametrize("block", [8, 64])
+@pytest.mark.parametrize("block", fewer([8, 64], [8]))
 def test_aligned_runs_are_read_16_bytes_at_a_time(block: int) -> None:
     assembly = ptx(block, "fp16", unit=8)
     assert "wgmma.mma_async" in assembly
@@ -383,7 +384,13 @@ def test_scattered_places_cost_nothing_but_in_the_epilogue() -> None:
 
 @needs_triton
 @pytest.mark.usefixtures("own_cache")
-@pytest.mark.parametrize("block, unit", [(1, 8), (8, 1)], ids=["single channels", "odd numbers of channels"])
+@pytest.mark.parametrize(
+    "block, unit",
+    [
+        pytest.param(1, 8, id="single channels"),
+        pytest.param(8, 1, id="odd numbers of channels", marks=pytest.mark.slow),
+    ],
+)
 def test_control_others_are_not(block: int, unit: int) -> None:
     assert loads(ptx(block, "fp16", unit))["2 bytes"] >= 32
 

@@ -5,8 +5,9 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from products_harness import examples
 from scipy.optimize import linear_sum_assignment
 
 from fxprune.errors import PlanError
@@ -61,7 +62,7 @@ def test_assignment_is_exact_against_brute_force(rows: int, columns: int, seed: 
 
 
 @given(st.integers(1, 6), st.integers(1, 20), st.integers(0, 2**32), st.sampled_from([1.0, 1e-9, 1e12]))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_assignment_is_exact_against_the_hungarian_algorithm(width: int, columns: int, seed: int, scale: float) -> None:
     rows = width * columns
     generator = np.random.default_rng(seed)

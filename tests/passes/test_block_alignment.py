@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from equality import assert_same_function, masked_by_hand, randomize
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from passes_harness import check_pass, gather, image, prepared, reasons, show
+from products_harness import examples, fewer, in_turns
 from torch import Tensor, fx, nn
 from zoo import CASES, Case
 
@@ -102,8 +103,7 @@ def test_alignment_is_the_largest_block_that_fits(starts: list[int], length: int
 # --- whole networks ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["partition", "overlap"])
-@pytest.mark.parametrize("case", CASES[::3], ids=lambda case: case.name)
+@pytest.mark.parametrize("case, form", in_turns(CASES[::3], ["partition", "overlap"], step=2))
 def test_the_zoo_reads_the_blocks_of_the_plan(case: Case, form: str) -> None:
     model = randomize(case.build().double()).eval()
     plan = fxprune.make_plan(model, 0.5, form=form, block=4, example_inputs=case.inputs())
@@ -117,15 +117,15 @@ def test_the_zoo_reads_the_blocks_of_the_plan(case: Case, form: str) -> None:
 
 def test_control_the_zoo_would_not_without_the_rule(without_rule: None) -> None:
     torn = 0
-    for case in CASES[::3]:
+    for case in CASES[::12]:
         model = randomize(case.build().double()).eval()
         plan = fxprune.make_plan(model, 0.5, form="overlap", block=4, example_inputs=case.inputs())
         pruned = fxprune.rewrite(masked_by_hand(model, plan), plan, example_inputs=case.inputs())
         torn += bool(misaligned(fused(pruned, *case.inputs(), block=4), plan))
-    assert torn >= 5
+    assert torn >= 2
 
 
-@pytest.mark.parametrize("ratio", [0.5, 0.6])
+@pytest.mark.parametrize("ratio", fewer([0.5, 0.6], [0.6]))
 def test_resnet18_reads_blocks_of_eight_and_gathers_nothing_on_its_own(ratio: float) -> None:
     model, x = load_model("resnet18"), torch.zeros(1, 3, 64, 64)
     plan = fxprune.make_plan(model, ratio, target="cuda", example_inputs=x)
@@ -282,7 +282,7 @@ class Aligned:
         return outcome
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@examples(20, derandomize=True)
 @given(st.integers(0, 1000))
 def test_windows_are_made_of_whole_blocks(seed: int) -> None:
     net = prepared(Windows(seed))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from equality import assert_same_function
 from passes_harness import SHUFFLE, check_pass, gather, image, prepared, reasons, show
+from products_harness import in_turns, one_in
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrizations import weight_norm
 from zoo import CASES, Case
@@ -346,7 +347,7 @@ def fused_zoo(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule:
     return gm
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", one_in(3, CASES, start=1))
 def test_the_zoo_keeps_its_functions(case: Case) -> None:
     model, inputs = prepared(case.build()), case.inputs()
     gm = trace(model, inputs).module.eval()
@@ -360,11 +361,7 @@ def test_the_zoo_keeps_its_functions(case: Case) -> None:
 
 @pytest.mark.parametrize(
     "case, form",
-    [
-        pytest.param(case, form, id=f"{case.name}-{form}", marks=[pytest.mark.slow] if (i + 2 * j) % 5 else [])
-        for i, case in enumerate(CASES)  # a fifth of them always, the rest in the long run
-        for j, form in enumerate(("partition", "overlap"))
-    ],
+    in_turns(CASES, ["partition", "overlap"], step=5),
 )
 def test_the_zoo_keeps_its_functions_when_compiled(case: Case, form: str) -> None:
     inputs = case.inputs()

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from products_harness import examples
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -372,7 +373,7 @@ def global_by_definition(units: ChannelUnits, scores: Array, ratio: float) -> se
 
 
 @given(st.integers(0, 2**32), st.floats(0, 0.99), st.integers(1, 4), st.booleans(), st.booleans())
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_a_local_ratio_is_met_as_defined(seed: int, ratio: float, round_to: int, tied: bool, later: bool) -> None:
     units = some_units(seed, most=11)
     scores = some_scores(units, seed, tied)
@@ -388,7 +389,7 @@ def test_a_local_ratio_is_met_as_defined(seed: int, ratio: float, round_to: int,
 
 
 @given(st.integers(0, 2**32), st.floats(0, 0.5), st.booleans())
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_a_global_ratio_is_met_as_defined(seed: int, ratio: float, tied: bool) -> None:
     units = some_units(seed, spaces=4, most=40)
     scores = some_scores(units, seed, tied)
@@ -543,7 +544,7 @@ def test_control_without_single_units_a_budget_is_missed(monkeypatch: pytest.Mon
 
 
 @given(st.integers(0, 2**32), st.floats(0.05, 1), st.sampled_from(SCOPES), st.integers(1, 3))
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_a_budget_is_met_as_well_as_by_any_ratio(seed: int, share: float, scope: Scope, round_to: int) -> None:
     units = some_units(seed)
     scores = some_scores(units, seed)
@@ -597,7 +598,7 @@ def test_a_budget_that_needs_nothing_and_one_that_needs_too_much() -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_costs_of_many_choices_are_those_of_the_network(seed: int, round_to: int) -> None:
     units = some_units(seed, 4, 9)
     generator = np.random.default_rng(seed)

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from products_harness import examples
 from torch import Tensor, nn
 
 import fxprune
@@ -85,7 +86,7 @@ OPTIONS = st.lists(st.tuples(COUNT, st.integers(0, 30)), max_size=4)
 TRAP = (10, [(60, [(50, 1)]), (60, [(35, 10), (20, 100)])], 72)
 
 
-@settings(deadline=None, derandomize=True)
+@examples(100, derandomize=True)
 @given(
     rest=st.integers(0, 20),
     layers=st.lists(st.tuples(COUNT, OPTIONS), min_size=1, max_size=4),

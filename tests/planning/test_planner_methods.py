@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 from equality import assert_same_function, randomize
+from products_harness import in_turns
 from torch import Tensor, nn
 
 import fxprune
@@ -42,6 +43,12 @@ def net(seed: int = 0) -> Net:
     model = Net()
     randomize(model, seed).eval()
     return model
+
+
+@pytest.fixture(autouse=True)
+def one_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Method "tmi" looks at one embedding of the filters instead of six, of which most of its time goes."""
+    monkeypatch.setattr("fxprune.methods.same_size_dbscan.DIMENSIONS", range(2, 3))
 
 
 def images(count: int = 8) -> Tensor:
@@ -319,9 +326,10 @@ def with_twins() -> Net:
     return model
 
 
-@pytest.mark.parametrize("variety", [*VARIETIES, Variety("soft", beta=2.0, similarity="cosine")])
-@pytest.mark.parametrize("form", ["partition", "overlap"])
-@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(
+    "variety, form, calibrated",
+    in_turns([*VARIETIES, Variety("soft", beta=2.0, similarity="cosine")], ["partition", "overlap"], [False, True]),
+)
 def test_variety_in_plan_json_and_report(variety: str | Variety, form: str, calibrated: bool) -> None:
     model = with_twins()
     options: dict[str, Any] = {"calibration": images() if calibrated else None, "form": form, "variety": variety}

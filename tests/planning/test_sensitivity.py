@@ -18,6 +18,7 @@ import torch
 import torchvision
 from calibration_harness import batches, case_of
 from equality import randomize
+from products_harness import fewer
 from torch import Tensor, nn
 
 import fxprune
@@ -123,14 +124,17 @@ def eliminate(inputs: Tensor, targets: Tensor, intercept: bool) -> list[float]:
     least: by trying all of them. Entry `k - 1` is for `k` channels.
     """
 
-    def error(channels: list[int]) -> float:
-        rows = inputs[:, channels]
-        if intercept:
-            rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1)
-        solution = np.linalg.lstsq(rows.numpy(), targets.numpy(), rcond=None)[0]
-        return float(np.square(rows.numpy() @ solution - targets.numpy()).mean(0).sum())
+    width = inputs.shape[1]
+    rows = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=inputs.dtype)], 1).numpy()
+    gram, cross = rows.T @ rows, rows.T @ targets.numpy()
+    energy = float(targets.square().sum())
 
-    alive = list(range(inputs.shape[1]))
+    def error(channels: list[int]) -> float:
+        kept = [*channels, width] if intercept else channels
+        solution = np.linalg.solve(gram[np.ix_(kept, kept)], cross[kept])
+        return (energy - float((solution * cross[kept]).sum())) / len(rows)
+
+    alive = list(range(width))
     errors = [error(alive)]
     while len(alive) > 1:
         tried = {channel: error([c for c in alive if c != channel]) for channel in alive}
@@ -146,7 +150,7 @@ def eliminate(inputs: Tensor, targets: Tensor, intercept: bool) -> list[float]:
 def test_damage_is_the_error_that_brute_force_finds(norm: bool, bias: bool, residual: bool) -> None:
     model = OneLayer(norm, bias, residual).double()
     randomize(model).eval()
-    data = images(80).double()
+    data = images(80, 6).double()
     table = fxprune.measure_sensitivity(model, calibration=data, groups=1)
     (layer,) = table.layers
     with torch.no_grad():
@@ -167,16 +171,16 @@ def test_damage_is_the_error_that_brute_force_finds(norm: bool, bias: bool, resi
         assert layer.damage != pytest.approx(forgotten, rel=0.02, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["left", "right"])
+@pytest.mark.parametrize("name", fewer(["left", "right"], ["left"]))
 def test_few_images_do_not_make_a_layer_look_harmless(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def damage(count: int) -> float:
-        return layer_of(fxprune.measure_sensitivity(net(), calibration=images(count)), name).at(0.5)
+        return layer_of(fxprune.measure_sensitivity(net(32), calibration=images(count), groups=4), name).at(0.5)
 
-    right = damage(200)
-    assert right < damage(4) < 3 * right
-    # 256 rows for 288 unknowns: an error that is measured where it was minimized is next to none.
+    right = damage(100)
+    assert right < damage(2) < 3 * right
+    # 128 rows for 144 unknowns: an error that is measured where it was minimized is next to none.
     monkeypatch.setattr(Samples, "halves", property(lambda self: 2 * (whole_of(self),)))
-    assert damage(4) < 0.1 * right
+    assert damage(2) < 0.1 * right
 
 
 def whole_of(samples: Samples) -> Moments:
@@ -194,7 +198,7 @@ def test_without_calibration_damage_is_the_weight_lost() -> None:
 
 def test_a_layer_that_matters_little_is_pruned_more() -> None:
     for weak, strong in (("left", "right"), ("right", "left")):
-        model = net()
+        model = net(32)
         with torch.no_grad():
             model.get_submodule(f"{weak}_norm").weight.mul_(0.01)  # type: ignore[operator]  # it is a tensor
         table = fxprune.measure_sensitivity(model, calibration=images())
@@ -202,7 +206,7 @@ def test_a_layer_that_matters_little_is_pruned_more() -> None:
         ratios = table.ratios(0.7)
         assert ratios[weak] > ratios[strong] + 0.3
         kernels = fxprune.make_plan(model, macs=0.7, calibration=images(), sensitivity=table).layers
-        assert kernels[weak].kept_channels < 32
+        assert kernels[weak].kept_channels < 16
         # Without data nobody knows: the weights of both are alike.
         blind = fxprune.measure_sensitivity(model, example_inputs=images(2)).ratios(0.7)
         assert abs(blind[weak] - blind[strong]) < 0.15
@@ -260,11 +264,11 @@ def reached(pruned: nn.Module, cost: Cost) -> float:
 @pytest.mark.parametrize(
     "name, cost, share",
     [
-        ("googlenet", "params", 0.6),
-        ("mobilenet_v2", "macs", 0.5),
-        ("resnet18", "macs", 0.3),
+        pytest.param("googlenet", "params", 0.6, marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", "macs", 0.5, marks=pytest.mark.slow),
+        pytest.param("resnet18", "macs", 0.3, marks=pytest.mark.slow),
         ("squeezenet1_1", "macs", 0.6),
-        ("squeezenet1_1", "params", 0.1),
+        pytest.param("squeezenet1_1", "params", 0.1, marks=pytest.mark.slow),
     ],
 )
 def test_the_compiled_network_meets_its_budget(name: str, cost: Cost, share: float) -> None:
@@ -275,9 +279,8 @@ def test_the_compiled_network_meets_its_budget(name: str, cost: Cost, share: flo
 
 
 @pytest.mark.parametrize("cost", ["macs", "params"])
-def test_a_budget_with_calibration_is_met_and_the_result_is_exact(cost: Cost) -> None:
-    model = net()
-    table = fxprune.measure_sensitivity(model, calibration=images())
+def test_a_budget_with_calibration_is_met_and_the_result_is_exact(cost: Cost, measured: Sensitivity) -> None:
+    model, table = net(32), measured
     for share in (0.85, 0.5):
         options: dict[str, Any] = {"calibration": images(), "method": "cocluster", cost: share}
         pruned = fxprune.compile(model, sensitivity=table, verify=True, **options)
@@ -297,10 +300,10 @@ def test_the_report_counts_what_forward_uses() -> None:
 
 
 def test_less_budget_never_keeps_more() -> None:
-    table = fxprune.measure_sensitivity(torchvision.models.resnet18(), example_inputs=images(2, 64))
+    table = fxprune.measure_sensitivity(net(), example_inputs=images(2))
     for cost in ("macs", "params"):
         before = dict.fromkeys((layer.name for layer in table.layers), 0.0)
-        for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1):
+        for share in (1.0, 0.9, 0.7, 0.5, 0.3, 0.2):
             ratios = table.ratios(share, cost)
             assert ratios.keys() == before.keys()
             assert all(ratio >= before[name] for name, ratio in ratios.items())

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from products_harness import examples
 from torch import nn
 
 from fxprune.errors import PlanError
@@ -84,7 +85,7 @@ def test_mask_marks_the_kernels_that_stay() -> None:
 
 
 @given(grouped_kernels())
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_mask_agrees_with_the_definition(k: GroupedKernels) -> None:
     mask = k.mask()
     for position, filter_ in enumerate(k.out_order):
@@ -198,7 +199,7 @@ def test_invalid_plans_are_refused(changes: dict[str, Any], message: str) -> Non
 
 
 @given(plans)
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_json_gives_the_plan_back(p: PrunePlan) -> None:
     assert PrunePlan.from_json(p.to_json()) == p
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from products_harness import in_turns
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
@@ -240,8 +241,7 @@ FILTERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("schedule", ["agp", "one-shot"])
-@pytest.mark.parametrize("options", FILTERS)
+@pytest.mark.parametrize("options, schedule", in_turns(FILTERS, ["agp", "one-shot"]))
 def test_filters_that_went_stay_away_and_the_target_is_reached(options: str, schedule: str) -> None:
     sequence = list(plans(schedule, granularity="filter", **{"example_inputs": X} | FILTERS[options]))
     assert comebacks(sequence) == 0
