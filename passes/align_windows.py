@@ -35,7 +35,7 @@ from torch import Tensor, fx
 from fxprune.channels import Blocks, ChannelAnalysis, Reordering, analyze_channels
 from fxprune.channels.atoms import Array
 from fxprune.channels.orders import Read, known_reads, new_order
-from fxprune.graph.editing import Outcome, call_sites, calls, first_reader, new_path, read_by_name
+from fxprune.graph.editing import Outcome, call_sites, called_module, calls, first_reader, new_path, read_by_name
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.values import meta_values
 from fxprune.passes.sink_gathers import reorder
@@ -122,7 +122,7 @@ def _movable(gm: fx.GraphModule, analysis: ChannelAnalysis) -> Blocks:
     """
     named, block_of = read_by_name(gm), analysis.blocks.block_of.copy()
     for port in analysis.ports:
-        if first_reader(gm.get_submodule(str(port.node.target)).parameters(), named):
+        if first_reader(called_module(gm, port.node).parameters(), named):
             block_of[analysis.blocks.classes[port.atoms]] = -1
     return replace(analysis.blocks, block_of=block_of)
 
@@ -232,7 +232,7 @@ def _by_nearest(sets: Sets, last: Sets) -> Array:
 
 
 def _is_gather(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return isinstance(gm.get_submodule(str(node.target)), ChannelGather)
+    return isinstance(called_module(gm, node), ChannelGather)
 
 
 def _reindex(gm: fx.GraphModule, reads: Sequence[_Read], moved: Array) -> Iterator[str]:
@@ -244,7 +244,7 @@ def _reindex(gm: fx.GraphModule, reads: Sequence[_Read], moved: Array) -> Iterat
         index = read.reindexed(moved)
         if np.array_equal(index, read.index):
             continue
-        gather = gm.get_submodule(str(read.node.target))
+        gather = called_module(gm, read.node)
         assert isinstance(gather, ChannelGather)
         if len(sites[gather]) > 1:
             sites[gather].remove(read.node)

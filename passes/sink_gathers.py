@@ -27,7 +27,16 @@ from torch import Tensor, fx
 from fxprune.channels import ChannelAnalysis, Port, Reordering, Scale, analyze_channels
 from fxprune.channels.atoms import TOLD_APART, Array
 from fxprune.channels.orders import Read, known_reads, new_order
-from fxprune.graph.editing import KEPT_BECAUSE, Outcome, Skip, Tensors, calls, gather_after, gather_before
+from fxprune.graph.editing import (
+    KEPT_BECAUSE,
+    Outcome,
+    Skip,
+    Tensors,
+    called_module,
+    calls,
+    gather_after,
+    gather_before,
+)
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.values import meta_values
 
@@ -71,7 +80,7 @@ def reorder(gm: fx.GraphModule, analysis: ChannelAnalysis, moved: Array) -> tupl
         if np.array_equal(index, np.arange(index.size)):
             continue
         rewritten.append(port.node.name)
-        device = next(iter(gm.get_submodule(str(port.node.target)).state_dict().values())).device
+        device = next(iter(called_module(gm, port.node).state_dict().values())).device
         if port.kind == "writes":
             gather_after(gm, port.node, ChannelGather(torch.from_numpy(index).to(device), index.size, port.dim))
         else:
