@@ -24,7 +24,7 @@ channels: 12 runs a group against 14, and 64 as they come).
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import networkx as nx
 import numpy as np
@@ -37,7 +37,7 @@ from fxprune.channels.atoms import Array
 from fxprune.channels.orders import Read, known_reads, new_order
 from fxprune.graph.editing import Outcome, call_sites, called_module, calls, first_reader, new_path, read_by_name
 from fxprune.graph.layers import ChannelGather
-from fxprune.graph.values import meta_values
+from fxprune.graph.values import CarriedValues
 from fxprune.passes.sink_gathers import reorder
 
 Sets: TypeAlias = npt.NDArray[np.bool_]
@@ -48,17 +48,18 @@ class AlignWindows:
     """Choose the order inside every channel space so that the gathers that remain read few windows.
 
     Attributes:
-        inputs: arguments of forward as meta tensors, to know shapes.
+        values: what the nodes give, to know shapes.
         block: convolutions that read aligned blocks of this many channels, or of a divisor of it, shall go on doing so.
     """
 
-    inputs: tuple[Any, ...]
+    values: CarriedValues
     block: int = 1
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
-        if not self.inputs or not any(calls(gm, ChannelGather)):
+        values = self.values.of(gm)
+        if not values or not any(calls(gm, ChannelGather)):
             return Outcome()
-        analysis = analyze_channels(gm, meta_values(gm, self.inputs)[0])
+        analysis = analyze_channels(gm, values)
         blocks = _movable(gm, analysis)
         unmoved = np.arange(blocks.classes.size, dtype=np.int64)
         moved = unmoved

@@ -16,7 +16,7 @@ convolution that it restores, of which `FuseConvs` makes it a part.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ from fxprune.graph.editing import (
     gather_before,
 )
 from fxprune.graph.layers import ChannelGather
-from fxprune.graph.values import meta_values
+from fxprune.graph.values import CarriedValues
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class SinkGathers:
     permutations to its ends.
 
     Attributes:
-        inputs: arguments of forward as meta tensors, to know shapes.
+        values: what the nodes give, to know shapes.
         block: convolutions that read aligned blocks of this many channels, or of a divisor of it, shall go on doing so.
     """
 
-    inputs: tuple[Any, ...]
+    values: CarriedValues
     block: int = 1
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
-        values, _ = meta_values(gm, self.inputs) if self.inputs else ({}, None)
+        values = self.values.of(gm)
         analysis = analyze_channels(gm, values)
         reordering = Reordering(analysis.blocks)
         aligned = [read for read in known_reads(gm, analysis, self.block) if read.block > 1]
@@ -96,7 +96,7 @@ def _serve_wishes(
     gm: fx.GraphModule,
     analysis: ChannelAnalysis,
     reordering: Reordering,
-    values: dict[fx.Node, Any],
+    values: Mapping[fx.Node, Any],
     aligned: Sequence[Read],
 ) -> Iterator[Skip]:
     """Serve the wish of each permuting gather, the one that saves most first, and yield those refused."""
