@@ -93,13 +93,15 @@ class AtomTable:
         for pin in self.pins:
             for c in np.unique(classes[pin.atoms]):
                 pinned.setdefault(int(c), pin.reason)
+        # Two atoms of one class that nothing tells apart: which replaces which would be a guess.
+        palettes, bounds_of = colours[order], bounds.tolist()
+        same = (np.diff(palettes) == 0) & (np.diff(classes[order]) == 0)
+        fixed = pinned.keys() | set(classes[order][:-1][same].tolist())
         block_of = np.full(len(members), -1, dtype=np.int64)
         keys: dict[bytes, int] = {}
-        for c, atoms in enumerate(members):
-            palette = colours[atoms]
-            if c in pinned or (palette[1:] == palette[:-1]).any():
-                continue  # two atoms of one class that nothing tells apart: which replaces which would be a guess
-            block_of[c] = keys.setdefault(palette.tobytes(), len(keys))
+        for c, (start, stop) in enumerate(pairwise(bounds_of)):
+            if c not in fixed:
+                block_of[c] = keys.setdefault(palettes[start:stop].tobytes(), len(keys))
         rank = np.empty(self.count, dtype=np.int64)
         rank[order] = np.arange(self.count) - np.repeat(bounds[:-1], np.diff(bounds))
         return Blocks(
@@ -153,14 +155,48 @@ class Blocks:
         return self.pinned.get(c, "its channels are tied to one another")
 
 
+@dataclass(frozen=True)
+class Excerpt:
+    """Some classes with all their atoms, numbered anew from 0: what is done with them costs what they are, however
+    large the network around them is.
+
+    Attributes:
+        blocks: the classes among themselves.
+        atoms: which atom of the whole each is, ascending.
+    """
+
+    blocks: Blocks
+    atoms: Array
+
+    @classmethod
+    def around(cls, blocks: Blocks, atoms: Array) -> "Excerpt":
+        """The classes of some atoms of the whole."""
+        chosen = np.unique(blocks.classes[atoms])
+        members = [blocks.members[c] for c in chosen.tolist()]
+        inside = np.sort(np.concatenate(members)) if members else np.zeros(0, dtype=np.int64)
+        here = Blocks(
+            classes=np.searchsorted(chosen, blocks.classes[inside]),
+            members=tuple(np.searchsorted(inside, m) for m in members),
+            rank=blocks.rank[inside],
+            block_of=blocks.block_of[chosen],
+            pinned={i: blocks.pinned[c] for i, c in enumerate(chosen.tolist()) if c in blocks.pinned},
+            producers=blocks.producers,
+            starts=np.searchsorted(inside, blocks.starts),
+        )
+        return cls(here, inside)
+
+    def numbered(self, atoms: Array) -> Array:
+        """The new numbers of atoms of the whole."""
+        return np.searchsorted(self.atoms, atoms)
+
+
 class Reordering:
     """A permutation of classes inside blocks, built from wishes, each accepted as a whole or refused."""
 
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks
-        self._image: dict[int, int] = {}
-        self._taken: dict[int, int] = {}
-        self._owner: dict[int, str] = {}
+        self._image, self._taken, self._owner = (np.full(len(blocks.members), -1, dtype=np.int64) for _ in range(3))
+        self._owners: list[str] = []
 
     def wish(self, places: Array, atoms: Array, owner: str) -> str:
         """Ask for `owner` that the place of `places[i]` be given to `atoms[i]`; return the reason of a refusal, or an
@@ -170,23 +206,21 @@ class Reordering:
         """
         if not np.array_equal(self.blocks.rank[places], self.blocks.rank[atoms]):
             return TOLD_APART
-        new: dict[int, int] = {}
-        owners: dict[int, int] = {}
-        for place, atom in zip(self.blocks.classes[places].tolist(), self.blocks.classes[atoms].tolist(), strict=True):
-            if self._image.get(place, atom) != atom or self._taken.get(atom, place) != place:
-                first = self._owner.get(place, self._owner.get(atom, ""))
+        place, atom, block_of = self.blocks.classes[places], self.blocks.classes[atoms], self.blocks.block_of
+        taken = _differs(self._image[place], atom) | _differs(self._taken[atom], place)
+        twice = (atom != _first_partner(place, atom)) | (place != _first_partner(atom, place))
+        apart = (place != atom) & ((block_of[place] < 0) | (block_of[place] != block_of[atom]))
+        refused = np.flatnonzero(taken | twice | apart)
+        if refused.size:  # the first says why
+            i = refused[0]
+            if taken[i]:
+                owners = [self._owner[place[i]], self._owner[atom[i]]]
+                first = next((self._owners[o] for o in owners if o >= 0), "")
                 return f"shares a channel space whose order {first} has fixed"
-            if new.get(place, atom) != atom or owners.get(atom, place) != place:
-                return "it would ask two orders of one channel space"
-            new[place], owners[atom] = atom, place
-            if place != atom and (
-                self.blocks.block_of[place] < 0 or self.blocks.block_of[place] != self.blocks.block_of[atom]
-            ):
-                return self._why_not(place, atom)
-        self._image |= new
-        self._taken |= owners
-        for c in new:
-            self._owner.setdefault(c, owner)
+            return "it would ask two orders of one channel space" if twice[i] else self._why_not(place[i], atom[i])
+        self._image[place], self._taken[atom] = atom, place
+        self._owner[place] = np.where(self._owner[place] < 0, len(self._owners), self._owner[place])
+        self._owners.append(owner)
         return ""
 
     def _why_not(self, place: int, atom: int) -> str:
@@ -200,13 +234,28 @@ class Reordering:
         """Return, for each atom, the atom that takes its place. Classes no wish has placed stay, or fill what is left
         of their block.
         """
-        image = dict(self._image)
-        homeless: dict[int, list[int]] = {}
-        for c in sorted(self._image.keys() - self._taken.keys()):
-            homeless.setdefault(int(self.blocks.block_of[c]), []).append(c)
-        for c in sorted(self._taken.keys() - self._image.keys()):
-            image[c] = homeless[int(self.blocks.block_of[c])].pop(0)
+        image, block_of = self._image.copy(), self.blocks.block_of
+        homeless = np.flatnonzero((image >= 0) & (self._taken < 0))
+        empty = np.flatnonzero((image < 0) & (self._taken >= 0))
+        image[empty[np.argsort(block_of[empty], kind="stable")]] = homeless[
+            np.argsort(block_of[homeless], kind="stable")
+        ]
+        moved = np.flatnonzero((image >= 0) & (image != np.arange(image.size))).tolist()
         result = np.arange(self.blocks.classes.size, dtype=np.int64)
-        for place, atom in image.items():
-            result[self.blocks.members[place]] = self.blocks.members[atom]
+        if moved:
+            members = self.blocks.members
+            result[np.concatenate([members[c] for c in moved])] = np.concatenate([members[c] for c in image[moved]])
         return result
+
+
+def _differs(known: Array, asked: Array) -> npt.NDArray[np.bool_]:
+    """Where something is known already, and it is not what is asked for."""
+    differs: npt.NDArray[np.bool_] = (known >= 0) & (known != asked)
+    return differs
+
+
+def _first_partner(keys: Array, partners: Array) -> Array:
+    """For each key the partner that stands beside its first occurrence."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    found: Array = partners[first[inverse]]
+    return found
