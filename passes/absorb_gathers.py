@@ -21,7 +21,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.graph.editing import Outcome, Skip, Tensors, called_module, calls, erase_gather, first_reader, read_by_name
+from fxprune.graph.editing import (
+    Outcome,
+    Skip,
+    Tensors,
+    call_sites,
+    called_module,
+    calls,
+    erase_gather,
+    first_reader,
+    read_by_name,
+)
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.memory import Memory
 from fxprune.graph.tracing import is_hooked
@@ -36,7 +46,7 @@ class AbsorbGathers:
     def __call__(self, gm: fx.GraphModule) -> Outcome:
         rewritten: list[str] = []
         skipped: list[Skip] = []
-        tensors, memory, named = Tensors(gm), Memory(gm), read_by_name(gm)
+        tensors, memory, named, callers = Tensors(gm), Memory(gm), read_by_name(gm), call_sites(gm)
         for layers, sites in _layers_by_weight(gm):
             for find, absorb in ((_gathers_before, _absorb_inputs), (_gathers_after, _absorb_outputs)):
                 found = find(gm, sites)
@@ -53,7 +63,7 @@ class AbsorbGathers:
                     continue
                 rewritten.extend(site.name for site in sites)
                 for node in dict.fromkeys(found):
-                    erase_gather(gm, node, node.all_input_nodes[0])
+                    erase_gather(gm, node, node.all_input_nodes[0], callers)
         return Outcome(tuple(rewritten), tuple(skipped))
 
 

@@ -24,7 +24,7 @@ channels: 12 runs a group against 14, and 64 as they come).
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -163,52 +163,63 @@ def _best_order(reads: Sequence[_Read], blocks: Blocks) -> Array:
 
 def _orders(reads: Sequence[_Read], blocks: Blocks) -> Iterator[Array]:
     """Orders worth trying, each with, for each atom, the one that takes its place."""
-    choosing = [read for read in reads if read.block > 1] or reads
-    first = np.array([atoms[0] for atoms in blocks.members], dtype=np.int64)
-    slots, sets = _slots(choosing, blocks), _sets(choosing, blocks)
+    slots = _slots([read for read in reads if read.block > 1] or reads, blocks)
     for choose in (_as_they_come, _by_gray_code, _by_nearest):
         reordering = Reordering(blocks)
-        last = np.zeros(sets.shape[1], dtype=bool)
-        for classes in slots:
-            here = sets[classes].any(axis=0)  # most sets of a large network are elsewhere
-            if not here.any():
-                continue
-            chosen = classes[choose(sets[np.ix_(classes, here)], last[here])]
-            reordering.wish(first[classes], first[chosen], "the windows of other gathers")
-            last = sets[chosen[-1]]
+        chosen, last = [], np.zeros(0, dtype=np.int64)
+        for slot in slots:
+            order = choose(slot.inside, np.isin(slot.sets, last))
+            chosen.append(slot.classes[order])
+            last = slot.sets[slot.inside[order[-1]]]
+        if slots:
+            places = blocks.first[np.concatenate([slot.classes for slot in slots])]
+            reordering.wish(places, blocks.first[np.concatenate(chosen)], "the windows of other gathers")
         ahead = reordering.permutation()
         for read in reads:
             _follow(read, reordering, ahead)
         yield reordering.permutation()
 
 
-def _slots(reads: Sequence[_Read], blocks: Blocks) -> list[Array]:
-    """The classes of each block on the leading side, in the order in which they stand in the first gather that has
-    them.
+class _Slot(NamedTuple):
+    """The classes of a block on the leading side, and the sets that they are in: a set holds what one gather moves to
+    or from one block on the side that follows.
+
+    Attributes:
+        classes: `(c,)` in the order in which they stand in the first gather that has them.
+        sets: `(s,)` numbers of the sets, ascending; most sets of a large network are elsewhere.
+        inside: `(c, s)` whether a class is in a set.
     """
+
+    classes: Array
+    sets: Array
+    inside: Sets
+
+
+def _slots(reads: Sequence[_Read], blocks: Blocks) -> list[_Slot]:
+    """The blocks on the leading side in the order in which they first appear there, but for those in no set."""
+    members, numbers, count = [], [], 0
+    for read in reads:
+        atoms, which = read.leading
+        following = blocks.block_of[blocks.classes[read.following]]
+        number = count + _by_appearance(following)
+        count = int(number.max(initial=count - 1)) + 1
+        members.append(blocks.classes[atoms[which[following >= 0]]])
+        numbers.append(number[following >= 0])
+    where = np.concatenate(members), np.concatenate(numbers)
+    in_set = coo_matrix((np.ones(where[0].size, dtype=bool), where), shape=(blocks.count, count)).tocsr()
     classes = np.concatenate([blocks.classes[read.leading[0]] for read in reads])
     classes = classes[np.sort(np.unique(classes, return_index=True)[1])]
     classes = classes[blocks.block_of[classes] >= 0]
     slot = _by_appearance(blocks.block_of[classes])
-    bounds = np.cumsum(np.bincount(slot))
-    return np.split(classes[np.argsort(slot, kind="stable")], bounds[:-1])
-
-
-def _sets(reads: Sequence[_Read], blocks: Blocks) -> Sets:
-    """Whether class i is in set j, shape (classes, sets): a set holds what one gather moves to or from one block on the
-    side that follows.
-    """
-    members, count = [], 0
-    for read in reads:
-        atoms, which = read.leading
-        following = blocks.block_of[blocks.classes[read.following]]
-        column = count + _by_appearance(following)
-        members.append((blocks.classes[atoms[which[following >= 0]]], column[following >= 0]))
-        count = int(column.max(initial=count - 1)) + 1
-    sets = np.zeros((blocks.block_of.size, count), dtype=bool)
-    for classes, columns in members:
-        sets[classes, columns] = True
-    return sets
+    found = []
+    for together in np.split(classes[np.argsort(slot, kind="stable")], np.cumsum(np.bincount(slot))[:-1]):
+        rows = in_set[together].tocoo()
+        sets, column = np.unique(rows.col, return_inverse=True)
+        if sets.size:
+            inside = np.zeros((together.size, sets.size), dtype=bool)
+            inside[rows.row, column] = True
+            found.append(_Slot(together, sets, inside))
+    return found
 
 
 def _by_appearance(values: Array) -> Array:

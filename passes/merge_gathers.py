@@ -39,8 +39,7 @@ class MergeGathers:
 
 def _compose(gm: fx.GraphModule, block: int, skipped: list[Skip]) -> list[str]:
     done = []
-    memory = Memory(gm)
-    sites = call_sites(gm)
+    memory, sites = Memory(gm), call_sites(gm)
     for node, gather in calls(gm, ChannelGather):
         inner = node.args[0]
         if not isinstance(inner, fx.Node) or inner.op != "call_module":
@@ -69,15 +68,14 @@ def _compose(gm: fx.GraphModule, block: int, skipped: list[Skip]) -> list[str]:
         if KEPT_BECAUSE in inner.meta:
             node.meta.setdefault(KEPT_BECAUSE, inner.meta[KEPT_BECAUSE])
         if not inner.users:
-            sites[first].remove(inner)
-            erase_gather(gm, inner, source)
+            erase_gather(gm, inner, source, sites)
         done.append(node.name)
     return done
 
 
 def _drop_identities(gm: fx.GraphModule) -> list[str]:
     done = []
-    memory = Memory(gm)
+    memory, sites = Memory(gm), call_sites(gm)
     for node, gather in calls(gm, ChannelGather):
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -89,14 +87,14 @@ def _drop_identities(gm: fx.GraphModule) -> list[str]:
             and (unseen or _are_readers(gm, node.users))
             and not memory.changes(source, node, node.users)
         ):
-            erase_gather(gm, node, source)
+            erase_gather(gm, node, source, sites)
             done.append(node.name)
     return done
 
 
 def _share(gm: fx.GraphModule) -> list[str]:
     done = []
-    roots = storage_roots(gm)
+    roots, sites = storage_roots(gm), call_sites(gm)
     seen: dict[tuple[object, ...], fx.Node] = {}
     for node in list(gm.graph.nodes):
         if is_mutating(gm, node):
@@ -110,7 +108,7 @@ def _share(gm: fx.GraphModule) -> list[str]:
             continue
         first = seen.setdefault((node.args[0], gather.dim, tuple(gather.index.tolist())), node)
         if first is not node:
-            erase_gather(gm, node, first)
+            erase_gather(gm, node, first, sites)
             done.append(node.name)
     return done
 

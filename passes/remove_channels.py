@@ -65,7 +65,7 @@ class RemoveChannels:
     def _atoms(self, analysis: ChannelAnalysis) -> Classes:
         """Which atoms go; all of a class, and the plan must say so wherever they stand."""
         classes = analysis.blocks.classes
-        gone = np.zeros(len(analysis.blocks.members), dtype=np.bool_)
+        gone = np.zeros(analysis.blocks.count, dtype=np.bool_)
         entries = entries_of(analysis)
         for entry in entries:
             channels = self.plan.removed.get(entry.name)

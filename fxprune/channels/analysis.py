@@ -85,7 +85,7 @@ class ChannelAnalysis:
         components = sorted(sorted(c) for c in nx.connected_components(runs))
         for i, members in enumerate(components):
             component[members] = i
-        first = np.asarray([atoms[0] for atoms in self.blocks.members], dtype=np.int64)
+        first = self.blocks.first
         home = component[_run(starts, first)] if first.size else first
         writers = {port.node.name for port in self.ports if port.kind == "writes"}
         spaces = []

@@ -16,6 +16,7 @@ every label tensor and every parameter, leaves the function of the network uncha
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -88,24 +89,23 @@ class AtomTable:
         colours = self._colours()
         order = np.lexsort((colours, classes))
         bounds = np.flatnonzero(np.diff(classes[order], prepend=-1, append=-1))
-        members = tuple(order[a:b] for a, b in pairwise(bounds))
         pinned: dict[int, str] = {}
         for pin in self.pins:
-            for c in np.unique(classes[pin.atoms]):
-                pinned.setdefault(int(c), pin.reason)
+            for c in np.unique(classes[pin.atoms]).tolist():
+                pinned.setdefault(c, pin.reason)
         # Two atoms of one class that nothing tells apart: which replaces which would be a guess.
-        palettes, bounds_of = colours[order], bounds.tolist()
+        palettes = colours[order]
         same = (np.diff(palettes) == 0) & (np.diff(classes[order]) == 0)
         fixed = pinned.keys() | set(classes[order][:-1][same].tolist())
-        block_of = np.full(len(members), -1, dtype=np.int64)
+        block_of = np.full(bounds.size - 1, -1, dtype=np.int64)
         keys: dict[bytes, int] = {}
-        for c, (start, stop) in enumerate(pairwise(bounds_of)):
+        for c, (start, stop) in enumerate(pairwise(bounds.tolist())):
             if c not in fixed:
                 block_of[c] = keys.setdefault(palettes[start:stop].tobytes(), len(keys))
         rank = np.empty(self.count, dtype=np.int64)
         rank[order] = np.arange(self.count) - np.repeat(bounds[:-1], np.diff(bounds))
         return Blocks(
-            classes, members, rank, block_of, pinned, tuple(self.producers), np.asarray(self.starts, dtype=np.int64)
+            classes, order, bounds, rank, block_of, pinned, tuple(self.producers), np.asarray(self.starts, np.int64)
         )
 
     def _classes(self) -> Array:
@@ -132,7 +132,8 @@ class Blocks:
 
     Attributes:
         classes: class of each atom, shape `(atoms,)`.
-        members: the atoms of each class, in an order that matches between the classes of a block.
+        order, bounds: the atoms class by class, in an order that matches between the classes of a block, and where
+            each class begins and ends among them, shape `(classes + 1,)`.
         rank: position of each atom among the members of its class.
         block_of: block of each class, or -1 if the class must stay where it is.
         pinned: reason for each class that was pinned.
@@ -140,12 +141,36 @@ class Blocks:
     """
 
     classes: Array
-    members: Sequence[Array]
+    order: Array
+    bounds: Array
     rank: Array
     block_of: Array
     pinned: dict[int, str]
     producers: tuple[str, ...]
     starts: Array
+
+    @property
+    def count(self) -> int:
+        """Number of classes."""
+        return self.block_of.size
+
+    @property
+    def first(self) -> Array:
+        """One atom of each class, those of a block matching."""
+        found: Array = self.order[self.bounds[:-1]]
+        return found
+
+    @cached_property
+    def members(self) -> Sequence[Array]:
+        """The atoms of each class."""
+        return np.split(self.order, self.bounds[1:-1])
+
+    def atoms_of(self, classes: Array) -> Array:
+        """The atoms of some classes, one class after the other."""
+        start, size = self.bounds[classes], np.diff(self.bounds)[classes]
+        ends = np.cumsum(size)
+        atoms: Array = self.order[np.arange(int(size.sum())) + np.repeat(start - ends + size, size)]
+        return atoms
 
     def why_fixed(self, atom: int) -> str:
         """Return why the class of `atom` may not move, or an empty string."""
@@ -172,11 +197,12 @@ class Excerpt:
     def around(cls, blocks: Blocks, atoms: Array) -> "Excerpt":
         """The classes of some atoms of the whole."""
         chosen = np.unique(blocks.classes[atoms])
-        members = [blocks.members[c] for c in chosen.tolist()]
-        inside = np.sort(np.concatenate(members)) if members else np.zeros(0, dtype=np.int64)
+        order = blocks.atoms_of(chosen)
+        inside = np.sort(order)
         here = Blocks(
             classes=np.searchsorted(chosen, blocks.classes[inside]),
-            members=tuple(np.searchsorted(inside, m) for m in members),
+            order=np.searchsorted(inside, order),
+            bounds=np.concatenate([[0], np.cumsum(np.diff(blocks.bounds)[chosen])]),
             rank=blocks.rank[inside],
             block_of=blocks.block_of[chosen],
             pinned={i: blocks.pinned[c] for i, c in enumerate(chosen.tolist()) if c in blocks.pinned},
@@ -195,7 +221,7 @@ class Reordering:
 
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks
-        self._image, self._taken, self._owner = (np.full(len(blocks.members), -1, dtype=np.int64) for _ in range(3))
+        self._image, self._taken, self._owner = (np.full(blocks.count, -1, dtype=np.int64) for _ in range(3))
         self._owners: list[str] = []
 
     def wish(self, places: Array, atoms: Array, owner: str) -> str:
@@ -225,7 +251,7 @@ class Reordering:
 
     def _why_not(self, place: int, atom: int) -> str:
         for c in (place, atom):
-            reason = self.blocks.why_fixed(int(self.blocks.members[c][0]))
+            reason = self.blocks.why_fixed(int(self.blocks.first[c]))
             if reason:
                 return reason
         return TOLD_APART
@@ -240,11 +266,9 @@ class Reordering:
         image[empty[np.argsort(block_of[empty], kind="stable")]] = homeless[
             np.argsort(block_of[homeless], kind="stable")
         ]
-        moved = np.flatnonzero((image >= 0) & (image != np.arange(image.size))).tolist()
+        moved = np.flatnonzero((image >= 0) & (image != np.arange(image.size)))
         result = np.arange(self.blocks.classes.size, dtype=np.int64)
-        if moved:
-            members = self.blocks.members
-            result[np.concatenate([members[c] for c in moved])] = np.concatenate([members[c] for c in image[moved]])
+        result[self.blocks.atoms_of(moved)] = self.blocks.atoms_of(image[moved])
         return result
 
 

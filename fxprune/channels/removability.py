@@ -68,7 +68,7 @@ class _Walk:
 
     def none(self) -> Classes:
         """No class, `(K,)`."""
-        return np.zeros(len(self.analysis.blocks.members), dtype=np.bool_)
+        return np.zeros(self.analysis.blocks.count, dtype=np.bool_)
 
     def numbers(self, node: fx.Node) -> Classes:
         """The classes whose number a node is given."""

@@ -133,13 +133,23 @@ def gather_after(gm: fx.GraphModule, node: fx.Node, gather: ChannelGather) -> No
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
 
-def erase_gather(gm: fx.GraphModule, node: fx.Node, replacement: fx.Node) -> None:
-    """Replace a gather by another value and forget its module if no other node calls it."""
-    target = node.target
+def erase_gather(
+    gm: fx.GraphModule, node: fx.Node, replacement: fx.Node, sites: Mapping[nn.Module, list[fx.Node]]
+) -> None:
+    """Replace a gather by another value and forget its module if no other node calls it by the same path.
+
+    Args:
+        gm: the graph.
+        node: calls the gather.
+        replacement: what is read in its place.
+        sites: what `call_sites` found; kept up to date.
+    """
+    target, others = str(node.target), sites[called_module(gm, node)]
+    others.remove(node)
     node.replace_all_uses_with(replacement)
     gm.graph.erase_node(node)
-    if not any(other.op == "call_module" and other.target == target for other in gm.graph.nodes):
-        gm.delete_submodule(str(target))
+    if not any(other.target == target for other in others):
+        gm.delete_submodule(target)
 
 
 class Tensors:

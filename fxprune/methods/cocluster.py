@@ -223,12 +223,14 @@ def assign_balanced(score: Matrix, labels: Labels) -> Labels:
     gains, movers = np.empty((columns, columns)), np.empty((columns, columns), dtype=np.intp)
     touched = list(range(columns))
     while True:
-        for column in touched:  # the best move out of a column changes only with its rows
-            rows = np.flatnonzero(labels == column)
-            difference = score[rows] - score[rows, column, None]  # (N / n, n)
-            best = difference.argmax(axis=0)
-            gains[column], movers[column] = difference[best, np.arange(columns)], rows[best]
-            gains[column, column] = -np.inf
+        # The best move out of a column changes only with its rows.
+        rows = np.nonzero(np.equal.outer(touched, labels))[1].reshape(len(touched), -1)  # ascending, (touched, N / n)
+        difference = score[rows]  # (touched, N / n, n)
+        difference = difference - np.take_along_axis(difference, np.array(touched)[:, None, None], axis=2)
+        best = difference.argmax(axis=1)
+        gains[touched] = np.take_along_axis(difference, best[:, None], axis=1)[:, 0]
+        movers[touched] = np.take_along_axis(rows, best, axis=1)
+        gains[touched, touched] = -np.inf
         both = gains + gains.T
         pair = divmod(int(both.argmax()), columns)
         if both[pair] > noise:

@@ -1,11 +1,13 @@
 """Make a plan: decide for each convolution whether it is pruned, into how many groups, and which kernels stay."""
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController, threadpool_limits
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -205,6 +207,19 @@ class Planner:
                     together |= dict.fromkeys(alike, tuple(alike))
         return together
 
+    def _one_thread(self) -> AbstractContextManager[object]:
+        """Keep numeric libraries to one thread: the matrices are small, and on a busy machine threads that wait for
+        each other cost ten times the work.
+        """
+        if self._method == "tmi":  # loads such a library on the way
+            return threadpool_limits(1)
+        return self._pools.limit(limits=1)
+
+    @cached_property
+    def _pools(self) -> ThreadpoolController:
+        """The numeric libraries that are loaded, looked for once: it takes longer than planning a narrow layer."""
+        return ThreadpoolController()
+
     def _common_groups(self, name: str) -> Labels | None:
         """The group of each filter `(O,)` if other layers have the same groups, which all are decided at once."""
         together = self._together.get(name, ())
@@ -218,7 +233,7 @@ class Planner:
                     else kernel_scores(other, self._convs[other], self._score, self._criterion)
                 )
                 layers.append(Layer(in_blocks(scores, shape.block), shape.kept // shape.block, shape.form))
-            with threadpool_limits(1):
+            with self._one_thread():
                 labels = common_groups(layers, self.shapes[name].groups, self._seed)
             self._labels |= dict.fromkeys(together, labels)
         return self._labels.get(name)
@@ -241,9 +256,7 @@ class Planner:
                 self._common_groups(name),
             )
             return clustering, None
-        # One thread: the matrices are small, and on a busy machine threads that wait for each other cost ten times the
-        # work.
-        with threadpool_limits(1):
+        with self._one_thread():
             weight: Matrix = conv.weight.detach().double().cpu().numpy()
             if self._method == "tmi":
                 earlier = [state[f"{name}.weight"].double().cpu().numpy() for state in self._snapshots]
