@@ -76,9 +76,9 @@ def reorder(gm: fx.GraphModule, analysis: ChannelAnalysis, moved: Array) -> tupl
     """
     rewritten = []
     for port in analysis.ports:
-        index = new_order(port.atoms, moved)
-        if np.array_equal(index, np.arange(index.size)):
+        if np.array_equal(moved[port.atoms], port.atoms):
             continue
+        index = new_order(port.atoms, moved)
         rewritten.append(port.node.name)
         device = next(iter(called_module(gm, port.node).state_dict().values())).device
         if port.kind == "writes":
@@ -88,7 +88,8 @@ def reorder(gm: fx.GraphModule, analysis: ChannelAnalysis, moved: Array) -> tupl
             gather_before(gm, port.node, ChannelGather(inverse, index.size, port.dim))
     tensors = Tensors(gm)
     for scale in analysis.scales:
-        _reorder_parameter(gm, tensors, scale, new_order(scale.atoms, moved))
+        if not np.array_equal(moved[scale.atoms], scale.atoms):
+            _reorder_parameter(gm, tensors, scale, new_order(scale.atoms, moved))
     return tuple(rewritten)
 
 
@@ -107,14 +108,16 @@ def _serve_wishes(
         if gather.is_permutation and (node, "reads") in ports
     ]
     wishes: dict[fx.Node, tuple[tuple[Array, Array], ...]] = {}
+    orders: dict[fx.Node, set[bytes]] = {}
     saved: Counter[bytes] = Counter()
     for node, gather in permutations:
         index = gather.index.cpu().numpy()
         given, read = ports[node, "writes"].atoms, ports[node, "reads"].atoms
         wishes[node] = (given, given[np.argsort(index)]), (read, read[index])
-        for key in {_order_of(analysis, *wish) for wish in wishes[node]}:
-            saved[key] += values[node].numel()
-    for node in sorted(wishes, key=lambda node: -max(saved[_order_of(analysis, *wish)] for wish in wishes[node])):
+        orders[node] = {_order_of(analysis, *wish) for wish in wishes[node]}
+        for order in orders[node]:
+            saved[order] += values[node].numel()
+    for node in sorted(wishes, key=lambda node: -max(saved[order] for order in orders[node])):
         refusals = []
         for places, atoms in wishes[node]:
             refusal = _what_breaks(aligned, reordering, places, atoms) if aligned else ""
@@ -130,7 +133,7 @@ def _serve_wishes(
 def _order_of(analysis: ChannelAnalysis, places: Array, atoms: Array) -> bytes:
     """The same for wishes that ask for the same order of the same channels."""
     classes = analysis.blocks.classes
-    return np.unique(np.stack([classes[places], classes[atoms]], axis=1), axis=0).tobytes()
+    return np.unique(classes[places] * analysis.blocks.count + classes[atoms]).tobytes()
 
 
 def _what_breaks(aligned: Sequence[Read], reordering: Reordering, places: Array, atoms: Array) -> str:
@@ -147,8 +150,6 @@ def _what_breaks(aligned: Sequence[Read], reordering: Reordering, places: Array,
 
 
 def _reorder_parameter(gm: fx.GraphModule, tensors: Tensors, scale: Scale, index: Array) -> None:
-    if np.array_equal(index, np.arange(index.size)):
-        return
     tensor = getattr(gm.get_submodule(scale.owner), scale.attribute)
     assert isinstance(tensor, Tensor)
     order = torch.from_numpy(index).to(tensor.device)

@@ -251,7 +251,7 @@ class Reordering:
 
     def _why_not(self, place: int, atom: int) -> str:
         for c in (place, atom):
-            reason = self.blocks.why_fixed(int(self.blocks.first[c]))
+            reason = self.blocks.why_fixed(int(self.blocks.order[self.blocks.bounds[c]]))
             if reason:
                 return reason
         return TOLD_APART

@@ -1,8 +1,8 @@
 """The passes in order, and the runner that watches over them.
 
-After each pass the graph is linted, recompiled and checked against the invariants of the IR. Two environment variables
-look inside: `FXPRUNE_DUMP=dir` writes the graph after each pass as numbered text files, `FXPRUNE_VERIFY=1` checks after
-each pass that the function is unchanged.
+After each pass the graph is linted and checked against the invariants of the IR; code is generated once, after the
+last. Two environment variables look inside: `FXPRUNE_DUMP=dir` writes the graph after each pass as numbered text files,
+`FXPRUNE_VERIFY=1` checks after each pass that the function is unchanged.
 """
 
 import logging
@@ -83,11 +83,12 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], inputs: tuple[Any, ...]) -> 
     for number, rewrite in enumerate(passes, start=1):
         name = type(rewrite).__name__
         outcome = outcomes[f"{number} {name}"] = rewrite(gm)
-        _finish(gm, name)
+        _check(gm, name)
         logger.info("%s rewrote %d nodes and left %d", name, len(outcome.rewritten), len(outcome.skipped))
         _dump(directory, number, name, gm)
         if check and (worst := difference(evaluate(gm, samples, "eval")[0], reference)[1]) > TOLERANCE:
             raise VerificationError(f"pass {number} {name} changed the function by {worst:.1e} of the largest output")
+    gm.recompile()
     return outcomes
 
 
@@ -124,13 +125,12 @@ def checks_each_pass() -> bool:
     return value == "1"
 
 
-def _finish(gm: fx.GraphModule, name: str) -> None:
-    """Recompile after a pass and check what must hold between passes."""
+def _check(gm: fx.GraphModule, name: str) -> None:
+    """Check what must hold between passes."""
     try:
         gm.graph.lint()
     except RuntimeError as error:
         raise PassError(f"pass {name} left an invalid graph: {error}") from error
-    gm.recompile()
     for node, gather in calls(gm, ChannelGather):
         if gather.index.numel() == 0 or int(gather.index.min()) < 0 or int(gather.index.max()) >= gather.in_channels:
             raise PassError(f"pass {name} left {node.name} with an index outside its {gather.in_channels} channels")

@@ -155,7 +155,8 @@ def _best_start(
 ) -> tuple[Labels, list[Mask], list[float]]:
     """The best of a search from the spectral start and of some from random ones."""
     generator = np.random.default_rng(seed)
-    together = np.concatenate([layer.importance for layer in layers], axis=1)
+    first, *others = (layer.importance for layer in layers)
+    together = np.concatenate([first, *others], axis=1) if others else first
     ranks = np.arange(len(together)) * groups // len(together)  # balanced labels by rank: 0..0 1..1 ...
     starts = [ranks[np.argsort(np.argsort(_spectral_coordinate(together), kind="stable"))]]
     if groups > 1:
@@ -221,22 +222,27 @@ def assign_balanced(score: Matrix, labels: Labels) -> Labels:
         return labels
     noise = NOISE * float(np.abs(score).max())
     gains, movers = np.empty((columns, columns)), np.empty((columns, columns), dtype=np.intp)
-    touched = list(range(columns))
+    every = np.arange(columns)
+    touched = every.tolist()
     while True:
         # The best move out of a column changes only with its rows.
-        rows = np.nonzero(np.equal.outer(touched, labels))[1].reshape(len(touched), -1)  # ascending, (touched, N / n)
-        difference = score[rows]  # (touched, N / n, n)
-        difference = difference - np.take_along_axis(difference, np.array(touched)[:, None, None], axis=2)
-        best = difference.argmax(axis=1)
-        gains[touched] = np.take_along_axis(difference, best[:, None], axis=1)[:, 0]
-        movers[touched] = np.take_along_axis(rows, best, axis=1)
+        own = every[touched, None]
+        rows = np.nonzero(labels == own)[1].reshape(len(touched), -1)  # ascending, (touched, N / n)
+        difference = score[rows]
+        difference -= score[rows, own][:, :, None]  # (touched, N / n, n)
+        best, which = difference.argmax(axis=1), every[: len(touched), None]
+        gains[touched] = difference[which, best, every]
+        movers[touched] = rows[which, best]
         gains[touched, touched] = -np.inf
         both = gains + gains.T
         pair = divmod(int(both.argmax()), columns)
         if both[pair] > noise:
             _split_pair(score, labels, *pair)
             touched = list(pair)
-            continue
+            if columns > 2:
+                continue
+        if columns == 2:  # one sort is optimal, and there are no longer cycles
+            return labels
         touched = _gaining_cycle(gains, noise)
         if not touched:
             return labels
