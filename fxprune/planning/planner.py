@@ -257,12 +257,12 @@ class Planner:
             )
             return clustering, None
         with self._one_thread():
-            weight: Matrix = conv.weight.detach().double().cpu().numpy()
             if self._method == "tmi":
+                weight = _as_matrix(conv.weight)
                 earlier = [state[f"{name}.weight"].double().cpu().numpy() for state in self._snapshots]
                 return tmi_gkp(weight, earlier, shape.groups, shape.kept, seed=self._seed)[0], None
             if self._method == "srgkp":
-                return srgkp(weight, shape.groups, shape.kept), None
+                return srgkp(_as_matrix(conv.weight), shape.groups, shape.kept), None
             if samples is not None and self._moments is not None:
                 self._moments[name] = samples.second_moment(conv.in_channels)
             scores = kernel_scores(name, conv, self._score, self._criterion)
@@ -272,7 +272,7 @@ class Planner:
             )
             if self._variety is None:
                 return clustering, None
-            return self._varied(clustering, weight, scores, shape, samples)
+            return self._varied(clustering, _as_matrix(conv.weight), scores, shape, samples)
 
     def _varied(
         self, clustering: Clustering, weight: Matrix, scores: Matrix, shape: Shape, samples: Samples | None
@@ -307,6 +307,11 @@ class Planner:
         kept = shape.kept // block
         remapped, redundancy = vary(in_blocks(totals, block), kept, similarity, self._variety)
         return choose_channels(remapped, kept, shape.form).repeat(block, axis=1), redundancy.share
+
+
+def _as_matrix(weight: Tensor) -> Matrix:
+    matrix: Matrix = weight.detach().double().cpu().numpy()
+    return matrix
 
 
 def prunable_shapes(subject: Subject, request: Request) -> dict[str, Shape]:
