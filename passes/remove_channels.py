@@ -46,7 +46,7 @@ class RemoveChannels:
     values: CarriedValues
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
-        values = self.values.of(gm)
+        values = dict(self.values.of(gm))
         analysis = analyze_channels(gm, values)
         removed = self._atoms(analysis)
         refused = irremovable(gm, values, analysis)

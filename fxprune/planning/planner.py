@@ -211,9 +211,12 @@ class Planner:
         """Keep numeric libraries to one thread: the matrices are small, and on a busy machine threads that wait for
         each other cost ten times the work.
         """
-        if self._method == "tmi":  # loads such a library on the way
-            return threadpool_limits(1)
-        return self._pools.limit(limits=1)
+        limited: AbstractContextManager[object] = (
+            threadpool_limits(1)  # TMI-GKP loads such a library on the way
+            if self._method == "tmi"
+            else self._pools.limit(limits=1)
+        )
+        return limited
 
     @cached_property
     def _pools(self) -> ThreadpoolController:

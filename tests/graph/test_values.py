@@ -21,7 +21,8 @@ class Net(nn.Module):
         self.a, self.b = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 6, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.relu(self.a(x)))
+        y: Tensor = self.b(torch.relu(self.a(x)))
+        return y
 
 
 @pytest.fixture
