@@ -88,7 +88,7 @@ class AtomTable:
         classes = self._classes()
         colours = self._colours()
         order = np.lexsort((colours, classes))
-        bounds = np.flatnonzero(np.diff(classes[order], prepend=-1, append=-1))
+        bounds = np.flatnonzero(np.diff(classes[order], prepend=-1, append=self.count))
         pinned: dict[int, str] = {}
         for pin in self.pins:
             for c in np.unique(classes[pin.atoms]).tolist():
@@ -163,7 +163,7 @@ class Blocks:
     @cached_property
     def members(self) -> Sequence[Array]:
         """The atoms of each class."""
-        return np.split(self.order, self.bounds[1:-1])
+        return np.split(self.order, self.bounds[1:-1])[: self.count]
 
     def atoms_of(self, classes: Array) -> Array:
         """The atoms of some classes, one class after the other."""
