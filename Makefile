@@ -31,6 +31,7 @@ check: .venv/.installed-dev ## ruff and mypy
 
 bench: .venv/.installed-dev ## measure compile times and memory (several minutes) into benchmarks/results
 	$(BIN)/python -m benchmarks.compile_time
+	$(BIN)/python -m benchmarks.compile_time --scaling
 
 clean: ## remove .venv, caches and build products
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

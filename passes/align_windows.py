@@ -24,20 +24,21 @@ channels: 12 runs a group against 14, and 64 as they come).
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import NamedTuple, TypeAlias
 
-import networkx as nx
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
 from fxprune.channels import Blocks, ChannelAnalysis, Reordering, analyze_channels
-from fxprune.channels.atoms import Array
+from fxprune.channels.atoms import Array, Excerpt
 from fxprune.channels.orders import Read, known_reads, new_order
-from fxprune.graph.editing import Outcome, call_sites, calls, first_reader, new_path, read_by_name
+from fxprune.graph.editing import Outcome, call_sites, called_module, calls, first_reader, new_path, read_by_name
 from fxprune.graph.layers import ChannelGather
-from fxprune.graph.values import meta_values
+from fxprune.graph.values import CarriedValues
 from fxprune.passes.sink_gathers import reorder
 
 Sets: TypeAlias = npt.NDArray[np.bool_]
@@ -48,26 +49,24 @@ class AlignWindows:
     """Choose the order inside every channel space so that the gathers that remain read few windows.
 
     Attributes:
-        inputs: arguments of forward as meta tensors, to know shapes.
+        values: what the nodes give, to know shapes.
         block: convolutions that read aligned blocks of this many channels, or of a divisor of it, shall go on doing so.
     """
 
-    inputs: tuple[Any, ...]
+    values: CarriedValues
     block: int = 1
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
-        if not self.inputs or not any(calls(gm, ChannelGather)):
+        values = self.values.of(gm)
+        if not values or not any(calls(gm, ChannelGather)):
             return Outcome()
-        analysis = analyze_channels(gm, meta_values(gm, self.inputs)[0])
+        analysis = analyze_channels(gm, values)
         blocks = _movable(gm, analysis)
-        unmoved = np.arange(blocks.classes.size, dtype=np.int64)
-        moved = unmoved
+        moved = np.arange(blocks.classes.size, dtype=np.int64)
         found = _reads(gm, analysis, blocks, self.block)
         for together in _sharing_spaces(found, blocks):
-            orders = [order for order in _orders(together, blocks) if all(r.stays_aligned(order) for r in together)]
-            # The first of the best: where no order has fewer runs, nothing changes.
-            best = min([unmoved, *orders], key=lambda order: _total_runs(together, order))
-            moved = np.where(best == unmoved, moved, best)
+            here = Excerpt.around(blocks, np.concatenate([read.atoms for read in together]))
+            moved[here.atoms] = here.atoms[_best_order([read.among(here) for read in together], here.blocks)]
         layers = replace(analysis, ports=tuple(p for p in analysis.ports if not _is_gather(gm, p.node)))
         return Outcome((*_reindex(gm, found, moved), *reorder(gm, layers, moved)))
 
@@ -81,6 +80,15 @@ class _Read(Read):
     """
 
     leads: bool
+
+    @property
+    def atoms(self) -> Array:
+        """All that it moves or reads."""
+        return np.concatenate([self.before, self.after])
+
+    def among(self, here: Excerpt) -> "_Read":
+        """The same read with the numbers that its atoms have in an excerpt."""
+        return replace(self, before=here.numbered(self.before), after=here.numbered(self.after))
 
     @property
     def leading(self) -> tuple[Array, Array]:
@@ -99,11 +107,15 @@ def runs(index: Tensor) -> int:
     >>> runs(torch.tensor([4, 5, 6, 0, 1, 6]))
     3
     """
-    return int(index.numel() > 0) + int((index.diff() != 1).sum())
+    return _runs(index.cpu().numpy())
+
+
+def _runs(index: Array) -> int:
+    return int(index.size > 0) + int(np.count_nonzero(np.diff(index) != 1))
 
 
 def _total_runs(reads: Sequence[_Read], moved: Array) -> int:
-    return sum(runs(torch.from_numpy(read.reindexed(moved))) for read in reads)
+    return sum(_runs(read.reindexed(moved)) for read in reads)
 
 
 def _reads(gm: fx.GraphModule, analysis: ChannelAnalysis, blocks: Blocks, block: int) -> list[_Read]:
@@ -121,69 +133,100 @@ def _movable(gm: fx.GraphModule, analysis: ChannelAnalysis) -> Blocks:
     parameters by name too.
     """
     named, block_of = read_by_name(gm), analysis.blocks.block_of.copy()
-    for port in analysis.ports:
-        if first_reader(gm.get_submodule(str(port.node.target)).parameters(), named):
+    for port in analysis.ports if named else ():
+        if first_reader(called_module(gm, port.node).parameters(), named):
             block_of[analysis.blocks.classes[port.atoms]] = -1
     return replace(analysis.blocks, block_of=block_of)
 
 
 def _sharing_spaces(reads: Sequence[_Read], blocks: Blocks) -> Iterator[list[_Read]]:
-    """The gathers in sets that have no block in common."""
-    graph = nx.Graph()
-    for i, read in enumerate(reads):
-        found = np.unique(blocks.block_of[blocks.classes[np.concatenate([read.before, read.after])]])
-        graph.add_edges_from((("gather", i), ("block", b)) for b in found.tolist() if b >= 0)
-    for members in nx.connected_components(graph):
-        yield [reads[i] for i in sorted(i for kind, i in members if kind == "gather")]
+    """The gathers in sets that have no block in common, but for those none of whose channels may move."""
+    touched = [np.unique(blocks.block_of[blocks.classes[read.atoms]]) for read in reads]
+    touched = [found[found >= 0] for found in touched]
+    gather = np.repeat(np.arange(len(reads)), [found.size for found in touched])
+    block = len(reads) + np.concatenate([*touched, np.zeros(0, dtype=np.int64)])
+    size = len(reads) + int(blocks.block_of.max(initial=-1)) + 1
+    graph = coo_matrix((np.ones(gather.size, dtype=np.int8), (gather, block)), shape=(size, size))
+    together: dict[int, list[_Read]] = {}
+    for read, found, component in zip(reads, touched, connected_components(graph, directed=False)[1], strict=False):
+        if found.size:
+            together.setdefault(int(component), []).append(read)
+    yield from together.values()
+
+
+def _best_order(reads: Sequence[_Read], blocks: Blocks) -> Array:
+    """The order with the fewest runs, the first of equals: where no order has fewer, nothing changes."""
+    orders = [order for order in _orders(reads, blocks) if all(read.stays_aligned(order) for read in reads)]
+    unmoved = np.arange(blocks.classes.size, dtype=np.int64)
+    return min([unmoved, *orders], key=lambda order: _total_runs(reads, order))
 
 
 def _orders(reads: Sequence[_Read], blocks: Blocks) -> Iterator[Array]:
     """Orders worth trying, each with, for each atom, the one that takes its place."""
-    choosing = [read for read in reads if read.block > 1] or reads
-    slots = _slots(choosing, blocks)
-    sets = _sets(choosing, blocks)
+    slots = _slots([read for read in reads if read.block > 1] or reads, blocks)
     for choose in (_as_they_come, _by_gray_code, _by_nearest):
         reordering = Reordering(blocks)
-        last = np.zeros(sets.shape[1], dtype=bool)
-        for classes in slots:
-            here = sets[classes].any(axis=0)  # most sets of a large network are elsewhere
-            if not here.any():
-                continue
-            chosen = classes[choose(sets[classes][:, here], last[here])]
-            place, atom = (np.array([blocks.members[c][0] for c in order]) for order in (classes, chosen))
-            reordering.wish(place, atom, "the windows of other gathers")
-            last = sets[chosen[-1]]
+        chosen, last = [], np.zeros(0, dtype=np.int64)
+        for slot in slots:
+            order = choose(slot.inside, np.isin(slot.sets, last))
+            chosen.append(slot.classes[order])
+            last = slot.sets[slot.inside[order[-1]]]
+        if slots:
+            places = blocks.first[np.concatenate([slot.classes for slot in slots])]
+            reordering.wish(places, blocks.first[np.concatenate(chosen)], "the windows of other gathers")
         ahead = reordering.permutation()
         for read in reads:
             _follow(read, reordering, ahead)
         yield reordering.permutation()
 
 
-def _slots(reads: Sequence[_Read], blocks: Blocks) -> list[Array]:
-    """The classes of each block on the leading side, in the order in which they stand in the first gather that has
-    them.
+class _Slot(NamedTuple):
+    """The classes of a block on the leading side, and the sets that they are in: a set holds what one gather moves to
+    or from one block on the side that follows.
+
+    Attributes:
+        classes: `(c,)` in the order in which they stand in the first gather that has them.
+        sets: `(s,)` numbers of the sets, ascending; most sets of a large network are elsewhere.
+        inside: `(c, s)` whether a class is in a set.
     """
-    seen: dict[int, dict[int, None]] = {}
-    for read in reads:
-        for c in blocks.classes[read.leading[0]].tolist():
-            if blocks.block_of[c] >= 0:
-                seen.setdefault(int(blocks.block_of[c]), {})[c] = None
-    return [np.array(list(classes), dtype=np.int64) for classes in seen.values()]
+
+    classes: Array
+    sets: Array
+    inside: Sets
 
 
-def _sets(reads: Sequence[_Read], blocks: Blocks) -> Sets:
-    """Whether class i is in set j, shape (all classes, sets): a set holds what one gather moves to or from one block on
-    the side that follows.
-    """
-    columns = []
+def _slots(reads: Sequence[_Read], blocks: Blocks) -> list[_Slot]:
+    """The blocks on the leading side in the order in which they first appear there, but for those in no set."""
+    members, numbers, count = [], [], 0
     for read in reads:
         atoms, which = read.leading
         following = blocks.block_of[blocks.classes[read.following]]
-        for block in dict.fromkeys(following.tolist()):
-            column = np.zeros(blocks.block_of.size, dtype=bool)
-            column[blocks.classes[atoms[which[following == block]]]] = block >= 0
-            columns.append(column)
-    return np.stack(columns, axis=1)
+        number = count + _by_appearance(following)
+        count = int(number.max(initial=count - 1)) + 1
+        members.append(blocks.classes[atoms[which[following >= 0]]])
+        numbers.append(number[following >= 0])
+    where = np.concatenate(members), np.concatenate(numbers)
+    in_set = coo_matrix((np.ones(where[0].size, dtype=bool), where), shape=(blocks.count, count)).tocsr()
+    classes = np.concatenate([blocks.classes[read.leading[0]] for read in reads])
+    classes = classes[np.sort(np.unique(classes, return_index=True)[1])]
+    classes = classes[blocks.block_of[classes] >= 0]
+    slot = _by_appearance(blocks.block_of[classes])
+    found = []
+    for together in np.split(classes[np.argsort(slot, kind="stable")], np.cumsum(np.bincount(slot))[:-1]):
+        rows = in_set[together].tocoo()
+        sets, column = np.unique(rows.col, return_inverse=True)
+        if sets.size:
+            inside = np.zeros((together.size, sets.size), dtype=bool)
+            inside[rows.row, column] = True
+            found.append(_Slot(together, sets, inside))
+    return found
+
+
+def _by_appearance(values: Array) -> Array:
+    """Each value by a number that counts up from 0 in the order in which distinct ones first appear."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    numbers: Array = np.argsort(np.argsort(first))[inverse]
+    return numbers
 
 
 def _follow(read: _Read, reordering: Reordering, ahead: Array) -> None:
@@ -213,7 +256,11 @@ def _by_gray_code(sets: Sets, last: Sets) -> Array:
 
 def _by_nearest(sets: Sets, last: Sets) -> Array:
     """From each combination of sets to the one left that differs least."""
-    distinct, kind = np.unique(sets, axis=0, return_inverse=True)
+    rows = np.packbits(sets, axis=1)  # bytes in place of bits sort in the same order, and much faster
+    _, first, kind = np.unique(
+        rows.view(np.dtype((np.void, rows.shape[1])))[:, 0], return_index=True, return_inverse=True
+    )
+    distinct = sets[first]
     stops = np.concatenate([last[None], distinct]).astype(np.float32)
     size = stops.sum(axis=1)
     distance = size[:, None] + size[None, :] - 2 * stops @ stops.T
@@ -232,7 +279,7 @@ def _by_nearest(sets: Sets, last: Sets) -> Array:
 
 
 def _is_gather(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return isinstance(gm.get_submodule(str(node.target)), ChannelGather)
+    return isinstance(called_module(gm, node), ChannelGather)
 
 
 def _reindex(gm: fx.GraphModule, reads: Sequence[_Read], moved: Array) -> Iterator[str]:
@@ -244,7 +291,7 @@ def _reindex(gm: fx.GraphModule, reads: Sequence[_Read], moved: Array) -> Iterat
         index = read.reindexed(moved)
         if np.array_equal(index, read.index):
             continue
-        gather = gm.get_submodule(str(read.node.target))
+        gather = called_module(gm, read.node)
         assert isinstance(gather, ChannelGather)
         if len(sites[gather]) > 1:
             sites[gather].remove(read.node)

@@ -74,18 +74,19 @@ def grouped_convolution(name: str, conv: nn.Conv2d, kernels: GroupedKernels) -> 
     """
     order = torch.tensor(kernels.out_order, device=conv.weight.device)
     dense = conv.weight.detach()
-    dropped = dense[~kernels.mask().to(dense.device)]
-    if bool(dropped.any()):
+    columns = torch.tensor(kernels.kept, device=dense.device).repeat_interleave(kernels.group_width, dim=0)
+    kept = dense[order[:, None], columns]
+    if int(dense.count_nonzero()) != int(kept.count_nonzero()):
+        dropped = dense[~kernels.mask().to(dense.device)]
         count = int(dropped.flatten(1).any(dim=1).sum())
         raise PassError(
             f"{name}: {count} kernels that the plan drops are not zero; rewrite the model that fxprune.mask returns"
         )
-    columns = torch.tensor(kernels.kept, device=dense.device).repeat_interleave(kernels.group_width, dim=0)
     grouped = copy.copy(conv)  # keeps the class, stride, padding mode and whatever a subclass adds
     grouped._parameters = dict(conv._parameters)
     grouped.in_channels = columns.shape[1] * kernels.groups
     grouped.groups = kernels.groups
-    grouped.weight = _like(conv.weight, dense[order[:, None], columns])
+    grouped.weight = _like(conv.weight, kept)
     if conv.bias is not None:
         grouped.bias = _like(conv.bias, conv.bias.detach()[order])
     return grouped

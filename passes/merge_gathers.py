@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxprune.channels.orders import alignment, feeds_convolution
-from fxprune.graph.editing import KEPT_BECAUSE, Outcome, Skip, call_sites, calls, erase_gather, new_path
+from fxprune.graph.editing import KEPT_BECAUSE, Outcome, Skip, call_sites, called_module, calls, erase_gather, new_path
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.memory import Memory, is_mutating, storage_roots
 
@@ -39,13 +39,12 @@ class MergeGathers:
 
 def _compose(gm: fx.GraphModule, block: int, skipped: list[Skip]) -> list[str]:
     done = []
-    memory = Memory(gm)
-    sites = call_sites(gm)
+    memory, sites = Memory(gm), call_sites(gm)
     for node, gather in calls(gm, ChannelGather):
         inner = node.args[0]
         if not isinstance(inner, fx.Node) or inner.op != "call_module":
             continue
-        first = gm.get_submodule(str(inner.target))
+        first = called_module(gm, inner)
         if not isinstance(first, ChannelGather) or first.dim != gather.dim or not _are_readers(gm, inner.users):
             continue
         source = inner.args[0]
@@ -69,15 +68,14 @@ def _compose(gm: fx.GraphModule, block: int, skipped: list[Skip]) -> list[str]:
         if KEPT_BECAUSE in inner.meta:
             node.meta.setdefault(KEPT_BECAUSE, inner.meta[KEPT_BECAUSE])
         if not inner.users:
-            sites[first].remove(inner)
-            erase_gather(gm, inner, source)
+            erase_gather(gm, inner, source, sites)
         done.append(node.name)
     return done
 
 
 def _drop_identities(gm: fx.GraphModule) -> list[str]:
     done = []
-    memory = Memory(gm)
+    memory, sites = Memory(gm), call_sites(gm)
     for node, gather in calls(gm, ChannelGather):
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -89,14 +87,14 @@ def _drop_identities(gm: fx.GraphModule) -> list[str]:
             and (unseen or _are_readers(gm, node.users))
             and not memory.changes(source, node, node.users)
         ):
-            erase_gather(gm, node, source)
+            erase_gather(gm, node, source, sites)
             done.append(node.name)
     return done
 
 
 def _share(gm: fx.GraphModule) -> list[str]:
     done = []
-    roots = storage_roots(gm)
+    roots, sites = storage_roots(gm), call_sites(gm)
     seen: dict[tuple[object, ...], fx.Node] = {}
     for node in list(gm.graph.nodes):
         if is_mutating(gm, node):
@@ -104,13 +102,13 @@ def _share(gm: fx.GraphModule) -> list[str]:
             seen = {key: gather for key, gather in seen.items() if roots[gather.all_input_nodes[0]].isdisjoint(written)}
         if (
             node.op != "call_module"
-            or not isinstance(gather := gm.get_submodule(node.target), ChannelGather)
+            or not isinstance(gather := called_module(gm, node), ChannelGather)
             or not _are_readers(gm, node.users)
         ):
             continue
         first = seen.setdefault((node.args[0], gather.dim, tuple(gather.index.tolist())), node)
         if first is not node:
-            erase_gather(gm, node, first)
+            erase_gather(gm, node, first, sites)
             done.append(node.name)
     return done
 
@@ -118,4 +116,4 @@ def _share(gm: fx.GraphModule) -> list[str]:
 def _are_readers(gm: fx.GraphModule, users: Iterable[fx.Node]) -> bool:
     """Whether all users are layers that neither write into their input nor return it."""
     layers = (nn.modules.conv._ConvNd, nn.Linear, ChannelGather)
-    return all(user.op == "call_module" and isinstance(gm.get_submodule(str(user.target)), layers) for user in users)
+    return all(user.op == "call_module" and isinstance(called_module(gm, user), layers) for user in users)

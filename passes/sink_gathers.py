@@ -16,7 +16,7 @@ convolution that it restores, of which `FuseConvs` makes it a part.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,18 @@ from torch import Tensor, fx
 from fxprune.channels import ChannelAnalysis, Port, Reordering, Scale, analyze_channels
 from fxprune.channels.atoms import TOLD_APART, Array
 from fxprune.channels.orders import Read, known_reads, new_order
-from fxprune.graph.editing import KEPT_BECAUSE, Outcome, Skip, Tensors, calls, gather_after, gather_before
+from fxprune.graph.editing import (
+    KEPT_BECAUSE,
+    Outcome,
+    Skip,
+    Tensors,
+    called_module,
+    calls,
+    gather_after,
+    gather_before,
+)
 from fxprune.graph.layers import ChannelGather
-from fxprune.graph.values import meta_values
+from fxprune.graph.values import CarriedValues
 
 
 @dataclass(frozen=True)
@@ -38,15 +47,15 @@ class SinkGathers:
     permutations to its ends.
 
     Attributes:
-        inputs: arguments of forward as meta tensors, to know shapes.
+        values: what the nodes give, to know shapes.
         block: convolutions that read aligned blocks of this many channels, or of a divisor of it, shall go on doing so.
     """
 
-    inputs: tuple[Any, ...]
+    values: CarriedValues
     block: int = 1
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
-        values, _ = meta_values(gm, self.inputs) if self.inputs else ({}, None)
+        values = self.values.of(gm)
         analysis = analyze_channels(gm, values)
         reordering = Reordering(analysis.blocks)
         aligned = [read for read in known_reads(gm, analysis, self.block) if read.block > 1]
@@ -67,11 +76,11 @@ def reorder(gm: fx.GraphModule, analysis: ChannelAnalysis, moved: Array) -> tupl
     """
     rewritten = []
     for port in analysis.ports:
-        index = new_order(port.atoms, moved)
-        if np.array_equal(index, np.arange(index.size)):
+        if np.array_equal(moved[port.atoms], port.atoms):
             continue
+        index = new_order(port.atoms, moved)
         rewritten.append(port.node.name)
-        device = next(iter(gm.get_submodule(str(port.node.target)).state_dict().values())).device
+        device = next(iter(called_module(gm, port.node).state_dict().values())).device
         if port.kind == "writes":
             gather_after(gm, port.node, ChannelGather(torch.from_numpy(index).to(device), index.size, port.dim))
         else:
@@ -79,7 +88,8 @@ def reorder(gm: fx.GraphModule, analysis: ChannelAnalysis, moved: Array) -> tupl
             gather_before(gm, port.node, ChannelGather(inverse, index.size, port.dim))
     tensors = Tensors(gm)
     for scale in analysis.scales:
-        _reorder_parameter(gm, tensors, scale, new_order(scale.atoms, moved))
+        if not np.array_equal(moved[scale.atoms], scale.atoms):
+            _reorder_parameter(gm, tensors, scale, new_order(scale.atoms, moved))
     return tuple(rewritten)
 
 
@@ -87,7 +97,7 @@ def _serve_wishes(
     gm: fx.GraphModule,
     analysis: ChannelAnalysis,
     reordering: Reordering,
-    values: dict[fx.Node, Any],
+    values: Mapping[fx.Node, Any],
     aligned: Sequence[Read],
 ) -> Iterator[Skip]:
     """Serve the wish of each permuting gather, the one that saves most first, and yield those refused."""
@@ -98,14 +108,16 @@ def _serve_wishes(
         if gather.is_permutation and (node, "reads") in ports
     ]
     wishes: dict[fx.Node, tuple[tuple[Array, Array], ...]] = {}
+    orders: dict[fx.Node, set[bytes]] = {}
     saved: Counter[bytes] = Counter()
     for node, gather in permutations:
         index = gather.index.cpu().numpy()
         given, read = ports[node, "writes"].atoms, ports[node, "reads"].atoms
         wishes[node] = (given, given[np.argsort(index)]), (read, read[index])
-        for key in {_order_of(analysis, *wish) for wish in wishes[node]}:
-            saved[key] += values[node].numel()
-    for node in sorted(wishes, key=lambda node: -max(saved[_order_of(analysis, *wish)] for wish in wishes[node])):
+        orders[node] = {_order_of(analysis, *wish) for wish in wishes[node]}
+        for order in orders[node]:
+            saved[order] += values[node].numel()
+    for node in sorted(wishes, key=lambda node: -max(saved[order] for order in orders[node])):
         refusals = []
         for places, atoms in wishes[node]:
             refusal = _what_breaks(aligned, reordering, places, atoms) if aligned else ""
@@ -121,7 +133,7 @@ def _serve_wishes(
 def _order_of(analysis: ChannelAnalysis, places: Array, atoms: Array) -> bytes:
     """The same for wishes that ask for the same order of the same channels."""
     classes = analysis.blocks.classes
-    return np.unique(np.stack([classes[places], classes[atoms]], axis=1), axis=0).tobytes()
+    return np.unique(classes[places] * analysis.blocks.count + classes[atoms]).tobytes()
 
 
 def _what_breaks(aligned: Sequence[Read], reordering: Reordering, places: Array, atoms: Array) -> str:
@@ -138,8 +150,6 @@ def _what_breaks(aligned: Sequence[Read], reordering: Reordering, places: Array,
 
 
 def _reorder_parameter(gm: fx.GraphModule, tensors: Tensors, scale: Scale, index: Array) -> None:
-    if np.array_equal(index, np.arange(index.size)):
-        return
     tensor = getattr(gm.get_submodule(scale.owner), scale.attribute)
     assert isinstance(tensor, Tensor)
     order = torch.from_numpy(index).to(tensor.device)

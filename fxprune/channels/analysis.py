@@ -17,6 +17,7 @@ from fxprune.channels.atoms import Array, Blocks, Tie
 from fxprune.channels.interpreter import Port, Scale, State, layer_name
 from fxprune.channels.operators import FUNCTIONS, METHODS, rule_for
 from fxprune.channels.rules import Rule, item
+from fxprune.graph.editing import called_module
 from fxprune.graph.tracing import is_hooked, trace_leaf
 
 logger = logging.getLogger("fxprune")
@@ -84,7 +85,7 @@ class ChannelAnalysis:
         components = sorted(sorted(c) for c in nx.connected_components(runs))
         for i, members in enumerate(components):
             component[members] = i
-        first = np.asarray([atoms[0] for atoms in self.blocks.members], dtype=np.int64)
+        first = self.blocks.first
         home = component[_run(starts, first)] if first.size else first
         writers = {port.node.name for port in self.ports if port.kind == "writes"}
         spaces = []
@@ -180,7 +181,7 @@ def _interpret(state: State) -> Any:
     if not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(state.value)):
         return None  # a size, a flag: meta tensors have no data, so it cannot depend on the channels' values
     if node.op == "call_module":
-        module = state.module.get_submodule(layer_name(node))
+        module = called_module(state.module, node)
         if is_hooked(module):
             return state.boundary(f"{node.target} has hooks or a parametrized weight")
         if rule_of(state.module, node) is None:
@@ -216,7 +217,7 @@ def rule_of(module: fx.GraphModule, node: fx.Node) -> Rule | None:
     if node.op not in ("call_module", "call_method", "call_function"):
         return None
     if node.op == "call_module":
-        return rule_for(module.get_submodule(layer_name(node)))
+        return rule_for(called_module(module, node))
     return METHODS.get(str(node.target)) if node.op == "call_method" else FUNCTIONS.get(node.target)
 
 

@@ -16,6 +16,7 @@ every label tensor and every parameter, leaves the function of the network uncha
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -87,23 +88,24 @@ class AtomTable:
         classes = self._classes()
         colours = self._colours()
         order = np.lexsort((colours, classes))
-        bounds = np.flatnonzero(np.diff(classes[order], prepend=-1, append=-1))
-        members = tuple(order[a:b] for a, b in pairwise(bounds))
+        bounds = np.flatnonzero(np.diff(classes[order], prepend=-1, append=self.count))
         pinned: dict[int, str] = {}
         for pin in self.pins:
-            for c in np.unique(classes[pin.atoms]):
-                pinned.setdefault(int(c), pin.reason)
-        block_of = np.full(len(members), -1, dtype=np.int64)
+            for c in np.unique(classes[pin.atoms]).tolist():
+                pinned.setdefault(c, pin.reason)
+        # Two atoms of one class that nothing tells apart: which replaces which would be a guess.
+        palettes = colours[order]
+        same = (np.diff(palettes) == 0) & (np.diff(classes[order]) == 0)
+        fixed = pinned.keys() | set(classes[order][:-1][same].tolist())
+        block_of = np.full(bounds.size - 1, -1, dtype=np.int64)
         keys: dict[bytes, int] = {}
-        for c, atoms in enumerate(members):
-            palette = colours[atoms]
-            if c in pinned or (palette[1:] == palette[:-1]).any():
-                continue  # two atoms of one class that nothing tells apart: which replaces which would be a guess
-            block_of[c] = keys.setdefault(palette.tobytes(), len(keys))
+        for c, (start, stop) in enumerate(pairwise(bounds.tolist())):
+            if c not in fixed:
+                block_of[c] = keys.setdefault(palettes[start:stop].tobytes(), len(keys))
         rank = np.empty(self.count, dtype=np.int64)
         rank[order] = np.arange(self.count) - np.repeat(bounds[:-1], np.diff(bounds))
         return Blocks(
-            classes, members, rank, block_of, pinned, tuple(self.producers), np.asarray(self.starts, dtype=np.int64)
+            classes, order, bounds, rank, block_of, pinned, tuple(self.producers), np.asarray(self.starts, np.int64)
         )
 
     def _classes(self) -> Array:
@@ -130,7 +132,8 @@ class Blocks:
 
     Attributes:
         classes: class of each atom, shape `(atoms,)`.
-        members: the atoms of each class, in an order that matches between the classes of a block.
+        order, bounds: the atoms class by class, in an order that matches between the classes of a block, and where
+            each class begins and ends among them, shape `(classes + 1,)`.
         rank: position of each atom among the members of its class.
         block_of: block of each class, or -1 if the class must stay where it is.
         pinned: reason for each class that was pinned.
@@ -138,12 +141,36 @@ class Blocks:
     """
 
     classes: Array
-    members: Sequence[Array]
+    order: Array
+    bounds: Array
     rank: Array
     block_of: Array
     pinned: dict[int, str]
     producers: tuple[str, ...]
     starts: Array
+
+    @property
+    def count(self) -> int:
+        """Number of classes."""
+        return self.block_of.size
+
+    @property
+    def first(self) -> Array:
+        """One atom of each class, those of a block matching."""
+        found: Array = self.order[self.bounds[:-1]]
+        return found
+
+    @cached_property
+    def members(self) -> Sequence[Array]:
+        """The atoms of each class."""
+        return np.split(self.order, self.bounds[1:-1])[: self.count]
+
+    def atoms_of(self, classes: Array) -> Array:
+        """The atoms of some classes, one class after the other."""
+        start, size = self.bounds[classes], np.diff(self.bounds)[classes]
+        ends = np.cumsum(size)
+        atoms: Array = self.order[np.arange(int(size.sum())) + np.repeat(start - ends + size, size)]
+        return atoms
 
     def why_fixed(self, atom: int) -> str:
         """Return why the class of `atom` may not move, or an empty string."""
@@ -153,14 +180,49 @@ class Blocks:
         return self.pinned.get(c, "its channels are tied to one another")
 
 
+@dataclass(frozen=True)
+class Excerpt:
+    """Some classes with all their atoms, numbered anew from 0: what is done with them costs what they are, however
+    large the network around them is.
+
+    Attributes:
+        blocks: the classes among themselves.
+        atoms: which atom of the whole each is, ascending.
+    """
+
+    blocks: Blocks
+    atoms: Array
+
+    @classmethod
+    def around(cls, blocks: Blocks, atoms: Array) -> "Excerpt":
+        """The classes of some atoms of the whole."""
+        chosen = np.unique(blocks.classes[atoms])
+        order = blocks.atoms_of(chosen)
+        inside = np.sort(order)
+        here = Blocks(
+            classes=np.searchsorted(chosen, blocks.classes[inside]),
+            order=np.searchsorted(inside, order),
+            bounds=np.concatenate([[0], np.cumsum(np.diff(blocks.bounds)[chosen])]),
+            rank=blocks.rank[inside],
+            block_of=blocks.block_of[chosen],
+            pinned={i: blocks.pinned[c] for i, c in enumerate(chosen.tolist()) if c in blocks.pinned},
+            producers=blocks.producers,
+            starts=np.searchsorted(inside, blocks.starts),
+        )
+        return cls(here, inside)
+
+    def numbered(self, atoms: Array) -> Array:
+        """The new numbers of atoms of the whole."""
+        return np.searchsorted(self.atoms, atoms)
+
+
 class Reordering:
     """A permutation of classes inside blocks, built from wishes, each accepted as a whole or refused."""
 
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks
-        self._image: dict[int, int] = {}
-        self._taken: dict[int, int] = {}
-        self._owner: dict[int, str] = {}
+        self._image, self._taken, self._owner = (np.full(blocks.count, -1, dtype=np.int64) for _ in range(3))
+        self._owners: list[str] = []
 
     def wish(self, places: Array, atoms: Array, owner: str) -> str:
         """Ask for `owner` that the place of `places[i]` be given to `atoms[i]`; return the reason of a refusal, or an
@@ -170,28 +232,26 @@ class Reordering:
         """
         if not np.array_equal(self.blocks.rank[places], self.blocks.rank[atoms]):
             return TOLD_APART
-        new: dict[int, int] = {}
-        owners: dict[int, int] = {}
-        for place, atom in zip(self.blocks.classes[places].tolist(), self.blocks.classes[atoms].tolist(), strict=True):
-            if self._image.get(place, atom) != atom or self._taken.get(atom, place) != place:
-                first = self._owner.get(place, self._owner.get(atom, ""))
+        place, atom, block_of = self.blocks.classes[places], self.blocks.classes[atoms], self.blocks.block_of
+        taken = _differs(self._image[place], atom) | _differs(self._taken[atom], place)
+        twice = (atom != _first_partner(place, atom)) | (place != _first_partner(atom, place))
+        apart = (place != atom) & ((block_of[place] < 0) | (block_of[place] != block_of[atom]))
+        refused = np.flatnonzero(taken | twice | apart)
+        if refused.size:  # the first says why
+            i = refused[0]
+            if taken[i]:
+                owners = [self._owner[place[i]], self._owner[atom[i]]]
+                first = next((self._owners[o] for o in owners if o >= 0), "")
                 return f"shares a channel space whose order {first} has fixed"
-            if new.get(place, atom) != atom or owners.get(atom, place) != place:
-                return "it would ask two orders of one channel space"
-            new[place], owners[atom] = atom, place
-            if place != atom and (
-                self.blocks.block_of[place] < 0 or self.blocks.block_of[place] != self.blocks.block_of[atom]
-            ):
-                return self._why_not(place, atom)
-        self._image |= new
-        self._taken |= owners
-        for c in new:
-            self._owner.setdefault(c, owner)
+            return "it would ask two orders of one channel space" if twice[i] else self._why_not(place[i], atom[i])
+        self._image[place], self._taken[atom] = atom, place
+        self._owner[place] = np.where(self._owner[place] < 0, len(self._owners), self._owner[place])
+        self._owners.append(owner)
         return ""
 
     def _why_not(self, place: int, atom: int) -> str:
         for c in (place, atom):
-            reason = self.blocks.why_fixed(int(self.blocks.members[c][0]))
+            reason = self.blocks.why_fixed(int(self.blocks.order[self.blocks.bounds[c]]))
             if reason:
                 return reason
         return TOLD_APART
@@ -200,13 +260,26 @@ class Reordering:
         """Return, for each atom, the atom that takes its place. Classes no wish has placed stay, or fill what is left
         of their block.
         """
-        image = dict(self._image)
-        homeless: dict[int, list[int]] = {}
-        for c in sorted(self._image.keys() - self._taken.keys()):
-            homeless.setdefault(int(self.blocks.block_of[c]), []).append(c)
-        for c in sorted(self._taken.keys() - self._image.keys()):
-            image[c] = homeless[int(self.blocks.block_of[c])].pop(0)
+        image, block_of = self._image.copy(), self.blocks.block_of
+        homeless = np.flatnonzero((image >= 0) & (self._taken < 0))
+        empty = np.flatnonzero((image < 0) & (self._taken >= 0))
+        image[empty[np.argsort(block_of[empty], kind="stable")]] = homeless[
+            np.argsort(block_of[homeless], kind="stable")
+        ]
+        moved = np.flatnonzero((image >= 0) & (image != np.arange(image.size)))
         result = np.arange(self.blocks.classes.size, dtype=np.int64)
-        for place, atom in image.items():
-            result[self.blocks.members[place]] = self.blocks.members[atom]
+        result[self.blocks.atoms_of(moved)] = self.blocks.atoms_of(image[moved])
         return result
+
+
+def _differs(known: Array, asked: Array) -> npt.NDArray[np.bool_]:
+    """Where something is known already, and it is not what is asked for."""
+    differs: npt.NDArray[np.bool_] = (known >= 0) & (known != asked)
+    return differs
+
+
+def _first_partner(keys: Array, partners: Array) -> Array:
+    """For each key the partner that stands beside its first occurrence."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    found: Array = partners[first[inverse]]
+    return found

@@ -163,7 +163,7 @@ def _number(
             spaces.setdefault(runs.tobytes(), []).append(c)
     apart = _split(analysis, [members for members in spaces.values() if len(members) > 1])
     ordered = sorted((sorted(members) for members in apart), key=lambda m: m[0])
-    unit_of_class = np.full(len(blocks.members), STAYS, dtype=np.int64)
+    unit_of_class = np.full(blocks.count, STAYS, dtype=np.int64)
     space = np.repeat(np.arange(len(ordered)), [len(members) for members in ordered])
     for unit, c in enumerate(c for members in ordered for c in members):
         unit_of_class[c] = unit
@@ -176,7 +176,7 @@ def _split(analysis: ChannelAnalysis, spaces: list[list[int]]) -> list[list[int]
     No layer reads an empty tensor: if one half of a convolution's channels feeds another layer than the other half,
     both halves have to keep one. A space of a single channel would lose none and is left out.
     """
-    space_of = np.full(len(analysis.blocks.members), STAYS, dtype=np.int64)
+    space_of = np.full(analysis.blocks.count, STAYS, dtype=np.int64)
     for i, members in enumerate(spaces):
         space_of[members] = i
     count = len(spaces)

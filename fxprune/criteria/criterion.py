@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import PlanError
 from fxprune.methods.clustering import Matrix
-from fxprune.plans.eligibility import check_weight
+from fxprune.plans.eligibility import check_weight, count_not_finite
 
 ScoreFunction = Callable[[str, nn.Conv2d], Tensor]
 """`(name, conv)` to the importance `(O, C)` of each kernel: finite, 0 or more, high means keep.
@@ -157,8 +157,7 @@ def check_scores(name: str, conv: nn.Conv2d, answer: object, criterion: str) -> 
             f"{who} returned a {answer.dtype} tensor on {answer.device}; scores must be real and have values"
         )
     scores = answer.detach().to("cpu", torch.float64)
-    wrong = int(scores.numel() - torch.isfinite(scores).sum())
-    if wrong:
+    if wrong := count_not_finite(scores):
         raise PlanError(f"{who} returned {wrong} scores of {scores.numel()} that are NaN or infinite")
     lowest = float(scores.min())
     if lowest < 0:

@@ -1,8 +1,8 @@
 """The passes in order, and the runner that watches over them.
 
-After each pass the graph is linted, recompiled and checked against the invariants of the IR. Two environment variables
-look inside: `FXPRUNE_DUMP=dir` writes the graph after each pass as numbered text files, `FXPRUNE_VERIFY=1` checks after
-each pass that the function is unchanged.
+After each pass the graph is linted and checked against the invariants of the IR; code is generated once, after the
+last. Two environment variables look inside: `FXPRUNE_DUMP=dir` writes the graph after each pass as numbered text files,
+`FXPRUNE_VERIFY=1` checks after each pass that the function is unchanged.
 """
 
 import logging
@@ -19,6 +19,7 @@ from fxprune.errors import PassError, VerificationError
 from fxprune.exact.verification import TOLERANCE, difference, evaluate
 from fxprune.graph.editing import Outcome, Pass, calls
 from fxprune.graph.layers import ChannelGather
+from fxprune.graph.values import CarriedValues
 from fxprune.passes import (
     AbsorbGathers,
     AlignWindows,
@@ -33,27 +34,27 @@ from fxprune.plans import PrunePlan
 logger = logging.getLogger("fxprune")
 
 
-def default_pipeline(plan: PrunePlan, inputs: tuple[Any, ...], *, fold_batch_norm: bool = False) -> tuple[Pass, ...]:
+def default_pipeline(plan: PrunePlan, values: CarriedValues, *, fold_batch_norm: bool = False) -> tuple[Pass, ...]:
     """Return the passes that turn a masked model into a grouped one.
 
     Args:
         plan: which convolutions become grouped, and how.
-        inputs: arguments of forward as meta tensors.
+        values: what the nodes of the traced graph give; the passes carry it on.
         fold_batch_norm: also fold BatchNorm, after which the result is exact in evaluation mode only.
     """
     block = common_block(plan)
     passes: tuple[Pass, ...] = (
         GroupConvs(plan),
         MergeGathers(block),  # before sinking: an identity would be a wish
-        SinkGathers(inputs, block),
+        SinkGathers(values, block),
         MergeGathers(block),  # a sunk gather meets the one at the end of its space
         AbsorbGathers(),  # only what could not merge
-        AlignWindows(inputs, block),  # orders what is left; a gather that could still vanish would mislead it
+        AlignWindows(values, block),  # orders what is left; a gather that could still vanish would mislead it
         AbsorbGathers(),  # the new orders go into the layers at the ends; merged first, they would be undone
         MergeGathers(block),  # what stands in order now
     )
     if plan.removed:  # first: the plan groups what is left
-        passes = (RemoveChannels(plan, inputs), *passes)
+        passes = (RemoveChannels(plan, values), *passes)
     # Last: only without gathers between them does BatchNorm follow its convolution directly.
     return (*passes, FoldBatchNorm()) if fold_batch_norm else passes
 
@@ -82,11 +83,12 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], inputs: tuple[Any, ...]) -> 
     for number, rewrite in enumerate(passes, start=1):
         name = type(rewrite).__name__
         outcome = outcomes[f"{number} {name}"] = rewrite(gm)
-        _finish(gm, name)
+        _check(gm, name)
         logger.info("%s rewrote %d nodes and left %d", name, len(outcome.rewritten), len(outcome.skipped))
         _dump(directory, number, name, gm)
         if check and (worst := difference(evaluate(gm, samples, "eval")[0], reference)[1]) > TOLERANCE:
             raise VerificationError(f"pass {number} {name} changed the function by {worst:.1e} of the largest output")
+    gm.recompile()
     return outcomes
 
 
@@ -123,13 +125,12 @@ def checks_each_pass() -> bool:
     return value == "1"
 
 
-def _finish(gm: fx.GraphModule, name: str) -> None:
-    """Recompile after a pass and check what must hold between passes."""
+def _check(gm: fx.GraphModule, name: str) -> None:
+    """Check what must hold between passes."""
     try:
         gm.graph.lint()
     except RuntimeError as error:
         raise PassError(f"pass {name} left an invalid graph: {error}") from error
-    gm.recompile()
     for node, gather in calls(gm, ChannelGather):
         if gather.index.numel() == 0 or int(gather.index.min()) < 0 or int(gather.index.max()) >= gather.in_channels:
             raise PassError(f"pass {name} left {node.name} with an index outside its {gather.in_channels} channels")

@@ -1,6 +1,7 @@
 """Copies of module trees: their tensors shared, converted, or made their own."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ def share_tensors(model: nn.Module, convert: Callable[[Tensor], Tensor] | None =
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         memo[id(tensor)] = tensor if convert is None else convert(tensor)
+    for module in model.modules():
+        # A module is a dozen registers of hooks, nearly all empty: `deepcopy` would spend most of its time on these.
+        memo |= {id(value): type(value)() for value in vars(module).values() if type(value) in _REGISTERS and not value}
     try:
         return copy.deepcopy(model, memo)
     except Exception as cause:
@@ -24,6 +28,9 @@ def share_tensors(model: nn.Module, convert: Callable[[Tensor], Tensor] | None =
             "remove what blocks the copy (a legacy weight_norm hook, "
             "an open file, a lock) and try again"
         ) from cause
+
+
+_REGISTERS = (dict, OrderedDict)
 
 
 def own_tensors(gm: fx.GraphModule, masked: nn.Module) -> None:

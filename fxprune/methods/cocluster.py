@@ -19,6 +19,7 @@ what the layers keep, and each layer has channels of its own.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -146,8 +147,8 @@ def alternate(importance: Matrix, labels: Labels, kept: int, form: Form) -> tupl
     Returns:
         labels `(O,)`, chosen channels `(n, C)` bool, and the kept importance after each half-step.
     """
-    labels, (chosen,), history = _alternate([Layer(importance, kept, form)], labels)
-    return labels, chosen, history
+    (search,) = _alternate([Layer(importance, kept, form)], [labels])
+    return search.labels, search.masks[0], search.history
 
 
 def _best_start(
@@ -155,34 +156,65 @@ def _best_start(
 ) -> tuple[Labels, list[Mask], list[float]]:
     """The best of a search from the spectral start and of some from random ones."""
     generator = np.random.default_rng(seed)
-    together = np.concatenate([layer.importance for layer in layers], axis=1)
+    first, *others = (layer.importance for layer in layers)
+    together = np.concatenate([first, *others], axis=1) if others else first
     ranks = np.arange(len(together)) * groups // len(together)  # balanced labels by rank: 0..0 1..1 ...
     starts = [ranks[np.argsort(np.argsort(_spectral_coordinate(together), kind="stable"))]]
     if groups > 1:
         starts += [generator.permutation(ranks) for _ in range(restarts)]
-    results = [_alternate(layers, labels) for labels in starts]
-    return max(results, key=lambda result: result[2][-1])  # the first of equals
+    best = max(_alternate(layers, starts), key=lambda search: search.history[-1])  # the first of equals
+    return best.labels, best.masks, best.history
 
 
-def _alternate(layers: Sequence[Layer], labels: Labels) -> tuple[Labels, list[Mask], list[float]]:
-    """See `alternate`; the chosen channels are those of each layer."""
-    chosen: list[Mask | None] = [None] * len(layers)
-    history: list[float] = []
+@dataclass
+class _Search:
+    """Where the search from one start stands.
+
+    Attributes:
+        labels: `(O,)`.
+        chosen: the channels of each layer; None before the first step.
+        history: see `alternate`.
+    """
+
+    labels: Labels
+    chosen: list[Mask | None]
+    history: list[float] = field(default_factory=list)
+
+    @property
+    def masks(self) -> list[Mask]:
+        """The channels of each layer after a step."""
+        return [mask for mask in self.chosen if mask is not None]
+
+    @property
+    def rests(self) -> bool:
+        """Whether the last two half-steps gained nothing."""
+        return len(self.history) > 2 and self.history[-1] <= self.history[-3] * (1 + NOISE)
+
+
+def _alternate(layers: Sequence[Layer], starts: Sequence[Labels]) -> list[_Search]:
+    """See `alternate`, from several starts. They go step by step together: to read the importance from memory takes
+    longer than to add it up, and one product reads it for all of them.
+    """
+    searches = [_Search(labels, [None] * len(layers)) for labels in starts]
+    groups, active = int(starts[0].max()) + 1, searches
     for _ in range(MAX_ROUNDS):
-        kept, score = 0.0, np.zeros((len(labels), int(labels.max()) + 1))  # (O, n)
-        found = []
-        for layer, before in zip(layers, chosen, strict=True):
-            totals = group_totals(layer.importance, labels)
-            found.append(choose_channels(totals, layer.kept, layer.form, before))
-            kept += float(totals[found[-1]].sum())
-            score += layer.importance @ found[-1].T.astype(layer.importance.dtype)
-        chosen = [*found]
-        history.append(kept)
-        labels = assign_balanced(score, labels)
-        history.append(float(score[np.arange(len(labels)), labels].sum()))
-        if len(history) > 2 and history[-1] <= history[-3] * (1 + NOISE):
+        members = np.concatenate([np.equal.outer(np.arange(groups), search.labels) for search in active])
+        kept, score = np.zeros(len(active)), np.zeros((len(active), len(starts[0]), groups))  # (starts, O, n)
+        for number, layer in enumerate(layers):
+            totals = (members.astype(layer.importance.dtype) @ layer.importance).reshape(len(active), groups, -1)
+            for i, search in enumerate(active):
+                found = choose_channels(totals[i], layer.kept, layer.form, search.chosen[number])
+                search.chosen[number] = found
+                kept[i] += float(totals[i][found].sum())
+            together = np.concatenate([search.masks[number] for search in active]).astype(layer.importance.dtype)
+            score += (layer.importance @ together.T).reshape(-1, len(active), groups).swapaxes(0, 1)
+        for search, before, gained in zip(active, kept.tolist(), score, strict=True):
+            search.labels = assign_balanced(gained, search.labels)
+            search.history += [before, float(gained[np.arange(len(gained)), search.labels].sum())]
+        active = [search for search in active if not search.rests]
+        if not active:
             break
-    return labels, found, history
+    return searches
 
 
 def choose_channels(totals: Matrix, kept: int, form: Form, before: Mask | None = None) -> Mask:
@@ -221,20 +253,27 @@ def assign_balanced(score: Matrix, labels: Labels) -> Labels:
         return labels
     noise = NOISE * float(np.abs(score).max())
     gains, movers = np.empty((columns, columns)), np.empty((columns, columns), dtype=np.intp)
-    touched = list(range(columns))
+    every = np.arange(columns)
+    touched = every.tolist()
     while True:
-        for column in touched:  # the best move out of a column changes only with its rows
-            rows = np.flatnonzero(labels == column)
-            difference = score[rows] - score[rows, column, None]  # (N / n, n)
-            best = difference.argmax(axis=0)
-            gains[column], movers[column] = difference[best, np.arange(columns)], rows[best]
-            gains[column, column] = -np.inf
+        # The best move out of a column changes only with its rows.
+        own = every[touched, None]
+        rows = np.nonzero(labels == own)[1].reshape(len(touched), -1)  # ascending, (touched, N / n)
+        difference = score[rows]
+        difference -= score[rows, own][:, :, None]  # (touched, N / n, n)
+        best, which = difference.argmax(axis=1), every[: len(touched), None]
+        gains[touched] = difference[which, best, every]
+        movers[touched] = rows[which, best]
+        gains[touched, touched] = -np.inf
         both = gains + gains.T
         pair = divmod(int(both.argmax()), columns)
         if both[pair] > noise:
             _split_pair(score, labels, *pair)
             touched = list(pair)
-            continue
+            if columns > 2:
+                continue
+        if columns == 2:  # one sort is optimal, and there are no longer cycles
+            return labels
         touched = _gaining_cycle(gains, noise)
         if not touched:
             return labels

@@ -1,11 +1,13 @@
 """Make a plan: decide for each convolution whether it is pruned, into how many groups, and which kernels stay."""
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController, threadpool_limits
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -205,6 +207,22 @@ class Planner:
                     together |= dict.fromkeys(alike, tuple(alike))
         return together
 
+    def _one_thread(self) -> AbstractContextManager[object]:
+        """Keep numeric libraries to one thread: the matrices are small, and on a busy machine threads that wait for
+        each other cost ten times the work.
+        """
+        limited: AbstractContextManager[object] = (
+            threadpool_limits(1)  # TMI-GKP loads such a library on the way
+            if self._method == "tmi"
+            else self._pools.limit(limits=1)
+        )
+        return limited
+
+    @cached_property
+    def _pools(self) -> ThreadpoolController:
+        """The numeric libraries that are loaded, looked for once: it takes longer than planning a narrow layer."""
+        return ThreadpoolController()
+
     def _common_groups(self, name: str) -> Labels | None:
         """The group of each filter `(O,)` if other layers have the same groups, which all are decided at once."""
         together = self._together.get(name, ())
@@ -218,7 +236,7 @@ class Planner:
                     else kernel_scores(other, self._convs[other], self._score, self._criterion)
                 )
                 layers.append(Layer(in_blocks(scores, shape.block), shape.kept // shape.block, shape.form))
-            with threadpool_limits(1):
+            with self._one_thread():
                 labels = common_groups(layers, self.shapes[name].groups, self._seed)
             self._labels |= dict.fromkeys(together, labels)
         return self._labels.get(name)
@@ -241,15 +259,13 @@ class Planner:
                 self._common_groups(name),
             )
             return clustering, None
-        # One thread: the matrices are small, and on a busy machine threads that wait for each other cost ten times the
-        # work.
-        with threadpool_limits(1):
-            weight: Matrix = conv.weight.detach().double().cpu().numpy()
+        with self._one_thread():
             if self._method == "tmi":
+                weight = _as_matrix(conv.weight)
                 earlier = [state[f"{name}.weight"].double().cpu().numpy() for state in self._snapshots]
                 return tmi_gkp(weight, earlier, shape.groups, shape.kept, seed=self._seed)[0], None
             if self._method == "srgkp":
-                return srgkp(weight, shape.groups, shape.kept), None
+                return srgkp(_as_matrix(conv.weight), shape.groups, shape.kept), None
             if samples is not None and self._moments is not None:
                 self._moments[name] = samples.second_moment(conv.in_channels)
             scores = kernel_scores(name, conv, self._score, self._criterion)
@@ -259,7 +275,7 @@ class Planner:
             )
             if self._variety is None:
                 return clustering, None
-            return self._varied(clustering, weight, scores, shape, samples)
+            return self._varied(clustering, _as_matrix(conv.weight), scores, shape, samples)
 
     def _varied(
         self, clustering: Clustering, weight: Matrix, scores: Matrix, shape: Shape, samples: Samples | None
@@ -294,6 +310,11 @@ class Planner:
         kept = shape.kept // block
         remapped, redundancy = vary(in_blocks(totals, block), kept, similarity, self._variety)
         return choose_channels(remapped, kept, shape.form).repeat(block, axis=1), redundancy.share
+
+
+def _as_matrix(weight: Tensor) -> Matrix:
+    matrix: Matrix = weight.detach().double().cpu().numpy()
+    return matrix
 
 
 def prunable_shapes(subject: Subject, request: Request) -> dict[str, Shape]:

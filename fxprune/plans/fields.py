@@ -122,6 +122,9 @@ def integers(what: str, values: object) -> tuple[int, ...]:
     """Return integers as a tuple."""
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise PlanError(f"{what} is {values!r}; it must be a list of integers")
+    values = tuple(values)
+    if set(map(type, values)) <= {int}:  # nothing to convert: a plan has hundreds of thousands
+        return values
     return tuple(integer(f"an entry of {what}", value) for value in values)
 
 

@@ -29,13 +29,13 @@ def kept_entries(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
     for name, kernels in plan.layers.items():
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        stays = kept.get(f"{name}.weight", torch.ones_like(weight, dtype=torch.bool)).clone()
         removed = plan.removed.get(name, RemovedChannels())
         rows, columns = remaining(weight.shape[0], removed.outputs), remaining(weight.shape[1], removed.inputs)
         mask = torch.zeros(weight.shape[:2], dtype=torch.bool)
         mask[:, list(removed.inputs)] = True  # zero times anything: these columns go with what wrote them
         mask[rows[:, None], columns] = kernels.mask()
-        kept[f"{name}.weight"] = stays & mask.to(weight.device)[:, :, None, None]
+        stays = mask.to(weight.device)[:, :, None, None].expand(weight.shape)
+        kept[f"{name}.weight"] = stays & kept[f"{name}.weight"] if f"{name}.weight" in kept else stays.contiguous()
     return kept
 
 

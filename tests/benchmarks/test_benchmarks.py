@@ -519,6 +519,21 @@ def test_medians() -> None:
     assert compile_time.medians(runs) == {"a": 2.0, "b": None, "c": 4.0}
 
 
+def test_scaling_takes_the_least_of_the_runs_and_divides_by_the_convolutions() -> None:
+    steps = dict.fromkeys(compile_time.STEPS, 0.5)
+    runs: list[compile_time.Measurement] = [{**steps, "plan": 2.0, "convolutions": 10}, {**steps, "convolutions": 10}]
+    found = compile_time.scaling(runs)
+    assert found == {
+        "convolutions": 10, "seconds": steps, "total_seconds": 2.0, "ms_per_convolution": 200.0,
+    }  # fmt: skip
+    slow = compile_time.scaling([{**steps, "plan": 6.0, "convolutions": 10}])
+    assert compile_time.growth(("a", "b"), {"a": found, "b": slow}) == 3.75
+    results = {name: found for family in compile_time.FAMILIES.values() for name in family}
+    lines = compile_time.scaling_table({**results, "resnet152": slow}).splitlines()
+    assert next(line for line in lines if line.startswith("resnet:")).endswith("x 3.75!")
+    assert next(line for line in lines if line.startswith("densenet:")).endswith("x 1.00")
+
+
 def test_the_memory_limit() -> None:
     assert compile_time.memory_limit_mb(nn.Linear(1000, 1000, bias=False)) == pytest.approx(212)
     assert compile_time.memory_limit_mb(nn.Linear(1000, 1000, bias=False).half()) == pytest.approx(206)
