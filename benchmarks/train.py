@@ -44,8 +44,8 @@ from benchmarks._checkpoint import (
     fingerprint,
     load_checkpoint,
     save_checkpoint,
+    write_file,
     write_text,
-    write_whole,
 )
 from benchmarks._data import Data, open_data
 from benchmarks._distributed import Group, joined
@@ -250,14 +250,14 @@ def finish(folder: Path, networks: Networks, trainer: Trainer) -> dict[str, Any]
     plan = networks.plan if networks.sparsifier is None else networks.sparsifier.plan
     dense_shapes = plan is None or networks.masked
     if dense_shapes:
-        write_whole(folder / "model.pt", lambda path: torch.save(_plain(model.state_dict()), path))
+        write_file(folder / "model.pt", lambda path: torch.save(_plain(model.state_dict()), path))
     if plan is not None:
         write_text(folder / "plan.json", plan.to_json())
         result |= _rewritten(folder, networks, plan, trainer)
     if trainer.best is not None:
         best, state = trainer.best, _plain(model.state_dict())
         if dense_shapes:
-            write_whole(folder / "best.pt", lambda path: torch.save(_plain(best.state), path))
+            write_file(folder / "best.pt", lambda path: torch.save(_plain(best.state), path))
         model.load_state_dict(best.state)
         result["best_validation_epoch"] = {
             "epoch": best.epoch,
