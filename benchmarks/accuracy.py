@@ -99,10 +99,8 @@ class Pruning:
 
 
 def build(name: str, weights: Path | None, seed: int = 0) -> tuple[nn.Module, Normalization]:
-    """Return a model by name, CIFAR-10 or any that `fxprune compile` knows, and how its inputs are normalized."""
-    if name in CIFAR_MODELS:
-        return load_model(f"benchmarks._cifar:{name}", weights, seed), CIFAR_MODELS[name]
-    return load_model(name, weights, seed), IMAGENET
+    """Return a model by name, and how its inputs are normalized."""
+    return load_model(name, weights, seed), CIFAR_MODELS.get(name, IMAGENET)
 
 
 def prune(

@@ -60,13 +60,12 @@ from benchmarks._ticket_table import (
     ticket_name,
 )
 from benchmarks._training import EVALUATION_BATCH, Progress, Trainer
-from benchmarks.accuracy import CIFAR_MODELS, _count, build
+from benchmarks.accuracy import CIFAR_MODELS, _count
 from benchmarks.planning import _seeds
 from benchmarks.train import _check_fit
 from fxprune.models import load_model
+from fxprune.models.digits import DIGITS_MODELS
 
-OWN = {"digits_resnet": "benchmarks._digits:digits_resnet"}
-"""Networks beside those of `benchmarks.accuracy`, by name."""
 DRAW = 3
 """What the generator of the training images of a seed is for, see `benchmarks._augmentation`."""
 SNAPSHOTS = ("movement", "magnitude_increase")
@@ -110,9 +109,7 @@ class Setting:
 
     def network(self, seed: int) -> nn.Module:
         """The network with its first weights."""
-        if self.model in OWN:
-            return load_model(OWN[self.model], None, seed)
-        return build(self.model, None, seed)[0]
+        return load_model(self.model, None, seed)
 
     def training(self, seed: int) -> Data:
         """The images to train with; none to validate with, for nothing is chosen."""
@@ -402,7 +399,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.tickets", description=__doc__.partition("\n\n")[0].lstrip("r")
     )
     add = parser.add_argument
-    names = ", ".join([*OWN, *CIFAR_MODELS])
+    names = ", ".join([*DIGITS_MODELS, *CIFAR_MODELS])
     add("--model", default="digits_resnet", help=f"{names}, or a name for `fxprune compile` (default: %(default)s)")
     add("--data", required=True, metavar="SOURCE", help="digits, cifar10:DIR, folder:DIR or folder:DIR?size=PIXELS")
     add("--output", type=Path, required=True, metavar="FILE", help="the record, JSON")

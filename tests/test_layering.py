@@ -18,6 +18,7 @@ PACKAGE = Path(fxprune.__file__).parent
 ORDER = (
     "errors",
     "files",
+    "models",  # networks by name
     "graph",  # capture, values, editing
     "plans",  # a plan as pure data
     "methods",  # arrays in, clustering out
@@ -31,7 +32,6 @@ ORDER = (
     "api",  # what users call
     "training",
     "",  # the package itself: its public names
-    "models",
     "exports",
     "cli",
     "__main__",

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from benchmarks import _cifar, _rivals, _torch_pruning
+from benchmarks import _rivals, _torch_pruning
 from benchmarks._layer_calls import count_macs, last_layer
 from benchmarks._torch_pruning import Importance, prune_channels
+from fxprune.models import load_model
+from fxprune.models.cifar import CifarResNet
 
 IMPORTANCES: tuple[Importance, ...] = get_args(Importance)
 
@@ -28,7 +30,7 @@ def labelled(count: int = 6, channels: int = 3, size: int = 32) -> tuple[Tensor,
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_equal_macs(importance: Importance) -> None:
     """ResNet-20, a narrow network, comes within 1 %, and can be trained."""
-    model, inputs = _cifar.resnet20().eval(), images()
+    model, inputs = load_model("resnet20").eval(), images()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     target = round(0.5 * count_macs(model, inputs))
     batches, state = [labelled()], torch.get_rng_state()
@@ -43,7 +45,7 @@ def test_equal_macs(importance: Importance) -> None:
 
 def test_a_layer_that_leaps_too_far_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of ResNet-8 leaps together with another; those after it come within 1 %."""
-    model, inputs = _cifar.CifarResNet(8).eval(), images()
+    model, inputs = CifarResNet(8).eval(), images()
     target = round(0.5 * count_macs(model, inputs))
     layers = _torch_pruning._layers
     near = prune_channels(model, inputs, target)

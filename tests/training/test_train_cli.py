@@ -305,7 +305,7 @@ def test_a_loss_that_is_not_finite_stops_it(tmp_path: Path, capsys: pytest.Captu
         (["--data", "folder:nowhere"], "nowhere"),
         (["--validation", "5000"], "5000"),
         (["--model", "test_train_cli:large"], "has no 'large'"),
-        (["--model", "benchmarks._cifar:resnet20"], "cannot run on images of shape (1, 8, 8)"),
+        (["--model", "resnet20"], "cannot run on images of shape (1, 8, 8)"),
         (["--weights", "nowhere.pt"], "nowhere.pt: cannot be read"),
         (["--plan", "nowhere.json"], "nowhere.json: cannot be read"),
         (["--ratio", "1.5"], "ratio 1.5 is not in [0, 1)"),
