@@ -109,7 +109,7 @@ def cifar_resnet18() -> nn.Module:
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as all others there
     model.maxpool = nn.Identity()
-    model.default_cfg = CONFIG
+    model.default_cfg = CONFIG  # type: ignore[assignment]  # torch declares that of tensors and modules alone
     return model
 
 

@@ -14,10 +14,10 @@ from torch import fx, nn
 
 import fxprune
 from benchmarks import accuracy, compile_time, planning
-from benchmarks._environment import environment
-from benchmarks._images import CIFAR10, IMAGENET, Images, Normalization, open_disjoint, open_images
+from benchmarks._images import Images, open_disjoint, open_images
 from fxprune.criteria.snapshots import Snapshot
-from fxprune.models import load_model
+from fxprune.environment import environment
+from fxprune.training.data.pictures import CIFAR10, IMAGENET, Normalization
 
 ROOT = Path(__file__).parents[2]
 
@@ -298,14 +298,6 @@ def test_only_some_convolutions(album: Path, tmp_path: Path, only: str, grouped:
     document = json.loads(record.read_text())
     assert [layer["name"] for layer in document["report"]["layers"] if layer["form"] != "dense"] == grouped
     assert document["settings"]["only"] == only
-
-
-def test_only_what_is_there() -> None:
-    assert accuracy.left_out(tiny(), None) == ()
-    with pytest.raises(fxprune.PlanError, match="only: pattern 'layer1' matches no Conv2d"):
-        accuracy.left_out(tiny(), "layer1")
-    with pytest.raises(fxprune.PlanError, match="no 1x1 convolution"):
-        accuracy.left_out(load_model("resnet20"), "1x1")
 
 
 @pytest.mark.usefixtures("tiny_model")

@@ -12,12 +12,12 @@ import torch
 
 import fxprune
 from benchmarks import tickets
-from benchmarks._data import open_data
-from benchmarks._recipe import Recipe
 from benchmarks._ticket_table import DENSE, RANDOM, TRAINED, TRAININGS, Key, differences, means, table, ticket_name
-from benchmarks._training import Trainer
 from benchmarks.tickets import Experiment, Setting, check_counts, counts_of, first_alike
 from fxprune.plans.masking import kept_entries
+from fxprune.training.data.sources import open_data
+from fxprune.training.loop import Trainer
+from fxprune.training.recipe import Recipe
 
 SHARE = 0.5
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from training_harness import at_step
 
-from benchmarks import _distributed, train
-from benchmarks._distributed import Group
+from benchmarks import train
+from fxprune.training import processes
+from fxprune.training.processes import Group
 
 ROOT = Path(__file__).parents[2]
 STEPS = 17  # of an epoch: 1,237 images, 77 at a time, of which each of two processes gets 38 or 39
@@ -67,7 +68,7 @@ def second_process(monkeypatch: pytest.MonkeyPatch, act: Callable[[], int]) -> I
         port = free.getsockname()[1]
     ended: list[int] = []
     with monkeypatch.context() as patch:
-        patch.setattr(_distributed, "PATIENCE", timedelta(seconds=60))
+        patch.setattr(processes, "PATIENCE", timedelta(seconds=60))
         patch.setenv("MASTER_ADDR", "127.0.0.1")
         patch.setenv("MASTER_PORT", str(port))
         patch.setenv("WORLD_SIZE", "2")

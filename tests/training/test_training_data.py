@@ -13,10 +13,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision import transforms
 
-from benchmarks import _augmentation, _data
-from benchmarks._augmentation import generator, random_box, shift_and_flip
-from benchmarks._data import Data, Held, open_data
-from benchmarks._images import CIFAR10, IMAGENET, SHEET, DataError, Normalization, open_images
+from benchmarks._images import open_images
+from fxprune.training.data import augmentation, sources
+from fxprune.training.data.augmentation import generator, random_box, shift_and_flip
+from fxprune.training.data.pictures import CIFAR10, IMAGENET, DataError, Normalization
+from fxprune.training.data.sheets import SHEET
+from fxprune.training.data.sources import Data, Held, open_data
 
 CLASSES = ("ant", "bee", "cat")
 PLAIN = Normalization((0, 0, 0), (1, 1, 1))
@@ -87,7 +89,7 @@ def test_the_check_sees_what_was_drawn_for_the_batch(monkeypatch: pytest.MonkeyP
     def fresh(count: int, shift: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         return torch.randint(0, 2 * shift + 1, (count, 2), generator=draw), torch.rand(count, generator=draw) < 0.5
 
-    monkeypatch.setattr(_data, "_draw", fresh)
+    monkeypatch.setattr(sources, "_draw", fresh)
     assert not is_same_in_any_batch(held())
 
 
@@ -154,7 +156,7 @@ def test_crops_and_flips_are_those_of_each_image_alone() -> None:
 
 
 def test_every_corner_and_both_sides_are_drawn() -> None:
-    corners, flips = _data._draw(5000, 4, 0, 0)
+    corners, flips = sources._draw(5000, 4, 0, 0)
     assert len(set(map(tuple, corners.tolist()))) == 81
     assert corners.min() == 0
     assert corners.max() == 8
@@ -174,7 +176,7 @@ def boxes_differ(height: int, width: int) -> bool:
 @pytest.mark.parametrize("size", [(30, 40), (224, 224), (5, 400), (400, 5), (1, 1)])
 def test_random_crops_are_those_of_torchvision(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     assert not boxes_differ(*size)
-    monkeypatch.setattr(_augmentation, "ASPECT", (1 / 2, 2))
+    monkeypatch.setattr(augmentation, "ASPECT", (1 / 2, 2))
     assert boxes_differ(*size) or size == (1, 1)
 
 
@@ -271,7 +273,7 @@ def test_photos_are_varied_as_torchvision_does(photos: Path) -> None:
     found, _ = data.training_batch(torch.arange(12), 6)
     mirrored = 0
     for index, file in enumerate(data.pictures.files):  # type: ignore[attr-defined]
-        torch.set_rng_state(generator(4, _augmentation.VARIATION, 6, index).get_state())
+        torch.set_rng_state(generator(4, augmentation.VARIATION, 6, index).get_state())
         expected = vary(Image.open(file).convert("RGB"))
         torch.testing.assert_close(found[index], expected)
         mirrored += not torch.allclose(found[index], expected.flip(2))

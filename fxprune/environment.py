@@ -1,5 +1,6 @@
 """Where and when a measurement was made, to stand beside its numbers."""
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -19,7 +20,8 @@ def environment() -> dict[str, Any]:
     """Return versions, CPU and CUDA device, threads, load, commit and date of this process, ready for JSON."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": _commit(Path(__file__).parents[1]),
+        "fxprune": _installed(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -52,9 +54,20 @@ def _onednn() -> str | None:
     return found.group(1) if found else None
 
 
-def _commit() -> str | None:
-    """The commit of the working tree, with `+` if it has changes; None outside a git checkout."""
-    root = Path(__file__).parent.parent
+def _installed() -> str | None:
+    """Version of the installed fxprune; None if it runs from a folder of sources, whose commit says more."""
+    try:
+        return importlib.metadata.version("fxprune")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit(root: Path) -> str | None:
+    """The commit of the checkout `root`, with `+` if it has changes; None if it is none, such as a `site-packages` that
+    happens to lie in the checkout of something else.
+    """
+    if not (root / ".git").exists():
+        return None
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
