@@ -1,10 +1,10 @@
 """Where and when a measurement was made, to stand beside its numbers."""
 
-import importlib.metadata
 import os
 import platform
 import re
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(Path(__file__).parents[1]),
-        "fxprune": _installed(),
+        "fxprune": _version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -54,12 +54,10 @@ def _onednn() -> str | None:
     return found.group(1) if found else None
 
 
-def _installed() -> str | None:
-    """Version of the installed fxprune; None if it runs from a folder of sources, whose commit says more."""
-    try:
-        return importlib.metadata.version("fxprune")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _version() -> str:
+    """Of the package that runs, which need not be the one that is installed."""
+    version: str = sys.modules["fxprune"].__version__  # not imported: everything else here may import this module
+    return version
 
 
 def _commit(root: Path) -> str | None:

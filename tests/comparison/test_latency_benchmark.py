@@ -13,7 +13,6 @@ from torch import Tensor, fx, nn
 
 import fxprune
 from benchmarks import latency as front
-from fxprune import environment
 from fxprune.comparison import latency, layers, limits, rivals, runtimes
 from fxprune.comparison.layer_calls import count_macs
 from fxprune.comparison.rivals import Network
@@ -482,20 +481,6 @@ def test_a_missing_package(
 
 def test_patterns_that_match_nothing(run: Callable[..., int], record: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "matches no Conv2d" in refused(run, record, capsys, "--only", "nowhere")
-
-
-# --- the environment --------------------------------------------------------------------------------------------------
-
-
-def test_the_environment_says_what_decides_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = json.loads(json.dumps(environment.environment()))
-    assert found["cores"] >= 1
-    assert found["load"] is None or len(found["load"]) == 3
-    assert set(found["cpu_flags"]) <= set(environment.CPU_FLAGS)
-    if "MKL-DNN" in torch.__config__.show():
-        assert found["onednn"].split(".")[0].isdecimal()
-    monkeypatch.setattr(environment, "_cpuinfo", lambda field: "fma avx512f other" if field == "flags" else None)
-    assert environment.environment()["cpu_flags"] == ["fma", "avx512f"]
 
 
 def test_a_network_that_could_not_be_made_is_never_prepared() -> None:
