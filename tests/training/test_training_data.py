@@ -1,5 +1,6 @@
 """Training data: every image once an epoch, the same whoever asks for it, and faults that are named."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import sklearn.model_selection
 import torch
+import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -16,8 +18,8 @@ from torchvision import transforms
 from benchmarks._images import open_images
 from fxprune.training.data import augmentation, sources
 from fxprune.training.data.augmentation import generator, random_box, shift_and_flip
+from fxprune.training.data.cifar10 import SHEET
 from fxprune.training.data.pictures import CIFAR10, IMAGENET, DataError, Normalization
-from fxprune.training.data.sheets import SHEET
 from fxprune.training.data.sources import Data, Held, open_data
 
 CLASSES = ("ant", "bee", "cat")
@@ -245,6 +247,38 @@ def test_cifar(cifar: Path) -> None:
     usual = open_data(f"cifar10:{cifar}", validation=1000)
     assert usual.normalize is CIFAR10
     assert torch.equal(usual.plain_batch(positions)[0], CIFAR10(plain))
+
+
+def write_batches(folder: Path) -> None:
+    """What the authors of CIFAR-10 distribute, with 20 images a file; the label is the first pixel's red."""
+    batches = folder / "cifar-10-batches-py"
+    batches.mkdir()
+    for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        pixels = np.full((20, 3072), number, dtype=np.uint8)
+        pixels[:, 0] = np.arange(20) % 10
+        (batches / name).write_bytes(pickle.dumps({"data": pixels, "labels": (np.arange(20) % 10).tolist()}))
+    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+
+
+def test_cifar_as_its_authors_distribute_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_batches(tmp_path)
+    with pytest.raises(DataError, match=r"cifar-10-batches-py: incomplete or damaged; unpack cifar-10-python\.tar\.gz"):
+        open_data(f"cifar10:{tmp_path}", validation=0)  # these are not the files of its authors
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *arguments: True)
+    data = open_data(f"cifar10:{tmp_path}", validation=10, augment=False, normalize=PLAIN)
+    assert (data.train_count, data.validation_count, data.test_count) == (90, 10, 20)
+    images, labels = data.training_batch(torch.arange(90), 0)
+    assert torch.equal((images[:, 0, 0, 0] * 255).round().long(), labels)
+    batch = (images[:, 2, 31, 31] * 255).round().long()
+    assert torch.equal(batch, data.training // 20)
+    ((test, _),) = data.test_batches(20)
+    assert set((test[:, 1] * 255).round().flatten().tolist()) == {5}
+
+
+def test_a_folder_that_is_no_cifar_says_what_it_should_have(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"neither a folder cifar-10-batches-py nor cifar10_train_00\.webp"):
+        open_data(f"cifar10:{tmp_path}", validation=0)
 
 
 def test_photos(photos: Path) -> None:

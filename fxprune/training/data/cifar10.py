@@ -1,4 +1,4 @@
-"""CIFAR-10 as a few large pictures: lossless sheets of images, and an archive of labels."""
+"""CIFAR-10: the batches that its authors distribute, or lossless sheets of images and an archive of labels."""
 
 import zipfile
 import zlib
@@ -10,8 +10,25 @@ from torch import Tensor
 
 from fxprune.training.data.pictures import DataError
 
+BATCHES = "cifar-10-batches-py"
+"""The folder in the archive of its authors, <https://www.cs.toronto.edu/~kriz/cifar.html>."""
 SHEET = 5000
 """Images on a CIFAR-10 sheet, a lossless picture of 50 rows x 100 columns of images of 32x32 pixels."""
+
+
+def read_batches(folder: Path, training: bool) -> tuple[Tensor, Tensor]:
+    """All training or test images of `folder/cifar-10-batches-py`: uint8 `(N, 3, 32, 32)`, and int64 labels `(N,)`.
+
+    Raises:
+        DataError: a file is absent or not as its authors made it: torchvision compares checksums before it opens one.
+    """
+    from torchvision.datasets import CIFAR10
+
+    try:
+        found = CIFAR10(str(folder), train=training, download=False)
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"{folder / BATCHES}: incomplete or damaged; unpack cifar-10-python.tar.gz again") from error
+    return torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)
 
 
 def training_sheets(folder: Path) -> list[Path]:
