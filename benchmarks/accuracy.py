@@ -222,7 +222,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-images", type=values.count, default=512, metavar="N", help="default: %(default)s"
     )
-    parser.add_argument("--groups", type=lambda text: text if text == "auto" else int(text), default="auto")
+    parser.add_argument("--groups", type=values.groups, default="auto")
     parser.add_argument("--form", choices=("auto", "partition", "overlap"), default="auto")
     parser.add_argument("--only", metavar="PATTERN|1x1", help="prune only convolutions of these names, or the 1x1 ones")
     parser.add_argument("--snapshots", nargs="+", type=Path, metavar="FILE", help="earlier states of the training run")

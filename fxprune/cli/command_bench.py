@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser, output: str = "write a JSON rec
     add("--weights", type=Path, help="state dict of the model (default: random)")
     ratios = values.list_of(values.fraction("ratio to prune", "0.5,0.75"))
     add("--ratio", type=ratios, default=[0.5], metavar="R,R,...", help="what to prune (default: 0.5)")
-    add("--groups", type=lambda text: text if text == "auto" else int(text), default="auto")
+    add("--groups", type=values.groups, default="auto")
     add("--form", choices=FORMS, default="auto")
     add("--only", metavar="PATTERN|1x1", help="prune only convolutions of these names, or the 1x1 ones")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")

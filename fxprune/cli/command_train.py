@@ -81,7 +81,7 @@ def _add_pruning(group: argparse._ArgumentGroup) -> None:
     add("--granularity", choices=("kernel", "filter"), help="what is removed (default: that of fxprune)")
     add("--scope", choices=("local", "global"), help="whether each layer loses the same share of its filters")
     add("--round-to", type=values.count, metavar="N", help="keep a multiple of N filters")
-    add("--groups", type=lambda text: text if text == "auto" else int(text))
+    add("--groups", type=values.groups)
     add("--form", choices=("auto", "partition", "overlap"))
     add("--method", help="how kernels are chosen")
     add("--criterion", help="what makes a kernel or a filter important")

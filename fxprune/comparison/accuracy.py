@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import fxprune
 from fxprune.comparison.extras import ComparisonError
-from fxprune.comparison.latency import measure, tuned_cudnn
+from fxprune.comparison.latency import Row, measure, tuned_cudnn
 from fxprune.comparison.layer_calls import count_macs
 from fxprune.comparison.methods import DENSE, METHODS, Case, Pruned
 from fxprune.comparison.plots import draw_fronts
@@ -35,7 +35,7 @@ from fxprune.training.checkpoints import CheckpointError, check_settings, write_
 from fxprune.training.data.augmentation import generator
 from fxprune.training.data.pictures import NORMALIZATIONS
 from fxprune.training.data.sources import Data, open_data
-from fxprune.training.loop import EVALUATION_BATCH, Placement, Trainer, TrainingError
+from fxprune.training.loop import EVALUATION_BATCH, Placement, Trainer, TrainingError, check_device
 from fxprune.training.processes import Group
 from fxprune.training.run import check_fit
 
@@ -369,12 +369,15 @@ def _read_latency(path: Path) -> dict[str, Any] | None:
         return None
     try:
         latency: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        for row in latency["rows"]:
+            Row(**row)
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: is no record of times ({error}); remove it and time again") from error
     return latency
 
 
 def _setting(request: ComparisonRequest) -> Setting:
+    check_device(request.device)
     model = load_model(request.model, request.weights)
     data = open_data(request.data, validation=request.validation, normalize=NORMALIZATIONS.get(request.model))
     for name, count in (("train", request.train_images), ("calibration", request.calibration_images)):

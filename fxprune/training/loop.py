@@ -34,6 +34,16 @@ class TrainingError(FxpruneError):
     """The training cannot go on."""
 
 
+def check_device(device: str) -> None:
+    """See that this machine has such a device, before anything is begun.
+
+    Raises:
+        TrainingError: it has none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise TrainingError("--device cuda: torch sees no CUDA device on this machine; use --device cpu")
+
+
 class Interrupted(FxpruneError):
     """The training was asked to stop, and has saved its state."""
 

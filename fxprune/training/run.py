@@ -40,7 +40,7 @@ from fxprune.training.checkpoints import (
 )
 from fxprune.training.data.pictures import NORMALIZATIONS
 from fxprune.training.data.sources import Data, open_data
-from fxprune.training.loop import EVALUATION_BATCH, Placement, Trainer, TrainingError
+from fxprune.training.loop import EVALUATION_BATCH, Placement, Trainer, TrainingError, check_device
 from fxprune.training.processes import Group, joined
 from fxprune.training.recipe import Recipe
 from fxprune.training.sparsification import Sparsifier, hold, sparsify
@@ -199,6 +199,7 @@ def train(request: TrainingRequest, stopping: Callable[[], bool] = lambda: False
             damaged, a file cannot be written, or another process has ended.
         OSError: a file cannot be read.
     """
+    check_device(request.device)
     with joined(request.device) as group:
         _train(request, group, stopping)
 
@@ -312,7 +313,7 @@ def _prune(request: TrainingRequest, dense: nn.Module, data: Data, example: Tens
     pruning, count = request.pruning, request.pruning.calibration_images
     calibration = data.plain_batch(data.order(0)[:count])[0] if count else None
     if pruning.plan:
-        plan = PrunePlan.from_json(pruning.plan.read_text(encoding="utf-8"))
+        plan = PrunePlan.from_json(pruning.plan.read_text(encoding="utf-8", errors="replace"))
     else:
         plan = make_plan(
             dense,

@@ -499,7 +499,7 @@ def test_each_command_has_help(capsys: pytest.CaptureFixture[str], command: str)
 
 def test_the_examples_of_the_help_parse() -> None:
     texts = [cli.EPILOG, *(command.EXAMPLES for command in cli.COMMANDS if hasattr(command, "EXAMPLES"))]
-    lines = [line for text in texts for line in text.replace("\\\n", " ").splitlines() if "  fxprune " in line]
+    lines = [line for text in texts for line in re.sub(r"\\\n\s+", " ", text).splitlines() if "  fxprune " in line]
     assert len(lines) >= 20
     for line in lines:
         words = re.split(r"\s{3,}", line.strip())[0].replace("'", "")

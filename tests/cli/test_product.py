@@ -188,10 +188,20 @@ def test_train_and_its_front_go_on_with_each_other(
     assert all(torch.equal(whole[name], part[name]) for name in whole)
 
 
+@pytest.mark.parametrize("name", ["train", "compare"])
+def test_a_machine_without_cuda(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = train() if name == "train" else compared("--methods", "dense")
+    assert "torch sees no CUDA device" in error_of(capsys, *given, "--device", "cuda")
+    assert files() == set()
+
+
 def test_train_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "lr is -1.0; it must be positive" in error_of(capsys, *train("--lr", "-1"))
     assert "nowhere.pt: cannot be read" in error_of(capsys, *train("--weights", "nowhere.pt"))
     assert files() == set()
+    Path("plan.json").write_bytes(b"\xff\xfe no plan")
+    assert "plan" in error_of(capsys, *train("--plan", "plan.json"))
 
 
 @pytest.mark.parametrize(
@@ -280,9 +290,11 @@ def test_compare_interrupted_says_how_to_go_on(
     assert "fxprune: stopped; the same command goes on" in capsys.readouterr().err
 
 
-def test_a_damaged_file_of_times_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"rows": [{"network": "dense"}]}'])
+def test_a_damaged_file_of_times_is_named(capsys: pytest.CaptureFixture[str], content: str) -> None:
     Path("cmp").mkdir()
-    Path("cmp/latency.json").write_text("{")
+    Path("cmp/latency.json").write_text(content)
     assert "latency.json: is no record of times" in error_of(capsys, *compared("--methods", "dense"))
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of latency on tiny networks: what races, what is refused, what is written; nothing about speed."""
+"""The race of networks, on tiny ones: what races, what is refused, what is written; nothing about speed."""
 
 import importlib.util
 import json
