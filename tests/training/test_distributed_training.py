@@ -163,7 +163,10 @@ def test_one_process_that_is_asked_to_stop_stops_both(
 def test_torchrun(alone: Path, tmp_path: Path) -> None:
     given = ["-m", "benchmarks.train", *arguments(tmp_path), "--checkpoint-every", "2"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+    }
     with subprocess.Popen(
         [*launcher, *given], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as running:

@@ -172,7 +172,10 @@ def test_killed_and_resumed_gives_the_same_weights(
 @pytest.mark.slow
 def test_killed_from_outside_at_any_time_and_resumed(whole: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.train", *arguments(tmp_path, *PLANNED), "--checkpoint-every", "1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+    }
     kills = 0
     for delay in (0.0, 0.11, 0.23, 0.37):  # seconds after its first, or next, sign of life
         with subprocess.Popen([*command, "--resume"], cwd=ROOT, env=environment, stdout=subprocess.PIPE) as running:
