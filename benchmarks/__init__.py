@@ -1,1 +1,4 @@
-"""Measurements of fxprune, run from the root of the repository: `python -m benchmarks.accuracy`, `.compile_time`."""
+"""Measurements of fxprune that this repository keeps records of, run from its root: `python -m benchmarks.accuracy`.
+
+`latency`, `train` and `compare` are commands of the product (`fxprune bench`, `train`, `compare`) beside their records.
+"""

@@ -1,8 +1,6 @@
-"""Labelled images for the benchmarks: CIFAR-10 sheets, and folders of photos named by their class."""
+"""Images that accuracy is measured on: CIFAR-10 sheets, and photos named by their ImageNet class."""
 
 import functools
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,28 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.errors import FxpruneError
-
-
-class DataError(FxpruneError):
-    """Images or their labels are damaged, or do not fit together."""
-
-
-@dataclass(frozen=True)
-class Normalization:
-    """Mean and standard deviation of each of C colour channels, of pixels in [0, 1]."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Normalize `(N, C, H, W)` pixels in [0, 1]."""
-        shape = (1, -1, 1, 1)
-        return (pixels - torch.tensor(self.mean).reshape(shape)) / torch.tensor(self.std).reshape(shape)
-
-
-IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CIFAR10 = Normalization((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+from fxprune.training.data.cifar10 import SHEET, read_labels, read_sheet, training_sheets
 
 
 @dataclass(frozen=True)
@@ -106,10 +83,6 @@ def _parse(source: str) -> tuple[str, Path]:
     return kind, Path(folder).resolve()
 
 
-SHEET = 5000
-"""Images on a CIFAR-10 sheet, a lossless picture of 50 rows x 100 columns of images of 32x32 pixels."""
-
-
 def cifar10_test(folder: Path) -> Images:
     """The first 5,000 test images of CIFAR-10, in the official order.
 
@@ -139,70 +112,6 @@ def cifar10_train(folder: Path) -> Images:
         return pixels.float() / 255, labels[index]
 
     return Images(SHEET * len(sheets), read)
-
-
-def training_sheets(folder: Path) -> list[Path]:
-    """Files of the training images of CIFAR-10, `cifar10_train_00.webp` and on.
-
-    Raises:
-        FileNotFoundError: there is none.
-        DataError: one in between is missing, so that the labels would belong to other images.
-    """
-    sheets = sorted(folder.glob("cifar10_train_[0-9][0-9].webp"))
-    if not sheets:
-        raise FileNotFoundError(f"{folder}: has no cifar10_train_00.webp")
-    for number, sheet in enumerate(sheets):
-        if sheet.stem != f"cifar10_train_{number:02d}":
-            missing = f"cifar10_train_{number:02d}.webp"
-            raise DataError(f"{folder}: has {sheet.name} but no {missing}; add it, or remove those that follow it")
-    return sheets
-
-
-def read_sheet(path: Path) -> Tensor:
-    """The images of a sheet, `(5000, 3, 32, 32)` uint8.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        DataError: it is damaged, or of another size.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as sheet:
-            pixels = np.asarray(sheet.convert("RGB"))
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises depends on where a file ends
-        raise DataError(f"{path}: cannot be read as an image ({error}); replace it") from error
-    if pixels.shape != (1600, 3200, 3):
-        height, width, _ = pixels.shape
-        raise DataError(f"{path}: has {width}x{height} pixels; a sheet of {SHEET} images has 3200x1600; replace it")
-    # (row, y, column, x, colour) -> (row, column, colour, y, x)
-    return torch.tensor(pixels.reshape(50, 32, 100, 32, 3).transpose(0, 2, 4, 1, 3).reshape(SHEET, 3, 32, 32))
-
-
-def read_labels(folder: Path, name: str, count: int) -> Tensor:
-    """The first `count` labels of the array `name` in `labels.npz`, int64.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        DataError: it is damaged, or has no such array, too few labels or ones that are no CIFAR-10 class.
-    """
-    path = folder / "labels.npz"
-    try:
-        with path.open("rb") as file, np.load(file) as arrays:  # given a path, numpy leaves a damaged file open
-            labels = torch.tensor(arrays[name].astype(np.int64))
-    except FileNotFoundError:
-        raise
-    except KeyError:
-        raise DataError(f"{path}: has no array {name}; replace it") from None
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read as arrays of labels ({error}); replace it") from error
-    if labels.ndim != 1 or len(labels) < count:
-        raise DataError(f"{path}: {name} has shape {tuple(labels.shape)}; {count} labels are needed; replace it")
-    if labels.min() < 0 or labels.max() > 9:
-        raise DataError(f"{path}: {name} has labels from {labels.min()} to {labels.max()}; CIFAR-10 has 0 to 9")
-    return labels[:count]
 
 
 def photos(folder: Path) -> Images:

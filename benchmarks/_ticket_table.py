@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import NamedTuple
 
-from benchmarks._fronts import Mean
+from fxprune.comparison.points import Mean
 
 DENSE, RANDOM = "dense", "random"
 """Tickets that no criterion chose: all weights, and as many as the others by lot."""

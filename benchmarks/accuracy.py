@@ -11,7 +11,6 @@ are refitted; no image is both calibrated with and evaluated.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -25,19 +24,14 @@ from tqdm import tqdm
 
 import fxprune
 from benchmarks import compile_time
-from benchmarks._environment import environment
-from benchmarks._images import CIFAR10, IMAGENET, Images, Normalization, open_disjoint, open_images
+from benchmarks._commands import MODEL_HELP
+from benchmarks._images import Images, open_disjoint, open_images
+from fxprune.cli import values
+from fxprune.environment import environment
+from fxprune.files import write_json
 from fxprune.models import load_model
-from fxprune.planning.patterns import match_patterns
-
-CIFAR_MODELS = {
-    "resnet20": IMAGENET,  # these three have published weights, trained with the statistics of ImageNet
-    "resnet32": IMAGENET,
-    "resnet56": IMAGENET,
-    "resnet20_zeros_after": CIFAR10,
-    "cifar_vgg16": CIFAR10,
-    "cifar_resnet18": CIFAR10,
-}
+from fxprune.planning.patterns import left_out
+from fxprune.training.data.pictures import IMAGENET, NORMALIZATIONS, Normalization
 
 
 @dataclass(frozen=True)
@@ -99,10 +93,8 @@ class Pruning:
 
 
 def build(name: str, weights: Path | None, seed: int = 0) -> tuple[nn.Module, Normalization]:
-    """Return a model by name, CIFAR-10 or any that `fxprune compile` knows, and how its inputs are normalized."""
-    if name in CIFAR_MODELS:
-        return load_model(f"benchmarks._cifar:{name}", weights, seed), CIFAR_MODELS[name]
-    return load_model(name, weights, seed), IMAGENET
+    """Return a model by name, and how its inputs are normalized."""
+    return load_model(name, weights, seed), NORMALIZATIONS.get(name, IMAGENET)
 
 
 def prune(
@@ -117,24 +109,6 @@ def prune(
     seconds = {"plan": planned - began, "mask": time.perf_counter() - planned}
     peak = None if before is None else compile_time._status_mb("VmHWM") - before
     return Pruning(plan, masked, seconds, peak)
-
-
-def left_out(model: nn.Module, only: str | None) -> tuple[str, ...]:
-    """Names of the convolutions to ignore so that only those stay that `only` means: all, the 1x1 ones, or a pattern.
-
-    Raises:
-        PlanError: `only` means none of the model.
-    """
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    if only is None:
-        return ()
-    if only == "1x1":
-        meant = {name for name, conv in convs.items() if conv.kernel_size == (1, 1)}
-    else:
-        meant = set(match_patterns("only", {only: True}, convs))
-    if not meant:
-        raise fxprune.PlanError("only: the model has no 1x1 convolution; give a pattern of module names")
-    return tuple(name for name in convs if name not in meant)
 
 
 @torch.inference_mode()
@@ -209,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output:
         measured = {"seconds": pruning.seconds, "peak_mb": pruning.peak_mb}
         result = {"result": asdict(found), "report": report.to_dict()}
-        write(options.output, {"environment": environment(), "settings": settings} | measured | result)
+        write_json(options.output, {"environment": environment(), "settings": settings} | measured | result)
     return 0 if found.agreeing == found.images else 1
 
 
@@ -236,7 +210,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what every benchmark of accuracy can be asked: the model, the images, the structure."""
-    parser.add_argument("--model", required=True, help=f"{', '.join(CIFAR_MODELS)}, or a name for `fxprune compile`")
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument("--weights", type=Path, help="state dict of the model (default: random)")
     parser.add_argument("--data", required=True, help="images to evaluate on: cifar10:DIR or photos:DIR")
     parser.add_argument(
@@ -245,14 +219,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="images to refit the weights with: cifar10-train:DIR or photos:DIR; of the source of --data those that "
         "are drawn for this are not evaluated (default: no refit)",
     )
-    parser.add_argument("--calibration-images", type=_count, default=512, metavar="N", help="default: %(default)s")
-    parser.add_argument("--groups", type=lambda text: text if text == "auto" else int(text), default="auto")
+    parser.add_argument(
+        "--calibration-images", type=values.count, default=512, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument("--groups", type=values.groups, default="auto")
     parser.add_argument("--form", choices=("auto", "partition", "overlap"), default="auto")
     parser.add_argument("--only", metavar="PATTERN|1x1", help="prune only convolutions of these names, or the 1x1 ones")
     parser.add_argument("--snapshots", nargs="+", type=Path, metavar="FILE", help="earlier states of the training run")
-    parser.add_argument("--batch", type=_count, default=100, help="images at a time (default: %(default)s)")
-    parser.add_argument("--limit", type=_count, help="evaluate only the first LIMIT images")
-    parser.add_argument("--threads", type=_count, help="of torch (default: its own choice)")
+    parser.add_argument("--batch", type=values.count, default=100, help="images at a time (default: %(default)s)")
+    parser.add_argument("--limit", type=values.count, help="evaluate only the first LIMIT images")
+    parser.add_argument("--threads", type=values.count, help="of torch (default: its own choice)")
     parser.add_argument("--output", type=Path, help="also write a JSON record here")
 
 
@@ -278,18 +254,6 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         "only": options.only,
         "snapshots": [path.name for path in options.snapshots] if options.snapshots else None,
     }
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    """Write a JSON record."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count; give a positive integer")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxprune
-from benchmarks._environment import environment
+from fxprune.environment import environment
 from fxprune.models import default_input_size, example_inputs, load_model
 
 MODELS = ("resnet18", "resnet50", "densenet121", "efficientnet_b0")

@@ -19,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 import fxprune
-from benchmarks._environment import environment
+from fxprune.environment import environment
 from fxprune.models import load_model
 
 # What Torch-Pruning 1.6.1 does with them.

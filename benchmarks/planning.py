@@ -19,16 +19,20 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 import fxprune
-from benchmarks._environment import environment
-from benchmarks._images import Images, Normalization
-from benchmarks.accuracy import add_options, build, left_out, open_sources, settings_of, write
+from benchmarks._images import Images
+from benchmarks.accuracy import add_options, build, open_sources, settings_of
 from fxprune.calibration.batches import read_batches
 from fxprune.calibration.following import Following
 from fxprune.calibration.refit import reconstruct
+from fxprune.cli import values
+from fxprune.environment import environment
+from fxprune.files import write_json
 from fxprune.graph.tracing import trace
 from fxprune.planning import Request
+from fxprune.planning.patterns import left_out
 from fxprune.planning.planner import Planner
 from fxprune.plans.shapes import Shape
+from fxprune.training.data.pictures import Normalization
 
 Refit = Callable[[nn.Module, Tensor, Mapping[str, Any]], fx.GraphModule]
 """Compiles a model, given images to calibrate with and options of `fxprune.make_plan`."""
@@ -266,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.output:
                 rows = [asdict(row) for row in summarize(found)], [asdict(row) for row in found]
                 record = {"environment": where, "settings": settings, "summary": rows[0], "runs": rows[1]}
-                write(options.output, record)
+                write_json(options.output, record)
     except (fxprune.FxpruneError, OSError, ValueError) as error:
         print(f"benchmarks.planning: error: {error}", file=sys.stderr)
         return 2
@@ -286,7 +290,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planning", description=description)
     add_options(parser)
     parser.add_argument("--ratio", type=float, default=0.5, help="share of kernel groups to prune (%(default)s)")
-    parser.add_argument("--seeds", type=_seeds, default=[0], metavar="S,S,...", help="default: 0")
+    parser.add_argument("--seeds", type=values.seeds, default=[0], metavar="S,S,...", help="default: 0")
     names = ",".join(variant.name for variant in VARIANTS)
     parser.add_argument(
         "--variants", metavar="V,V,...", help=f"some of {names} (default: all, those that need snapshots if given)"
@@ -316,13 +320,6 @@ def choose_variants(names: str | None, snapshots: bool) -> list[Variant]:
         if name not in known:
             raise ValueError(f"--variants: there is no {name!r}; choose from {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(names.split(","))]
-
-
-def _seeds(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} are no seeds; give integers from 0, as in 0,1,2")
-    return [int(part) for part in parts]
 
 
 if __name__ == "__main__":

@@ -42,12 +42,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxprune
-from benchmarks._augmentation import generator
-from benchmarks._checkpoint import CheckpointError, check_settings, write_text
-from benchmarks._data import Data, open_data
-from benchmarks._environment import environment
-from benchmarks._layer_calls import count_macs
-from benchmarks._recipe import Recipe
 from benchmarks._ticket_table import (
     DENSE,
     RANDOM,
@@ -59,16 +53,22 @@ from benchmarks._ticket_table import (
     table,
     ticket_name,
 )
-from benchmarks._training import EVALUATION_BATCH, Progress, Trainer
-from benchmarks.accuracy import CIFAR_MODELS, _count, build
-from benchmarks.planning import _seeds
-from benchmarks.train import _check_fit
+from fxprune.cli import values
+from fxprune.comparison.layer_calls import count_macs
+from fxprune.environment import environment
 from fxprune.models import load_model
+from fxprune.models.cifar import CIFAR_MODELS
+from fxprune.models.digits import DIGITS_MODELS
+from fxprune.training.checkpoints import CheckpointError, check_settings, write_text
+from fxprune.training.data.augmentation import generator
+from fxprune.training.data.pictures import NORMALIZATIONS
+from fxprune.training.data.sources import Data, open_data
+from fxprune.training.loop import EVALUATION_BATCH, Progress, Trainer
+from fxprune.training.recipe import Recipe
+from fxprune.training.run import check_fit
 
-OWN = {"digits_resnet": "benchmarks._digits:digits_resnet"}
-"""Networks beside those of `benchmarks.accuracy`, by name."""
 DRAW = 3
-"""What the generator of the training images of a seed is for, see `benchmarks._augmentation`."""
+"""What the generator of the training images of a seed is for, see `fxprune.training.data.augmentation`."""
 SNAPSHOTS = ("movement", "magnitude_increase")
 """Criteria that look back; here to the weights to which tickets are rewound."""
 
@@ -110,9 +110,7 @@ class Setting:
 
     def network(self, seed: int) -> nn.Module:
         """The network with its first weights."""
-        if self.model in OWN:
-            return load_model(OWN[self.model], None, seed)
-        return build(self.model, None, seed)[0]
+        return load_model(self.model, None, seed)
 
     def training(self, seed: int) -> Data:
         """The images to train with; none to validate with, for nothing is chosen."""
@@ -211,7 +209,7 @@ class Experiment:
         trainer = Trainer(model, self._data, recipe, seed=self.seed, sparsifier=sparsifier)
         trainer.progress = Progress(epoch=first)
         with contextlib.redirect_stdout(io.StringIO()):  # an epoch is nothing to report among hundreds
-            trainer.run(lambda: saved(trainer))
+            trainer.run(lambda: saved(trainer), progress=sys.stderr.isatty())
 
     def _tested(self, model: nn.Module) -> float:
         """Accuracy on all images that are not there to be trained with."""
@@ -377,7 +375,7 @@ def _open_record(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _setting(options: argparse.Namespace) -> Setting:
-    data = open_data(options.data, validation=options.hold_out, normalize=CIFAR_MODELS.get(options.model))
+    data = open_data(options.data, validation=options.hold_out, normalize=NORMALIZATIONS.get(options.model))
     if options.train_images is not None and options.train_images > data.train_count:
         raise ValueError(f"--train-images {options.train_images}: there are {data.train_count} training images")
     setting = Setting(
@@ -392,7 +390,7 @@ def _setting(options: argparse.Namespace) -> Setting:
         options.shares,
         options.train_images,
     )
-    _check_fit(setting.network(0), setting.example, data, options.model)
+    check_fit(setting.network(0), setting.example, data.classes, options.model)
     return setting
 
 
@@ -402,14 +400,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.tickets", description=__doc__.partition("\n\n")[0].lstrip("r")
     )
     add = parser.add_argument
-    names = ", ".join([*OWN, *CIFAR_MODELS])
+    names = ", ".join([*DIGITS_MODELS, *CIFAR_MODELS])
     add("--model", default="digits_resnet", help=f"{names}, or a name for `fxprune compile` (default: %(default)s)")
     add("--data", required=True, metavar="SOURCE", help="digits, cifar10:DIR, folder:DIR or folder:DIR?size=PIXELS")
     add("--output", type=Path, required=True, metavar="FILE", help="the record, JSON")
-    add("--train-images", type=_count, metavar="N", help="train with so many, drawn by the seed (default: all)")
+    add("--train-images", type=values.count, metavar="N", help="train with so many, drawn by the seed (default: all)")
     add("--hold-out", type=int, default=0, metavar="N", help="training images to test with as well (default: none)")
-    add("--seeds", type=_seeds, default=[0, 1, 2], metavar="S,S,...", help="default: 0,1,2")
-    add("--epochs", type=_count, required=True, metavar="E", help="of the first training")
+    add("--seeds", type=values.seeds, default=[0, 1, 2], metavar="S,S,...", help="default: 0,1,2")
+    add("--epochs", type=values.count, required=True, metavar="E", help="of the first training")
     add("--rewind-epoch", type=int, default=0, metavar="R", help="keep the weights of this epoch (default: 0, first)")
     add("--batch-norm", choices=("reset", "rewind"), default="reset", help="of rewound networks (%(default)s)")
     add("--shares", type=_shares, default=[0.5, 0.25], metavar="S,S,...", help="of MACs that remain (0.5,0.25)")
@@ -420,8 +418,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="default: none,pairs,pairs-pure; none is the criterion alone",
     )  # fmt: skip
     add("--lr", type=float, default=0.1, help="first learning rate, a tenth after each third (default: %(default)s)")
-    add("--batch", type=_count, default=64, help="images of one step (default: %(default)s)")
-    add("--threads", type=_count, help="of torch (default: its own choice)")
+    add("--batch", type=values.count, default=64, help="images of one step (default: %(default)s)")
+    add("--threads", type=values.count, help="of torch (default: its own choice)")
     options = parser.parse_args(arguments)
     if not 0 <= options.rewind_epoch < options.epochs:
         parser.error(f"--rewind-epoch {options.rewind_epoch}: must be from 0 to {options.epochs - 1}, before the last")

@@ -36,7 +36,7 @@ from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.training.sparsification import Sparsifier, hold, sparsify
 from fxprune.training.tickets import random_ticket, rewind
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AccelerationError",

@@ -1,7 +1,11 @@
-"""State dicts from files, as training scripts leave them."""
+"""Files: state dicts as training scripts leave them, and files that appear whole or not at all."""
 
-from collections.abc import Collection, Mapping
+import json
+import os
+import secrets
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +16,32 @@ from fxprune.errors import StorageError
 WRAPPERS = ("state_dict", "model_state_dict")
 # What nn.DataParallel puts before every name.
 PARALLEL_PREFIX = "module."
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, then rename it: whatever happens, `path` is the old file or the new one.
+
+    Raises:
+        OSError, RuntimeError: the file cannot be written (torch reports a full disk as RuntimeError). Nothing is left
+            behind; the caller knows what the file is for, and says so.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON record, whole or not at all; its folder is made if absent.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=2) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ PACKAGE = Path(fxprune.__file__).parent
 ORDER = (
     "errors",
     "files",
+    "environment",  # where and when a measurement was made
+    "models",  # networks by name
     "graph",  # capture, values, editing
     "plans",  # a plan as pure data
     "methods",  # arrays in, clustering out
@@ -29,10 +31,10 @@ ORDER = (
     "inference",  # the fastest form
     "planning",  # from a request to a plan, and the lossy step
     "api",  # what users call
-    "training",
+    "training",  # schedules, masks, tickets, and a loop
     "",  # the package itself: its public names
-    "models",
     "exports",
+    "comparison",  # pruners against each other
     "cli",
     "__main__",
 )

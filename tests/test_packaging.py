@@ -10,9 +10,11 @@ import pytest
 
 import fxprune
 from fxprune import cli
+from fxprune.comparison.extras import EXTRAS
 from fxprune.inference.kernels import native
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fxprune"
 MACHINE_PATH = re.compile(r"/(?:home|root|Users|work|mnt|scratch)/[\w.]|/tmp/\w|\b[A-Z]:\\\\?Users\b")
 
 
@@ -56,6 +58,34 @@ def test_the_pinned_versions_are_asked_for(setup: configparser.RawConfigParser) 
     lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
     pinned = {line.partition("==")[0] for line in lines if line and not line.startswith("#")}
     assert pinned == wanted
+
+
+def test_every_extra_that_an_error_names_is_there(setup: configparser.RawConfigParser) -> None:
+    extras = setup["options.extras_require"]
+    named = {
+        name for path in PACKAGE.rglob("*.py") for name in re.findall(r"fxprune\[([\w-]+)\]", path.read_text())
+    } | set(EXTRAS.values())
+    assert {"onnx", "plots", "torch-pruning"} <= named <= set(extras)
+    assert all(package.replace("_", "-") in extras[extra].split() for package, extra in EXTRAS.items())
+
+
+def test_the_extra_of_all_users_has_every_other_one(setup: configparser.RawConfigParser) -> None:
+    extras = setup["options.extras_require"]
+    assert set(re.findall(r"%\((\S+)\)s", extras["all"])) == set(extras) - {"all", "test", "dev"}
+
+
+def test_every_folder_with_python_in_it_is_a_package() -> None:
+    folders = {path.parent for path in PACKAGE.rglob("*.py")} | {PACKAGE / "passes"}
+    assert {"comparison", "models", "training", "data"} <= {folder.name for folder in folders}
+    assert [folder.name for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_the_package_imports_nothing_of_the_repository() -> None:
+    sources = [path for folder in (PACKAGE, PACKAGE / "passes") for path in folder.rglob("*.py")]
+    pattern = re.compile(r"^\s*(?:from|import) (?:benchmarks|tests)\b", re.MULTILINE)
+    assert len(sources) > 100
+    assert not [path.name for path in sources if pattern.search(path.read_text())]
+    assert pattern.search("def f():\n    from benchmarks import latency\n"), "control"
 
 
 def test_every_tool_setting_is_read_from_one_file() -> None:

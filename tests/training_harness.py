@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks._training import Trainer
+from fxprune.training.loop import Trainer
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) -> None:

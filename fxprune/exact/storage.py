@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, fx, nn
 from fxprune.errors import FxpruneError, StorageError
 from fxprune.exact.record import record_of
 from fxprune.exact.rewriting import rewrite
+from fxprune.files import write_whole
 from fxprune.plans import PrunePlan
 from fxprune.plans.masking import masked_copy
 
@@ -37,14 +37,9 @@ def save(pruned: nn.Module, path: str | os.PathLike[str]) -> None:
     )
     content = {"format": FORMAT, "version": VERSION, "header": header, "state": state, "digest": _digest(header, state)}
     target = Path(path)
-    partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        try:
-            torch.save(content, partial)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        write_whole(target, lambda partial: torch.save(content, partial))
+    except (OSError, RuntimeError) as error:
         raise StorageError(f"{target} cannot be written: {error}; choose another place") from error
 
 

@@ -4,13 +4,12 @@ The time of a layer is its shortest round: other work on the machine only ever a
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 
+from fxprune.files import write_whole
 from fxprune.inference.kernels.native import cache_directory, processor, source_digest
 from fxprune.inference.race import race
 
@@ -52,11 +51,8 @@ class Stopwatch:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            merged = {**_read(self.path), **self._seconds}
-            with tempfile.TemporaryDirectory(dir=self.path.parent) as scratch:
-                whole = Path(scratch) / self.path.name
-                whole.write_text(json.dumps(merged), encoding="utf-8")
-                os.replace(whole, self.path)
+            text = json.dumps({**_read(self.path), **self._seconds})
+            write_whole(self.path, lambda partial: partial.write_text(text, encoding="utf-8"))
         except OSError:
             return
         self._is_new = False

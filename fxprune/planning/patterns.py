@@ -4,6 +4,8 @@ import fnmatch
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
+from torch import nn
+
 from fxprune.errors import PlanError, near_matches
 
 Value = TypeVar("Value")
@@ -26,6 +28,24 @@ def match_patterns(what: str, patterns: Mapping[str, Value], names: Collection[s
         for match in matches:
             values.setdefault(match, value)
     return values
+
+
+def left_out(model: nn.Module, only: str | None) -> tuple[str, ...]:
+    """Names of the convolutions to ignore so that only those stay that `only` means: all, the 1x1 ones, or a pattern.
+
+    Raises:
+        PlanError: `only` means none of the model.
+    """
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    if only is None:
+        return ()
+    if only == "1x1":
+        meant = {name for name, conv in convs.items() if conv.kernel_size == (1, 1)}
+    else:
+        meant = set(match_patterns("only", {only: True}, convs))
+    if not meant:
+        raise PlanError("only: the model has no 1x1 convolution; give a pattern of module names")
+    return tuple(name for name in convs if name not in meant)
 
 
 def _prefixes(name: str) -> list[str]:

@@ -13,11 +13,11 @@ from PIL import Image
 from torch import fx, nn
 
 import fxprune
-from benchmarks import _cifar, accuracy, compile_time, planning
-from benchmarks._environment import environment
-from benchmarks._images import CIFAR10, IMAGENET, Images, Normalization, open_disjoint, open_images
-from benchmarks._layer_calls import count_macs
+from benchmarks import accuracy, compile_time, planning
+from benchmarks._images import Images, open_disjoint, open_images
 from fxprune.criteria.snapshots import Snapshot
+from fxprune.environment import environment
+from fxprune.training.data.pictures import CIFAR10, IMAGENET, Normalization
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,41 +79,6 @@ def test_records_can_be_read_back(path: Path) -> None:
     found = accuracy.Comparison(**json.loads(path.read_text())["result"])
     assert found.agreeing == found.images
     assert f"{found.dense:.2%}" in str(found)
-
-
-@pytest.mark.parametrize("depth", [20, 32, 56])
-def test_cifar_networks_have_the_published_sizes(depth: int) -> None:
-    millions = {20: 0.27, 32: 0.46, 56: 0.85}  # He et al. 2016, table 6
-    model = _cifar.CifarResNet(depth)
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions[depth]
-    assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
-
-
-@pytest.mark.parametrize("name,millions,macs", [("cifar_vgg16", 14.72, 313), ("cifar_resnet18", 11.17, 555)])
-def test_wide_cifar_networks_have_the_usual_sizes(name: str, millions: float, macs: int) -> None:
-    # Li et al. 2017, table 1: 1.5e7 parameters and 3.13e8 MACs; ResNet-18: 11.17 million, 0.56e9 MACs
-    model, normalize = accuracy.build(name, None)
-    x = torch.randn(2, 3, 32, 32)
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
-    assert round(count_macs(model.eval(), x) / 1e6) == macs
-    assert model(x).shape == (2, 10)
-    assert normalize is CIFAR10
-
-
-@pytest.mark.parametrize("depth", [2, 18, 21])
-def test_cifar_depths_that_do_not_exist(depth: int) -> None:
-    with pytest.raises(ValueError, match="6n \\+ 2"):
-        _cifar.CifarResNet(depth)
-
-
-@pytest.mark.parametrize("zeros,filled", [("around", slice(8, 24)), ("after", slice(0, 16))])
-def test_where_the_shortcut_puts_its_zeros(zeros: _cifar.Zeros, filled: slice) -> None:
-    block = _cifar.CifarBlock(16, 32, 2, zeros).eval()
-    nn.init.zeros_(block.conv2.weight)
-    x = torch.rand(1, 16, 4, 4) + 1
-    out = block(x)
-    assert torch.equal(out[:, filled], x[:, :, ::2, ::2])
-    assert int(out.ne(0).any(dim=(0, 2, 3)).sum()) == 16
 
 
 def write_sheet(path: Path, seed: int) -> torch.Tensor:
@@ -333,14 +298,6 @@ def test_only_some_convolutions(album: Path, tmp_path: Path, only: str, grouped:
     document = json.loads(record.read_text())
     assert [layer["name"] for layer in document["report"]["layers"] if layer["form"] != "dense"] == grouped
     assert document["settings"]["only"] == only
-
-
-def test_only_what_is_there() -> None:
-    assert accuracy.left_out(tiny(), None) == ()
-    with pytest.raises(fxprune.PlanError, match="only: pattern 'layer1' matches no Conv2d"):
-        accuracy.left_out(tiny(), "layer1")
-    with pytest.raises(fxprune.PlanError, match="no 1x1 convolution"):
-        accuracy.left_out(_cifar.resnet20(), "1x1")
 
 
 @pytest.mark.usefixtures("tiny_model")

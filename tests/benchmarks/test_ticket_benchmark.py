@@ -12,13 +12,12 @@ import torch
 
 import fxprune
 from benchmarks import tickets
-from benchmarks._data import open_data
-from benchmarks._digits import DigitsResNet
-from benchmarks._recipe import Recipe
 from benchmarks._ticket_table import DENSE, RANDOM, TRAINED, TRAININGS, Key, differences, means, table, ticket_name
-from benchmarks._training import Trainer
 from benchmarks.tickets import Experiment, Setting, check_counts, counts_of, first_alike
 from fxprune.plans.masking import kept_entries
+from fxprune.training.data.sources import open_data
+from fxprune.training.loop import Trainer
+from fxprune.training.recipe import Recipe
 
 SHARE = 0.5
 
@@ -42,10 +41,6 @@ def experiment(setting: Setting) -> Experiment:
 @pytest.fixture(scope="module")
 def plans(experiment: Experiment) -> dict[str, fxprune.PrunePlan]:
     return experiment.plans(SHARE)
-
-
-def test_the_network_has_the_size_it_names() -> None:
-    assert f"{sum(p.numel() for p in DigitsResNet().parameters()):,} parameters" in (DigitsResNet.__doc__ or "")
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------

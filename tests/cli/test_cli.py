@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -488,7 +489,7 @@ def test_a_malformed_command_line_is_exit_code_2(capsys: pytest.CaptureFixture[s
     assert "usage: fxprune" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["compile", "report", "verify", "analyze", "demo"])
+@pytest.mark.parametrize("command", ["compile", "report", "verify", "analyze", "bench", "train", "compare", "demo"])
 def test_each_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])
@@ -497,10 +498,13 @@ def test_each_command_has_help(capsys: pytest.CaptureFixture[str], command: str)
 
 
 def test_the_examples_of_the_help_parse() -> None:
-    lines = [line.split("  ")[1] for line in (cli.EPILOG + cli.EPILOG_COMPILE).splitlines() if "  fxprune " in line]
-    assert len(lines) >= 9
+    texts = [cli.EPILOG, *(command.EXAMPLES for command in cli.COMMANDS if hasattr(command, "EXAMPLES"))]
+    lines = [line for text in texts for line in re.sub(r"\\\n\s+", " ", text).splitlines() if "  fxprune " in line]
+    assert len(lines) >= 20
     for line in lines:
-        cli._parser().parse_args(line.replace("'", "").split()[1:])
+        words = re.split(r"\s{3,}", line.strip())[0].replace("'", "")
+        if "..." not in words:
+            cli._parser().parse_args(words.split()[1:])
 
 
 def test_bars_only_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

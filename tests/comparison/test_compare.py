@@ -11,13 +11,16 @@ import torch
 from torch import nn
 
 import fxprune
-from benchmarks import compare
-from benchmarks._data import open_data
-from benchmarks._fronts import Mean, Point, Run, draw, points_of, table
-from benchmarks._layer_calls import count_macs
-from benchmarks._methods import METHODS, Case, Method, Pruned, uniform_ratio
-from benchmarks._recipe import Recipe
-from benchmarks.compare import Entry, Setting, entries, main
+from benchmarks.compare import main
+from fxprune.comparison import accuracy
+from fxprune.comparison.accuracy import Entry, Setting, entries
+from fxprune.comparison.layer_calls import count_macs
+from fxprune.comparison.methods import METHODS, Case, Method, Pruned, uniform_ratio
+from fxprune.comparison.plots import draw_fronts
+from fxprune.comparison.points import Mean, Point, Run, points_of, table
+from fxprune.comparison.requests import ComparisonRequest
+from fxprune.training.data.sources import open_data
+from fxprune.training.recipe import Recipe
 
 
 def network() -> nn.Module:
@@ -63,7 +66,7 @@ def test_each_method_leaves_the_share_and_the_dense_network_alone(name: str) -> 
     given = case()
     before = {key: tensor.clone() for key, tensor in given.model.state_dict().items()}
     pruned = METHODS[name].prune(given)
-    network = pruned.network if pruned.plan is None else compare._rewritten(pruned, given)
+    network = pruned.network if pruned.plan is None else accuracy._rewritten(pruned, given)
     share = count_macs(network, given.example) / count_macs(given.model, given.example)
     assert share == pytest.approx(0.6, rel=0.025)  # 16 channels in 8 groups: a step is one sixteenth
     assert all(torch.equal(before[key], tensor) for key, tensor in given.model.state_dict().items())
@@ -149,7 +152,7 @@ def test_pictures(tmp_path: Path) -> None:
     ]
     rows = [{"network": "fxprune", "ratio": 0.4, "batch": 1, "seconds": 1.0, "relative": 0.5}]
     points: list[Point] = points_of(runs, rows)
-    for file in draw(points, tmp_path / "all", "all of them"):
+    for file in draw_fronts(points, tmp_path / "all", "all of them"):
         assert file.stat().st_size > 10_000
     text = (tmp_path / "all.svg").read_text()
     assert "time at batch 1" in text
@@ -160,7 +163,10 @@ def test_pictures(tmp_path: Path) -> None:
 
 def test_methods_share_images_and_batches_and_seeds_do_not() -> None:
     data = open_data("digits", validation=200)
-    setting = Setting(network(), data, Recipe(epochs=1), None, False, "cpu", 300, 100, (), None, "test")
+    request = ComparisonRequest(
+        model="net", data="digits", output=Path(), recipe=Recipe(epochs=1), train_images=300, calibration_images=100
+    )
+    setting = Setting(network(), data, request)
     one, same, other = setting.case(1, 0.6), setting.case(1, 0.4), setting.case(2, 0.6)
     assert torch.equal(one.images, same.images)
     assert torch.equal(one.labels, same.labels)
@@ -172,8 +178,10 @@ def test_methods_share_images_and_batches_and_seeds_do_not() -> None:
     assert len(set(training.training.tolist()) & set(data.validation.tolist())) == 0
     assert torch.equal(training.order(0), setting.training(1).order(0))
     assert not torch.equal(training.order(0), setting.training(2).order(0))
-    evaluated = {part: sum(len(labels) for _, labels in replace(setting, evaluate=part).evaluation_batches())
-                 for part in ("test", "validation")}  # fmt: skip
+    evaluated = {}
+    for part in ("test", "validation"):
+        chosen = replace(setting, request=replace(request, evaluate=part))
+        evaluated[part] = sum(len(labels) for _, labels in chosen.evaluation_batches())
     assert evaluated == {"test": 360, "validation": 200}
 
 
@@ -204,7 +212,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def undrawn(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take longer than all else; `done` has some."""
-    monkeypatch.setattr(compare, "draw", lambda *arguments: [])
+    monkeypatch.setattr(accuracy, "draw_fronts", lambda *arguments: [])
 
 
 def forbidden(*arguments: object) -> tuple[Run, Pruned]:
@@ -228,7 +236,7 @@ def test_a_comparison(done: Path) -> None:
 
 @pytest.mark.usefixtures("undrawn")
 def test_what_is_done_is_not_repeated(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "run", forbidden)
+    monkeypatch.setattr(accuracy, "run", forbidden)
     assert main(command(done, *PAIR)) == 0
     with pytest.raises(AssertionError, match="ran what is done"):  # control
         main(command(done, "--methods", "dense", "--seeds", "2"))
@@ -274,7 +282,7 @@ def test_latency_is_a_step_of_its_own(
     tmp_path: Path, done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = copied(done, tmp_path)
-    monkeypatch.setattr(compare, "run", forbidden)
+    monkeypatch.setattr(accuracy, "run", forbidden)
     monkeypatch.setenv("FXPRUNE_NATIVE", "0")  # building the kernel takes longer than all of this
     step = command(folder, "--latency-only", "--rounds", "1", "--batches", "2")
     assert main(step) == 0

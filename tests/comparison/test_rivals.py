@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from benchmarks import _cifar, _rivals, _torch_pruning
-from benchmarks._layer_calls import count_macs, last_layer
-from benchmarks._torch_pruning import Importance, prune_channels
+from fxprune.comparison import rivals, torch_pruning
+from fxprune.comparison.layer_calls import count_macs, last_layer
+from fxprune.comparison.torch_pruning import Importance, prune_channels
+from fxprune.models import load_model
+from fxprune.models.cifar import CifarResNet
 
 IMPORTANCES: tuple[Importance, ...] = get_args(Importance)
 
@@ -28,7 +30,7 @@ def labelled(count: int = 6, channels: int = 3, size: int = 32) -> tuple[Tensor,
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_equal_macs(importance: Importance) -> None:
     """ResNet-20, a narrow network, comes within 1 %, and can be trained."""
-    model, inputs = _cifar.resnet20().eval(), images()
+    model, inputs = load_model("resnet20").eval(), images()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     target = round(0.5 * count_macs(model, inputs))
     batches, state = [labelled()], torch.get_rng_state()
@@ -43,11 +45,11 @@ def test_equal_macs(importance: Importance) -> None:
 
 def test_a_layer_that_leaps_too_far_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of ResNet-8 leaps together with another; those after it come within 1 %."""
-    model, inputs = _cifar.CifarResNet(8).eval(), images()
+    model, inputs = CifarResNet(8).eval(), images()
     target = round(0.5 * count_macs(model, inputs))
-    layers = _torch_pruning._layers
+    layers = torch_pruning._layers
     near = prune_channels(model, inputs, target)
-    monkeypatch.setattr(_torch_pruning, "_layers", lambda model: itertools.islice(layers(model), 1))
+    monkeypatch.setattr(torch_pruning, "_layers", lambda model: itertools.islice(layers(model), 1))
     far = prune_channels(model, inputs, target)
     assert abs(count_macs(near, inputs) / target - 1) <= 0.01 < abs(count_macs(far, inputs) / target - 1)
 
@@ -60,8 +62,8 @@ def test_the_search_comes_near_where_it_can(monkeypatch: pytest.MonkeyPatch) -> 
     inputs = images()
     target = round(0.3 * count_macs(model, inputs))
     near = count_macs(prune_channels(model, inputs, target), inputs)
-    monkeypatch.setattr(_torch_pruning, "MACS_STEPS", 1)
-    monkeypatch.setattr(_torch_pruning, "_layers", lambda model: iter(()))
+    monkeypatch.setattr(torch_pruning, "MACS_STEPS", 1)
+    monkeypatch.setattr(torch_pruning, "_layers", lambda model: iter(()))
     far = count_macs(prune_channels(model, inputs, target), inputs)
     assert abs(near / target - 1) < 0.02 < abs(far / target - 1)
 
@@ -74,7 +76,7 @@ def test_a_leap_is_taken_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = images()
     target = round(0.48 * count_macs(model, inputs))  # between (48 / 64) ** 2 and (40 / 64) ** 2
     near = count_macs(prune_channels(model, inputs, target, round_to=8), inputs)
-    monkeypatch.setattr(_torch_pruning, "_layers", lambda model: iter(()))
+    monkeypatch.setattr(torch_pruning, "_layers", lambda model: iter(()))
     far = count_macs(prune_channels(model, inputs, target, round_to=8), inputs)
     assert abs(near / target - 1) < 0.06 < abs(far / target - 1)
 
@@ -113,8 +115,8 @@ def test_which_filter_goes(importance: Importance, removed: int) -> None:
 
 def test_gradients_are_those_of_all_images_together() -> None:
     model, (inputs, labels) = four_filters(), labelled(7, 2, 1)
-    together = _torch_pruning._gradients(model, [(inputs, labels)])
-    apart = _torch_pruning._gradients(model, [(inputs[:2], labels[:2]), (inputs[2:], labels[2:])])
+    together = torch_pruning._gradients(model, [(inputs, labels)])
+    apart = torch_pruning._gradients(model, [(inputs[:2], labels[:2]), (inputs[2:], labels[2:])])
     torch.nn.functional.cross_entropy(model(inputs), labels).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
@@ -126,7 +128,7 @@ def test_gradients_are_those_of_all_images_together() -> None:
 def test_parameters_that_the_loss_does_not_depend_on_have_no_gradient() -> None:
     model = four_filters()
     model.register_parameter("idle", nn.Parameter(torch.ones(3)))
-    assert _torch_pruning._gradients(model, [labelled(4, 2, 1)])["idle"].tolist() == [0, 0, 0]
+    assert torch_pruning._gradients(model, [labelled(4, 2, 1)])["idle"].tolist() == [0, 0, 0]
 
 
 def test_taylor_needs_images() -> None:
@@ -140,9 +142,9 @@ def test_an_importance_that_does_not_exist() -> None:
 
 
 def test_an_opponent_in_the_race() -> None:
-    network = _rivals.torch_pruning_network(
+    network = rivals.torch_pruning_network(
         four_filters(), torch.rand(2, 2, 1, 1), 0.5, 12, False, "taylor", [labelled(4, 2, 1)], 1
     )
     assert (network.name, network.macs, network.error) == ("torch-pruning", 12, "")
-    failed = _rivals.torch_pruning_network(four_filters(), torch.rand(2, 2, 1, 1), 0.5, 12, False, "taylor")
+    failed = rivals.torch_pruning_network(four_filters(), torch.rand(2, 2, 1, 1), 0.5, 12, False, "taylor")
     assert failed.error.startswith("PlanError: taylor")

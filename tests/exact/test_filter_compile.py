@@ -21,9 +21,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fxprune
-from benchmarks import _cifar
 from fxprune.criteria import Taylor
 from fxprune.exports import save_onnx
+from fxprune.models.cifar import CIFAR_MODELS
 from fxprune.planning import lossy
 from fxprune.plans import PrunePlan, RemovedChannels
 from fxprune.plans.masking import kept_entries, remaining, zero_pruned
@@ -51,7 +51,7 @@ def images(count: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
 @cache
 def dense(name: str, seed: int = 0) -> nn.Module:
     """A network whose parameters and statistics are all random, in float64 and evaluation mode."""
-    model: nn.Module = getattr(_cifar, name)()
+    model: nn.Module = CIFAR_MODELS[name]()
     return randomize(model.double(), seed).eval()
 
 

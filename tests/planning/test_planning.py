@@ -12,7 +12,7 @@ from torch import nn
 from fxprune.criteria import Evidence, kernel_scores, resolve
 from fxprune.errors import PlanError
 from fxprune.planning import Request
-from fxprune.planning.patterns import match_patterns
+from fxprune.planning.patterns import left_out, match_patterns
 from fxprune.planning.planner import Planner
 from fxprune.plans import PrunePlan
 from fxprune.plans.shapes import Shape, choose_shape, kept_channels, partition_groups
@@ -347,3 +347,14 @@ def test_patterns_match_names_and_all_below_them() -> None:
     assert match_patterns("p", {}, names) == {}
     with pytest.raises(PlanError, match="matches no Conv2d"):
         match_patterns("p", {"LAYER1": 1}, names)
+
+
+def test_all_convolutions_but_those_that_are_meant_are_left_out() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Linear(8, 2))
+    assert left_out(model, None) == ()
+    assert left_out(model, "1x1") == ("0",)
+    assert left_out(model, "0") == ("2",)
+    with pytest.raises(PlanError, match="only: pattern 'layer1' matches no Conv2d"):
+        left_out(model, "layer1")
+    with pytest.raises(PlanError, match="no 1x1 convolution"):
+        left_out(model[:1], "1x1")

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from training_harness import at_step
 
-from benchmarks import _distributed, train
-from benchmarks._distributed import Group
+from benchmarks import train
+from fxprune.training import processes
+from fxprune.training.processes import Group
 
 ROOT = Path(__file__).parents[2]
 STEPS = 17  # of an epoch: 1,237 images, 77 at a time, of which each of two processes gets 38 or 39
@@ -67,7 +68,7 @@ def second_process(monkeypatch: pytest.MonkeyPatch, act: Callable[[], int]) -> I
         port = free.getsockname()[1]
     ended: list[int] = []
     with monkeypatch.context() as patch:
-        patch.setattr(_distributed, "PATIENCE", timedelta(seconds=60))
+        patch.setattr(processes, "PATIENCE", timedelta(seconds=60))
         patch.setenv("MASTER_ADDR", "127.0.0.1")
         patch.setenv("MASTER_PORT", str(port))
         patch.setenv("WORLD_SIZE", "2")
@@ -162,7 +163,10 @@ def test_one_process_that_is_asked_to_stop_stops_both(
 def test_torchrun(alone: Path, tmp_path: Path) -> None:
     given = ["-m", "benchmarks.train", *arguments(tmp_path), "--checkpoint-every", "2"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+    }
     with subprocess.Popen(
         [*launcher, *given], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as running:

@@ -17,10 +17,10 @@ from training_harness import at_step
 
 import fxprune
 from benchmarks import train
-from benchmarks._data import Data
-from benchmarks._images import DataError
-from benchmarks._training import Trainer
 from fxprune.models import load_model
+from fxprune.training.data import DataError
+from fxprune.training.data.sources import Data
+from fxprune.training.loop import Trainer
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20  # of an epoch: 1,237 images, 64 at a time
@@ -172,7 +172,10 @@ def test_killed_and_resumed_gives_the_same_weights(
 @pytest.mark.slow
 def test_killed_from_outside_at_any_time_and_resumed(whole: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.train", *arguments(tmp_path, *PLANNED), "--checkpoint-every", "1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+    }
     kills = 0
     for delay in (0.0, 0.11, 0.23, 0.37):  # seconds after its first, or next, sign of life
         with subprocess.Popen([*command, "--resume"], cwd=ROOT, env=environment, stdout=subprocess.PIPE) as running:
@@ -305,7 +308,7 @@ def test_a_loss_that_is_not_finite_stops_it(tmp_path: Path, capsys: pytest.Captu
         (["--data", "folder:nowhere"], "nowhere"),
         (["--validation", "5000"], "5000"),
         (["--model", "test_train_cli:large"], "has no 'large'"),
-        (["--model", "benchmarks._cifar:resnet20"], "cannot run on images of shape (1, 8, 8)"),
+        (["--model", "fxprune.models.cifar:CifarVGG16"], "cannot run on images of shape (1, 8, 8)"),
         (["--weights", "nowhere.pt"], "nowhere.pt: cannot be read"),
         (["--plan", "nowhere.json"], "nowhere.json: cannot be read"),
         (["--ratio", "1.5"], "ratio 1.5 is not in [0, 1)"),

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from benchmarks import _checkpoint
-from benchmarks._checkpoint import CheckpointError, check_settings, load_checkpoint, save_checkpoint
-from benchmarks._data import Data, open_data
-from benchmarks._distributed import Group
-from benchmarks._recipe import SCHEDULES, Recipe, RecipeError
-from benchmarks._training import Interrupted, Trainer, TrainingError
 from fxprune.plans.masking import kept_entries
+from fxprune.training import checkpoints
+from fxprune.training.checkpoints import CheckpointError, check_settings, load_checkpoint, save_checkpoint
+from fxprune.training.data.sources import Data, open_data
+from fxprune.training.loop import Interrupted, Placement, Trainer, TrainingError
+from fxprune.training.processes import Group
+from fxprune.training.recipe import SCHEDULES, Recipe, RecipeError
 
 RECIPE = Recipe(epochs=3, batch=32, lr=0.05, schedule="cosine")
 STEPS = 4  # of an epoch
@@ -251,7 +251,7 @@ def test_without_validation_images_nothing_is_best(data: Data) -> None:
 def test_autocast_computes_in_bfloat16_and_keeps_weights_in_float32(data: Data) -> None:
     states = []
     for amp, channels_last in ((None, False), ("bf16", False), ("bf16", True)):
-        trainer = Trainer(network(), data, RECIPE, amp=amp, channels_last=channels_last)
+        trainer = Trainer(network(), data, RECIPE, placement=Placement(amp=amp, channels_last=channels_last))
         trainer.run(nothing)
         assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
         states.append(trainer.model.state_dict())
@@ -372,7 +372,7 @@ def test_an_altered_or_foreign_checkpoint_is_known(tmp_path: Path) -> None:
     torch.save(whole, path)
     with pytest.raises(CheckpointError, match="altered, its checksum"):
         load_checkpoint(path)
-    torch.save({"format": _checkpoint.FORMAT, "version": 99}, path)
+    torch.save({"format": checkpoints.FORMAT, "version": 99}, path)
     with pytest.raises(CheckpointError, match="has version 99"):
         load_checkpoint(path)
     torch.save({"weight": torch.ones(1)}, path)

@@ -1,5 +1,6 @@
 """Training data: every image once an epoch, the same whoever asks for it, and faults that are named."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,18 @@ import numpy as np
 import pytest
 import sklearn.model_selection
 import torch
+import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision import transforms
 
-from benchmarks import _augmentation, _data
-from benchmarks._augmentation import generator, random_box, shift_and_flip
-from benchmarks._data import Data, Held, open_data
-from benchmarks._images import CIFAR10, IMAGENET, SHEET, DataError, Normalization, open_images
+from benchmarks._images import open_images
+from fxprune.training.data import augmentation, sources
+from fxprune.training.data.augmentation import generator, random_box, shift_and_flip
+from fxprune.training.data.cifar10 import SHEET
+from fxprune.training.data.pictures import CIFAR10, IMAGENET, DataError, Normalization
+from fxprune.training.data.sources import Data, Held, open_data
 
 CLASSES = ("ant", "bee", "cat")
 PLAIN = Normalization((0, 0, 0), (1, 1, 1))
@@ -87,7 +91,7 @@ def test_the_check_sees_what_was_drawn_for_the_batch(monkeypatch: pytest.MonkeyP
     def fresh(count: int, shift: int, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         return torch.randint(0, 2 * shift + 1, (count, 2), generator=draw), torch.rand(count, generator=draw) < 0.5
 
-    monkeypatch.setattr(_data, "_draw", fresh)
+    monkeypatch.setattr(sources, "_draw", fresh)
     assert not is_same_in_any_batch(held())
 
 
@@ -154,7 +158,7 @@ def test_crops_and_flips_are_those_of_each_image_alone() -> None:
 
 
 def test_every_corner_and_both_sides_are_drawn() -> None:
-    corners, flips = _data._draw(5000, 4, 0, 0)
+    corners, flips = sources._draw(5000, 4, 0, 0)
     assert len(set(map(tuple, corners.tolist()))) == 81
     assert corners.min() == 0
     assert corners.max() == 8
@@ -174,7 +178,7 @@ def boxes_differ(height: int, width: int) -> bool:
 @pytest.mark.parametrize("size", [(30, 40), (224, 224), (5, 400), (400, 5), (1, 1)])
 def test_random_crops_are_those_of_torchvision(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     assert not boxes_differ(*size)
-    monkeypatch.setattr(_augmentation, "ASPECT", (1 / 2, 2))
+    monkeypatch.setattr(augmentation, "ASPECT", (1 / 2, 2))
     assert boxes_differ(*size) or size == (1, 1)
 
 
@@ -245,6 +249,38 @@ def test_cifar(cifar: Path) -> None:
     assert torch.equal(usual.plain_batch(positions)[0], CIFAR10(plain))
 
 
+def write_batches(folder: Path) -> None:
+    """What the authors of CIFAR-10 distribute, with 20 images a file; the label is the first pixel's red."""
+    batches = folder / "cifar-10-batches-py"
+    batches.mkdir()
+    for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        pixels = np.full((20, 3072), number, dtype=np.uint8)
+        pixels[:, 0] = np.arange(20) % 10
+        (batches / name).write_bytes(pickle.dumps({"data": pixels, "labels": (np.arange(20) % 10).tolist()}))
+    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+
+
+def test_cifar_as_its_authors_distribute_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_batches(tmp_path)
+    with pytest.raises(DataError, match=r"cifar-10-batches-py: incomplete or damaged; unpack cifar-10-python\.tar\.gz"):
+        open_data(f"cifar10:{tmp_path}", validation=0)  # these are not the files of its authors
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *arguments: True)
+    data = open_data(f"cifar10:{tmp_path}", validation=10, augment=False, normalize=PLAIN)
+    assert (data.train_count, data.validation_count, data.test_count) == (90, 10, 20)
+    images, labels = data.training_batch(torch.arange(90), 0)
+    assert torch.equal((images[:, 0, 0, 0] * 255).round().long(), labels)
+    batch = (images[:, 2, 31, 31] * 255).round().long()
+    assert torch.equal(batch, data.training // 20)
+    ((test, _),) = data.test_batches(20)
+    assert set((test[:, 1] * 255).round().flatten().tolist()) == {5}
+
+
+def test_a_folder_that_is_no_cifar_says_what_it_should_have(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"neither a folder cifar-10-batches-py nor cifar10_train_00\.webp"):
+        open_data(f"cifar10:{tmp_path}", validation=0)
+
+
 def test_photos(photos: Path) -> None:
     data = open_data(f"folder:{photos}?size=16", validation=3)
     assert (data.name, data.classes, data.shape) == ("folder", 3, (3, 16, 16))
@@ -271,7 +307,7 @@ def test_photos_are_varied_as_torchvision_does(photos: Path) -> None:
     found, _ = data.training_batch(torch.arange(12), 6)
     mirrored = 0
     for index, file in enumerate(data.pictures.files):  # type: ignore[attr-defined]
-        torch.set_rng_state(generator(4, _augmentation.VARIATION, 6, index).get_state())
+        torch.set_rng_state(generator(4, augmentation.VARIATION, 6, index).get_state())
         expected = vary(Image.open(file).convert("RGB"))
         torch.testing.assert_close(found[index], expected)
         mirrored += not torch.allclose(found[index], expected.flip(2))

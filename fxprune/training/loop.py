@@ -5,10 +5,9 @@ weights, momentum and counters are the whole state of a run.
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks._data import Data
-from benchmarks._distributed import Group
-from benchmarks._recipe import Recipe
 from fxprune.errors import FxpruneError
+from fxprune.training.data.sources import Data
+from fxprune.training.processes import Group
+from fxprune.training.recipe import Recipe
 from fxprune.training.sparsification import Sparsifier
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,6 +32,16 @@ EVALUATION_BATCH = 250
 
 class TrainingError(FxpruneError):
     """The training cannot go on."""
+
+
+def check_device(device: str) -> None:
+    """See that this machine has such a device, before anything is begun.
+
+    Raises:
+        TrainingError: it has none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise TrainingError("--device cuda: torch sees no CUDA device on this machine; use --device cpu")
 
 
 class Interrupted(FxpruneError):
@@ -102,20 +111,43 @@ class Best:
     state: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where and in what form a network computes.
+
+    Attributes:
+        group: the processes that share each batch, and their device. Process 0 evaluates.
+        amp: a name in `AMP` to compute in, or None for float32.
+        channels_last: lay weights and images out with the channels innermost.
+    """
+
+    group: Group = field(default_factory=Group)
+    amp: str | None = None
+    channels_last: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type that forward computes in; None for float32."""
+        return None if self.amp is None else AMP[self.amp]
+
+    def __call__(self, what: Placed) -> Placed:
+        """A tensor or a module, moved and laid out."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return what.to(self.group.device).to(memory_format=layout)
+
+
 class Trainer:
     """Trains a model with SGD on labelled images.
 
     Args:
-        model: returns logits `(N, classes)`; it is trained in place, on the device of `group`.
+        model: returns logits `(N, classes)`; it is trained in place, where `placement` puts it.
         data: the images.
         recipe: how.
         seed: of what modules draw, as dropout does.
         sparsifier: holds pruned weights of `model` at zero, and perhaps prunes more; it has no optimizer of its own.
         teacher: a network whose logits are learned too, see `Recipe.loss`.
-        amp: a name in `AMP` to compute in, or None for float32.
-        channels_last: lay weights and images out with the channels innermost.
+        placement: where and in what form it computes; None is float32 on the CPU, in this process alone.
         test_each_epoch: record the test accuracy after each epoch; it decides nothing.
-        group: the processes that share each batch. Process 0 evaluates.
 
     Attributes:
         progress: how far the run is.
@@ -132,20 +164,17 @@ class Trainer:
         seed: int = 0,
         sparsifier: Sparsifier | None = None,
         teacher: nn.Module | None = None,
-        amp: str | None = None,
-        channels_last: bool = False,
+        placement: Placement | None = None,
         test_each_epoch: bool = False,
-        group: Group | None = None,
     ) -> None:
-        self.group = group or Group()
-        self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.model = self._place(model)
-        self.teacher = None if teacher is None else self._place(teacher).eval()
+        self.place = placement or Placement()
+        self.group = self.place.group
+        self.model = self.place(model)
+        self.teacher = None if teacher is None else self.place(teacher).eval()
         self.data, self.recipe, self.seed, self.sparsifier = data, recipe, seed, sparsifier
         self.test_each_epoch = test_each_epoch
-        self.dtype = None if amp is None else AMP[amp]
         # Gradients of half precision need scaling, or small ones vanish; those of bfloat16 have the range of float32.
-        self.scaler = torch.amp.GradScaler(self.group.device.type, enabled=amp == "fp16")
+        self.scaler = torch.amp.GradScaler(self.group.device.type, enabled=self.place.amp == "fp16")
         self.optimizer = recipe.optimizer(self.model)
         self.steps = math.ceil(data.train_count / recipe.batch)
         self.progress = Progress()
@@ -158,6 +187,7 @@ class Trainer:
         *,
         every: int | None = None,
         stopping: Callable[[], bool] = lambda: False,
+        progress: bool = False,
     ) -> None:
         """Train until all epochs are done.
 
@@ -166,6 +196,7 @@ class Trainer:
                 before `Interrupted` is raised.
             every: also save after so many steps of an epoch.
             stopping: asked after each step, on every process; one that says True stops them all.
+            progress: show a bar on stderr, on process 0.
 
         Raises:
             Interrupted: a process was asked to stop.
@@ -177,7 +208,7 @@ class Trainer:
             self._record(Epoch(0))
             self._save(save)
         while self.progress.epoch < self.recipe.epochs:
-            self._train_epoch(parallel, save, every, stopping)
+            self._train_epoch(parallel, save, every, stopping, progress and self.group.first)
 
     def accuracy(self, batches: Iterable[tuple[Tensor, Tensor]], model: nn.Module | None = None) -> float | None:
         """Top-1 accuracy in [0, 1], in float32, of the model in training or of another; None without images."""
@@ -185,7 +216,7 @@ class Trainer:
         correct = count = 0
         with torch.inference_mode():
             for images, labels in batches:
-                logits = model(self._place(images))
+                logits = model(self.place(images))
                 correct += int((logits.argmax(1).cpu() == labels).sum())
                 count += len(labels)
         return correct / count if count else None
@@ -219,11 +250,11 @@ class Trainer:
         save: Callable[[], None],
         every: int | None,
         stopping: Callable[[], bool],
+        shown: bool,
     ) -> None:
         progress = self.progress
         batches = self.data.order(progress.epoch).split(self.recipe.batch)  # type: ignore[no-untyped-call]
         parallel.train()
-        shown = self.group.first and sys.stderr.isatty()
         with tqdm(
             total=self.steps, initial=progress.step, desc=f"epoch {progress.epoch + 1}", leave=False, disable=not shown
         ) as bar:
@@ -257,8 +288,8 @@ class Trainer:
             parameters["lr"] = self.recipe.learning_rate(step, self.steps)
         mine, counts = self.group.share(positions)
         images, labels = self.data.training_batch(mine, epoch)
-        images, labels = self._place(images), labels.to(self.group.device)
-        with torch.autocast(self.group.device.type, self.dtype, enabled=self.dtype is not None):
+        images, labels = self.place(images), labels.to(self.group.device)
+        with torch.autocast(self.group.device.type, self.place.dtype, enabled=self.place.dtype is not None):
             logits = parallel(images)
             with torch.no_grad():
                 taught = None if self.teacher is None else self.teacher(images)
@@ -299,9 +330,6 @@ class Trainer:
     def _save(self, save: Callable[[], None]) -> None:
         if self.group.first:
             save()
-
-    def _place(self, what: Placed) -> Placed:
-        return what.to(self.group.device).to(memory_format=self.layout)
 
 
 def _seed(*numbers: int) -> int:

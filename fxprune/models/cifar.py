@@ -5,14 +5,18 @@ where the size halves, every second pixel is taken and the new channels are zero
 those go.
 
 VGG-16 and ResNet-18 are ImageNet networks in the form in which papers on pruning train them on CIFAR-10.
+
+`default_cfg` of a network says for what images it is, as in timm.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+CONFIG = {"input_size": (3, 32, 32)}
 Zeros = Literal["around", "after"]
 """Where a shortcut puts its zero channels: half before and half after the others, or all after them."""
 
@@ -41,6 +45,8 @@ class CifarBlock(nn.Module):
 
 class CifarResNet(nn.Module):
     """A residual network of `depth = 6n + 2` layers for `(N, 3, 32, 32)` images; returns logits `(N, 10)`."""
+
+    default_cfg: ClassVar[dict[str, Any]] = CONFIG
 
     def __init__(self, depth: int, zeros: Zeros = "around") -> None:
         super().__init__()
@@ -72,6 +78,8 @@ class CifarVGG16(nn.Module):
     linear layer. Li et al., Pruning Filters for Efficient ConvNets (2017), section 4.1, have a second linear layer.
     """
 
+    default_cfg: ClassVar[dict[str, Any]] = CONFIG
+
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
@@ -101,11 +109,16 @@ def cifar_resnet18() -> nn.Module:
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as all others there
     model.maxpool = nn.Identity()
+    model.default_cfg = CONFIG  # type: ignore[assignment]  # torch declares that of tensors and modules alone
     return model
 
 
-cifar_vgg16 = CifarVGG16
-resnet20 = partial(CifarResNet, 20)
-resnet32 = partial(CifarResNet, 32)
-resnet56 = partial(CifarResNet, 56)
-resnet20_zeros_after = partial(CifarResNet, 20, "after")
+CIFAR_MODELS: dict[str, Callable[[], nn.Module]] = {
+    "resnet20": partial(CifarResNet, 20),
+    "resnet32": partial(CifarResNet, 32),
+    "resnet56": partial(CifarResNet, 56),
+    "resnet20_zeros_after": partial(CifarResNet, 20, "after"),
+    "cifar_vgg16": CifarVGG16,
+    "cifar_resnet18": cifar_resnet18,
+}
+"""What builds each, by its name for `load_model`."""

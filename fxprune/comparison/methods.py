@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import fxprune
-from benchmarks._layer_calls import count_macs
-from benchmarks._torch_pruning import Importance, prune_channels
+from fxprune.comparison.layer_calls import count_macs
+from fxprune.comparison.torch_pruning import Importance, prune_channels
 from fxprune.criteria.snapshots import Snapshot
 from fxprune.graph.costs import layer_costs
 from fxprune.graph.tracing import trace
@@ -166,12 +166,14 @@ class Method:
         label: in tables and plots.
         prune: what it does.
         snapshots: whether it looks at earlier states of the training.
+        package: one of `fxprune.comparison.extras` that it needs; empty if none.
     """
 
     name: str
     label: str
     prune: Callable[[Case], Pruned]
     snapshots: bool = False
+    package: str = ""
 
 
 DENSE = Method("dense", "dense", dense)
@@ -190,9 +192,16 @@ METHODS = {
         Method("pairs", "filters, variety", partial(filters, refit=True, variety="pairs")),
         Method("pairs-pure", "filters, variety (pure)", partial(filters, refit=True, variety="pairs-pure")),
         Method("combined", "filters and kernels", combined),
-        Method("tp-magnitude", "Torch-Pruning, magnitude", partial(torch_pruning, importance="magnitude")),
-        Method("tp-fpgm", "Torch-Pruning, FPGM", partial(torch_pruning, importance="fpgm")),
-        Method("tp-taylor", "Torch-Pruning, Taylor", partial(torch_pruning, importance="taylor")),
+        Method(
+            "tp-magnitude",
+            "Torch-Pruning, magnitude",
+            partial(torch_pruning, importance="magnitude"),
+            package="torch_pruning",
+        ),
+        Method("tp-fpgm", "Torch-Pruning, FPGM", partial(torch_pruning, importance="fpgm"), package="torch_pruning"),
+        Method(
+            "tp-taylor", "Torch-Pruning, Taylor", partial(torch_pruning, importance="taylor"), package="torch_pruning"
+        ),
     )
 }
 """By name, in the order of tables."""

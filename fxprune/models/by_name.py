@@ -1,4 +1,4 @@
-"""Models by name, for the command line: torchvision, timm, or any callable that returns a module."""
+"""Models by name: torchvision, timm, the small ones of this package, or any callable that returns a module."""
 
 import difflib
 import importlib
@@ -15,6 +15,11 @@ from torch import Tensor, nn
 
 from fxprune.errors import FxpruneError, StorageError
 from fxprune.files import read_state_dict, without_parallel_prefix
+from fxprune.models.cifar import CIFAR_MODELS
+from fxprune.models.digits import DIGITS_MODELS
+
+OWN_MODELS = {**CIFAR_MODELS, **DIGITS_MODELS}
+"""Small networks for small images, by name. Neither torchvision nor timm has one of these names."""
 
 
 class ModelNameError(FxpruneError):
@@ -25,8 +30,9 @@ def load_model(name: str, weights: str | Path | None = None, seed: int = 0) -> n
     """Build a model, in evaluation mode, on the CPU.
 
     Args:
-        name: a torchvision model (`resnet50`); a timm model if timm is installed (`timm:resnest14d`, or `resnest14d`
-            alone where torchvision has no such name); or `module:callable`, called without arguments.
+        name: a torchvision model (`resnet50`); one of `OWN_MODELS` (`resnet20`); a timm model if timm is installed
+            (`timm:resnest14d`, or `resnest14d` alone where nobody else has that name); or `module:callable`, called
+            without arguments.
         weights: a file with a state dict, loaded with `weights_only=True`; `{"state_dict": ...}` and
             `{"model_state_dict": ...}` are unwrapped and the prefix `module.` of `nn.DataParallel` is removed. Without
             it the weights are random.
@@ -50,8 +56,8 @@ def load_model(name: str, weights: str | Path | None = None, seed: int = 0) -> n
 def default_input_size(model: nn.Module) -> tuple[int, ...]:
     """The shape of an input batch that `model` was made for, `(2, C, H, W)`.
 
-    timm says it of its models; Inception takes 299 pixels, and all others are taken to want 224. The batch is 2, so
-    that BatchNorm can be run in training mode too.
+    timm says it of its models, and `OWN_MODELS` say it in the same way; Inception takes 299 pixels, and all others are
+    taken to want 224. The batch is 2, so that BatchNorm can be run in training mode too.
     """
     config = getattr(model, "default_cfg", None)
     if isinstance(config, dict) and "input_size" in config:
@@ -73,6 +79,8 @@ def _builder(name: str) -> Callable[[], Any]:
         return _callable_builder(name, source, rest)
     if name in torchvision.models.list_models():
         return lambda: torchvision.models.get_model(name, **_torchvision_options(name))
+    if name in OWN_MODELS:
+        return OWN_MODELS[name]
     if _timm_names(name):
         return _timm_builder(name)
     raise ModelNameError(f"{name}: no such model{_did_you_mean(name)}; see torchvision.models.list_models()")
@@ -125,7 +133,7 @@ def _callable_builder(name: str, module_name: str, attribute: str) -> Callable[[
 
 
 def _did_you_mean(name: str) -> str:
-    return _similar(name, [*torchvision.models.list_models(), *_timm_names("*")])
+    return _similar(name, [*torchvision.models.list_models(), *OWN_MODELS, *_timm_names("*")])
 
 
 def _similar(name: str, candidates: Sequence[str]) -> str:

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks._layer_calls import count_macs, last_layer
+from fxprune.comparison.extras import require
+from fxprune.comparison.layer_calls import count_macs, last_layer
 from fxprune.errors import PlanError
 
 Importance = Literal["magnitude", "fpgm", "taylor"]
@@ -63,6 +64,7 @@ def prune_channels(
 
     Raises:
         PlanError: `"taylor"` without batches, or another importance.
+        ComparisonError: Torch-Pruning is not installed.
     """
     score = _importance(importance)
     gradients = _gradients(model, batches) if importance == "taylor" else {}
@@ -94,6 +96,7 @@ def prune_channels(
 
 
 def _importance(name: Importance) -> Callable[..., Any]:
+    require("torch_pruning")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own imports
         from torch_pruning import importance

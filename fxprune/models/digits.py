@@ -1,9 +1,12 @@
 """A network for the digits of scikit-learn, small enough to train a hundred times."""
 
+from collections.abc import Callable
+from typing import Any, ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks._cifar import CifarBlock
+from fxprune.models.cifar import CifarBlock
 
 WIDTHS = (16, 32, 48)
 """Filters of the three stages."""
@@ -14,6 +17,8 @@ class DigitsResNet(nn.Module):
 
     The networks of He et al. (2016), section 4.2, with one block a stage.
     """
+
+    default_cfg: ClassVar[dict[str, Any]] = {"input_size": (1, 8, 8)}
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,4 +36,5 @@ class DigitsResNet(nn.Module):
         return logits
 
 
-digits_resnet = DigitsResNet
+DIGITS_MODELS: dict[str, Callable[[], nn.Module]] = {"digits_resnet": DigitsResNet}
+"""What builds each, by its name for `load_model`."""

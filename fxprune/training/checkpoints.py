@@ -2,8 +2,6 @@
 
 import hashlib
 import io
-import os
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import FxpruneError
+from fxprune.files import write_whole
 
 FORMAT = "fxprune-training"
 VERSION = 1
@@ -21,20 +20,15 @@ class CheckpointError(FxpruneError):
     """A file of a training run cannot be written, cannot be read, or belongs to another run."""
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then rename it: whatever happens, `path` is the old file or the new one.
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` write a file of the run, whole or not at all, see `fxprune.files.write_whole`.
 
     Raises:
         CheckpointError: the file cannot be written; the old one is untouched.
     """
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        try:
-            write(partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        write_whole(path, write)
+    except (OSError, RuntimeError) as error:
         kept = "; the file of before is untouched" if path.exists() else ""
         raise CheckpointError(
             f"{path}: cannot be written: {error}{kept}; make room or choose another --output, then go on with --resume"
@@ -45,19 +39,19 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all.
 
     Raises:
-        CheckpointError: see `write_whole`.
+        CheckpointError: see `write_file`.
     """
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write nested dicts, lists, tensors, numbers and strings, with a digest of them all.
 
     Raises:
-        CheckpointError: see `write_whole`.
+        CheckpointError: see `write_file`.
     """
     whole = {"format": FORMAT, "version": VERSION, "digest": _digest(content), "content": dict(content)}
-    write_whole(path, lambda partial: torch.save(whole, partial))
+    write_file(path, lambda partial: torch.save(whole, partial))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

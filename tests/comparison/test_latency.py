@@ -1,4 +1,4 @@
-"""The benchmark of latency on tiny networks: what races, what is refused, what is written; nothing about speed."""
+"""The race of networks, on tiny ones: what races, what is refused, what is written; nothing about speed."""
 
 import importlib.util
 import json
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxprune
-from benchmarks import _environment, _layers, _rivals, latency
-from benchmarks._images import IMAGENET, Normalization
-from benchmarks._layer_calls import count_macs
-from benchmarks._rivals import RUNTIMES, Network, Runtime
+from benchmarks import latency as front
+from fxprune.comparison import latency, layers, limits, rivals, runtimes
+from fxprune.comparison.layer_calls import count_macs
+from fxprune.comparison.rivals import Network
+from fxprune.comparison.runtimes import RUNTIMES, Runtime
 from fxprune.inference.race import Timing
 
 
@@ -58,15 +59,15 @@ def record(tmp_path: Path) -> Path:
 def run(monkeypatch: pytest.MonkeyPatch, record: Path) -> Callable[..., int]:
     """`main` on `--model tiny` with one round, unless asked otherwise."""
 
-    def build(name: str, weights: Path | None) -> tuple[nn.Module, Normalization]:
+    def load_model(name: str, weights: Path | None) -> nn.Module:
         assert (name, weights) == ("tiny", None)
-        return tiny(), IMAGENET
+        return tiny()
 
-    monkeypatch.setattr(latency, "build", build)
+    monkeypatch.setattr(latency, "load_model", load_model)
     monkeypatch.setattr(latency, "MIN_SECONDS", 0.0)
-    monkeypatch.setattr(_layers, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(layers, "MIN_SECONDS", 0.0)
     base = ["--model", "tiny", "--size", "8", "--rounds", "2", "--threads", "1", "--output", str(record)]
-    return lambda *more: latency.main([*base, *more])
+    return lambda *more: front.main([*base, *more])
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -111,8 +112,8 @@ def test_a_run(run: Callable[..., int], record: Path, tmp_path: Path, capsys: py
 
 
 def test_where_the_record_goes_by_default() -> None:
-    options = latency._options(["--model", "timm:resnet26d"])
-    assert options.output == latency.RESULTS / "latency-timm-resnet26d-cpu.json"
+    options = front.read_options(["--model", "timm:resnet26d"])
+    assert options.output == front.RESULTS / "latency-timm-resnet26d-cpu.json"
 
 
 def test_one_layout(run: Callable[..., int], record: Path) -> None:
@@ -175,7 +176,7 @@ def test_a_broken_runtime_is_found(run: Callable[..., int], record: Path, monkey
     ],
 )
 def test_differences(found: object, expected: float) -> None:
-    assert _rivals.difference(found, torch.tensor([1.0, 2.0])) == expected
+    assert limits.difference(found, torch.tensor([1.0, 2.0])) == expected
 
 
 def test_the_limit_grows_with_what_a_network_makes_of_noise() -> None:
@@ -187,19 +188,19 @@ def test_the_limit_grows_with_what_a_network_makes_of_noise() -> None:
 
     inputs = images()
     ordinary = tiny()
-    assert _rivals.limit_of(ordinary, ordinary(inputs), inputs) == 1e-4
+    assert limits.limit_of(ordinary, ordinary(inputs), inputs) == 1e-4
     amplifier = Amplifier()
-    assert 1e-3 < _rivals.limit_of(amplifier, amplifier(inputs), inputs) <= _rivals.LARGEST_LIMIT
+    assert 1e-3 < limits.limit_of(amplifier, amplifier(inputs), inputs) <= limits.LARGEST_LIMIT
     half = inputs.bfloat16()
-    assert _rivals.limit_of(amplifier, amplifier(half.float()), half) == _rivals.LARGEST_LIMIT
-    assert _rivals.limit_of(ordinary, ordinary(half.float()), half) < 0.4
+    assert limits.limit_of(amplifier, amplifier(half.float()), half) == limits.LARGEST_LIMIT
+    assert limits.limit_of(ordinary, ordinary(half.float()), half) < 0.4
 
 
 def test_nothing_is_proved_by_an_oracle_without_numbers() -> None:
     nothing = torch.full((2,), math.nan)
-    assert _rivals.difference(nothing, nothing) == math.inf
+    assert limits.difference(nothing, nothing) == math.inf
     with pytest.raises(fxprune.VerificationError, match="shapes"):
-        _rivals.difference(torch.ones(2), torch.ones(3))
+        limits.difference(torch.ones(2), torch.ones(3))
 
 
 # --- what fails is a row ----------------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ def test_a_rival_that_crashes(run: Callable[..., int], record: Path, monkeypatch
     def crash(*arguments: object) -> nn.Module:
         raise AssertionError("unknown layer")
 
-    monkeypatch.setattr(_rivals, "prune_channels", crash)
+    monkeypatch.setattr(rivals, "prune_channels", crash)
     assert run("--against", "torch-pruning") == 0
     (row,) = (row for row in rows_of(record) if row["network"] == "torch-pruning")
     assert (row["error"], row["seconds"], row["macs_share"]) == ("AssertionError: unknown layer", None, None)
@@ -317,10 +318,10 @@ def test_macs_are_those_of_the_report() -> None:
 
 def test_folding() -> None:
     model, inputs = tiny(), images()
-    _rivals.settle(model, inputs)
-    folded = _rivals.folded(model, inputs)
+    rivals.settle(model, inputs)
+    folded = rivals.folded(model, inputs)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-    assert _rivals.difference(folded(inputs), model(inputs)) < 1e-5
+    assert limits.difference(folded(inputs), model(inputs)) < 1e-5
     assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules()), "the model stays as it was"
 
 
@@ -329,7 +330,7 @@ def test_settling() -> None:
     with torch.no_grad():
         model.get_parameter("first.weight").mul_(1e6)
     before = model(inputs).abs().max()
-    _rivals.settle(model, inputs)
+    rivals.settle(model, inputs)
     assert before > 1e4
     assert model(inputs).abs().max() < 10
     powers: list[float] = []
@@ -345,7 +346,7 @@ def test_torch_pruning_at_equal_macs() -> None:
     dense = count_macs(model, inputs)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     networks = {
-        share: _rivals.torch_pruning_network(model, inputs, 0.5, round(share * dense)) for share in (0.8, 0.5, 0.25)
+        share: rivals.torch_pruning_network(model, inputs, 0.5, round(share * dense)) for share in (0.8, 0.5, 0.25)
     }
     assert not any(network.error for network in networks.values())
     # multiples of 8 of 32 and 64 channels come no nearer
@@ -388,7 +389,7 @@ def test_only_drawing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for path in paths:
         path.write_text(json.dumps(a_record(path.stem)))
     picture = tmp_path / "new" / "picture.svg"
-    assert latency.main(["--plot", str(picture), "--from", *map(str, paths)]) == 0
+    assert front.main(["--plot", str(picture), "--from", *map(str, paths)]) == 0
     assert capsys.readouterr().out.startswith("2 points")
     text = picture.read_text()
     assert "<svg" in text
@@ -398,7 +399,7 @@ def test_only_drawing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_what_is_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(content)
-    assert latency.main(["--plot", str(tmp_path / "p.png"), "--from", str(path)]) == 2
+    assert front.main(["--plot", str(tmp_path / "p.png"), "--from", str(path)]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert "a.json" in error
@@ -437,7 +438,7 @@ def test_malformed_options(
 
 def test_a_model_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        latency.main([])
+        front.main([])
     assert "--model is needed" in capsys.readouterr().err
 
 
@@ -475,27 +476,13 @@ def test_a_missing_package(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
-    assert f"{package} is not installed; pip install fxprune[" in refused(run, record, capsys, *arguments)
+    assert f"{package} is not installed; pip install 'fxprune[" in refused(run, record, capsys, *arguments)
 
 
 def test_patterns_that_match_nothing(run: Callable[..., int], record: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "matches no Conv2d" in refused(run, record, capsys, "--only", "nowhere")
 
 
-# --- the environment --------------------------------------------------------------------------------------------------
-
-
-def test_the_environment_says_what_decides_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = json.loads(json.dumps(_environment.environment()))
-    assert found["cores"] >= 1
-    assert found["load"] is None or len(found["load"]) == 3
-    assert set(found["cpu_flags"]) <= set(_environment.CPU_FLAGS)
-    if "MKL-DNN" in torch.__config__.show():
-        assert found["onednn"].split(".")[0].isdecimal()
-    monkeypatch.setattr(_environment, "_cpuinfo", lambda field: "fma avx512f other" if field == "flags" else None)
-    assert _environment.environment()["cpu_flags"] == ["fma", "avx512f"]
-
-
 def test_a_network_that_could_not_be_made_is_never_prepared() -> None:
     with pytest.raises(AssertionError):
-        _rivals.prepare(Network("torch-pruning", 0.5, error="crash"), RUNTIMES["eager"], None, images())
+        runtimes.prepare(Network("torch-pruning", 0.5, error="crash"), RUNTIMES["eager"], None, images())

@@ -1,16 +1,12 @@
-"""What a comparison found: means over seeds with their intervals, a table, and fronts of accuracy against cost."""
+"""What a comparison found: means over seeds with their intervals, and a table."""
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
-from benchmarks._methods import DENSE, METHODS
-from benchmarks._plots import FORMATS, MARKERS
+from fxprune.comparison.methods import DENSE, METHODS
 
 CONFIDENCE = 0.95
 """Of the intervals."""
@@ -56,6 +52,8 @@ class Mean:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Mean":
         """Of one value or more."""
+        from scipy.stats import t as student  # here, for it takes a while to import
+
         count = len(values)
         if count < 2:
             return cls(values[0], None)
@@ -99,7 +97,7 @@ def points_of(runs: Sequence[Run], latency: Sequence[Mapping[str, Any]] = ()) ->
 
     Args:
         runs: in any order.
-        latency: rows of `benchmarks.latency`, the network of which is a method and the ratio a share.
+        latency: rows of `fxprune.comparison.latency`, the network of which is a method and the ratio a share.
     """
     order = list(METHODS)
     keys = sorted({(run.method, run.share) for run in runs}, key=lambda key: (order.index(key[0]), -key[1]))
@@ -160,50 +158,3 @@ def _row(cells: Sequence[str]) -> str:
 
 def _percent(mean: Mean) -> str:
     return f"{mean.value * 100:.2f}" + ("" if mean.half_width is None else f" ± {mean.half_width * 100:.2f}")
-
-
-def draw(points: Sequence[Point], path: Path, title: str) -> list[Path]:
-    """Draw accuracy before and after fine-tuning against MACs and, of what was timed, against time; return the files.
-
-    Args:
-        points: what to draw; a line joins those of one method.
-        path: without suffix; a file of each of `FORMATS` is written.
-        title: of the whole picture.
-    """
-    from matplotlib.figure import Figure
-
-    batches = sorted({batch for point in points for batch in point.relative})
-    columns = [None, *batches]
-    figure = Figure(figsize=(4.5 * len(columns) + 2.5, 8), layout="constrained")
-    grid = figure.subplots(2, len(columns), sharey="row", sharex="col", squeeze=False)
-    methods = list(dict.fromkeys(point.method for point in points))
-    handles = []
-    for number, method in enumerate(methods):
-        mine = [point for point in points if point.method == method]
-        look = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "capsize": 3, "alpha": 0.85}
-        if method == DENSE.name:
-            look |= {"color": "black", "linestyle": ""}
-        for row, part in enumerate(("before", "after")):
-            for column, batch in enumerate(columns):
-                shown = [point for point in mine if batch is None or batch in point.relative]
-                xs = [point.macs_share if batch is None else point.relative[batch] for point in shown]
-                means: list[Mean] = [getattr(point, part) for point in shown]
-                drawn = grid[row][column].errorbar(
-                    xs, [mean.value * 100 for mean in means], [(mean.half_width or 0) * 100 for mean in means],
-                    label=mine[0].label, **look,
-                )  # fmt: skip
-                if row == column == 0:
-                    handles.append(drawn)
-    for row, words in enumerate(("before fine-tuning", "after fine-tuning")):
-        grid[row][0].set_ylabel(f"top-1 accuracy in %, {words}")
-    for column, batch in enumerate(columns):
-        words = "MACs" if batch is None else f"time at batch {batch}"
-        grid[1][column].set_xlabel(f"{words}, share of the dense network's")
-    for axes in grid.flat:
-        axes.grid(alpha=0.3)
-    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
-    figure.suptitle(title)
-    files = [path.with_suffix(suffix) for suffix in FORMATS]
-    for file in files:
-        figure.savefig(file, dpi=150)
-    return files

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._augmentation import VARIATION, generator, random_box
-from benchmarks._images import DataError
+from fxprune.training.data.augmentation import VARIATION, generator, random_box
+from fxprune.training.data.pictures import DataError
 
 SHORT_SIDE = 256 / 224
 """Of a photo that is evaluated, before its centre is cropped, relative to the crop: torchvision's evaluation."""

@@ -1,6 +1,6 @@
 """One process, or several that share each batch: what a training loop must know of its group.
 
-Several are started by `torchrun --nproc-per-node N -m benchmarks.train ...` and talk through gloo on the CPU and NCCL
+Several are started by `torchrun --nproc-per-node N -m fxprune train ...` and talk through gloo on the CPU and NCCL
 on CUDA, which is untested here. Each has its own BatchNorm statistics over its share of a batch; those of process 0
 are kept. `torch.nn.SyncBatchNorm` would share them, on CUDA only.
 """

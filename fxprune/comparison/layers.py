@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks._layer_calls import input_shapes
-from benchmarks._rivals import RUNTIMES, Call, Network, prepare
+from fxprune.comparison.layer_calls import input_shapes
+from fxprune.comparison.rivals import Network
+from fxprune.comparison.runtimes import RUNTIMES, Call, prepare
 from fxprune.graph.editing import calls
 from fxprune.graph.layers import ChannelGather
 from fxprune.inference.race import Timing, race
@@ -52,7 +53,7 @@ def measure_layers(
 ) -> list[LayerRow]:
     """Race each grouped convolution of `pruned` against the dense one, eagerly; most time lost first.
 
-    Arguments are those of `benchmarks.latency.measure`.
+    Arguments are those of `fxprune.comparison.latency.measure`.
     """
     graph = pruned.folded
     assert isinstance(graph, torch.fx.GraphModule)

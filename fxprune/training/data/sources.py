@@ -13,23 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from benchmarks._augmentation import ORDER, VARIATION, generator, shift_and_flip
-from benchmarks._folders import open_photos
-from benchmarks._images import (
-    CIFAR10,
-    IMAGENET,
-    SHEET,
-    DataError,
-    Normalization,
-    read_labels,
-    read_sheet,
-    training_sheets,
-)
+from fxprune.training.data.augmentation import ORDER, VARIATION, generator, shift_and_flip
+from fxprune.training.data.cifar10 import BATCHES, SHEET, read_batches, read_labels, read_sheet, training_sheets
+from fxprune.training.data.folders import open_photos
+from fxprune.training.data.pictures import CIFAR10, IMAGENET, DataError, Normalization, Pictures
 
 SPLIT_SEED = 0
 """Of the images that are split off. It is the same for every run: a network that one seed has trained and another
@@ -38,28 +29,6 @@ DIGITS_TEST = 360
 """Test images of the digits, a fifth; they come without a split of their own."""
 DIGITS = Normalization((0.305,), (0.376,))
 """Of the pixels of the digits that are not tested with."""
-
-
-class Pictures(Protocol):
-    """Labelled pictures of one size."""
-
-    @property
-    def labels(self) -> Tensor:
-        """Int64 `(N,)`, from 0 to `classes - 1`."""
-
-    @property
-    def classes(self) -> int:
-        """How many there are."""
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
-
-    def read(self, chosen: Tensor) -> Tensor:
-        """Those of the indices `chosen`, int64 `(B,)`, as float32 `(B, C, H, W)` in [0, 1]."""
-
-    def read_varied(self, chosen: Tensor, seed: int, epoch: int) -> Tensor:
-        """The same, varied at random; how is a function of seed, epoch and index."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +125,9 @@ def open_data(
     """Open training data.
 
     Args:
-        source: `cifar10:DIR`, sheets and labels as `benchmarks._images` reads them; images are moved by up to 4 pixels
-            and mirrored. `digits`, the 8x8 digits of scikit-learn; moved by up to 1 pixel. `folder:DIR`, photos in
+        source: `cifar10:DIR`, where DIR has the folder `cifar-10-batches-py` of its authors, or sheets and labels as
+            `fxprune.training.data.cifar10` reads them, with half of the test images; moved by up to 4 pixels and
+            mirrored. `digits`, the 8x8 digits of scikit-learn; moved by up to 1 pixel. `folder:DIR`, photos in
             `train/CLASS/` and in `test/CLASS/` or, where there is no `test`, in `val/CLASS/`; cropped, resized and
             mirrored. They are brought to 224x224 pixels, or as many as in `folder:DIR?size=96`.
         validation: how many of the images to train with are held back to choose by, equally of each class, the same
@@ -168,8 +138,7 @@ def open_data(
             for a folder).
 
     Raises:
-        DataError: another kind of source, or a damaged one, see `benchmarks._images` and `benchmarks._folders`; or it
-            cannot be split like this.
+        DataError: another kind of source, or a damaged one, see `cifar10` and `folders`; or it cannot be split so.
         FileNotFoundError: a file of the source is absent.
     """
     if seed < 0:
@@ -250,12 +219,18 @@ def _draw(count: int, shift: int, seed: int, epoch: int) -> tuple[Tensor, Tensor
 
 
 def _cifar10(folder: Path) -> tuple[Held, Held]:
-    sheets = training_sheets(folder)
-    labels, test_labels = read_labels(folder, "y_train", SHEET * len(sheets)), read_labels(folder, "y_test", SHEET)
-    pixels = torch.empty(SHEET * len(sheets), 3, 32, 32, dtype=torch.uint8)
-    for number, sheet in enumerate(sheets):
-        pixels[SHEET * number : SHEET * (number + 1)] = read_sheet(sheet)
-    test = read_sheet(folder / "cifar10_test_00.webp")
+    if not (folder / BATCHES).is_dir() and not any(folder.glob("cifar10_train_*.webp")):
+        raise FileNotFoundError(f"{folder}: has neither a folder {BATCHES} nor cifar10_train_00.webp")
+    if (folder / BATCHES).is_dir():
+        pixels, labels = read_batches(folder, training=True)
+        test, test_labels = read_batches(folder, training=False)
+    else:
+        sheets = training_sheets(folder)
+        labels, test_labels = read_labels(folder, "y_train", SHEET * len(sheets)), read_labels(folder, "y_test", SHEET)
+        pixels = torch.empty(SHEET * len(sheets), 3, 32, 32, dtype=torch.uint8)
+        for number, sheet in enumerate(sheets):
+            pixels[SHEET * number : SHEET * (number + 1)] = read_sheet(sheet)
+        test = read_sheet(folder / "cifar10_test_00.webp")
     return (
         Held(pixels, labels, 10, white=255, shift=4, flip=True),
         Held(test, test_labels, 10, white=255, shift=4, flip=True),

@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ def environment() -> dict[str, Any]:
     """Return versions, CPU and CUDA device, threads, load, commit and date of this process, ready for JSON."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": _commit(Path(__file__).parents[1]),
+        "fxprune": _version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -52,9 +54,18 @@ def _onednn() -> str | None:
     return found.group(1) if found else None
 
 
-def _commit() -> str | None:
-    """The commit of the working tree, with `+` if it has changes; None outside a git checkout."""
-    root = Path(__file__).parent.parent
+def _version() -> str:
+    """Of the package that runs, which need not be the one that is installed."""
+    version: str = sys.modules["fxprune"].__version__  # not imported: everything else here may import this module
+    return version
+
+
+def _commit(root: Path) -> str | None:
+    """The commit of the checkout `root`, with `+` if it has changes; None if it is none, such as a `site-packages` that
+    happens to lie in the checkout of something else.
+    """
+    if not (root / ".git").exists():
+        return None
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],

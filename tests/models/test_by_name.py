@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from fxprune.errors import FxpruneError, StorageError
 from fxprune.models import ModelNameError, default_input_size, example_inputs, load_model
+from fxprune.models.by_name import OWN_MODELS
 
 NET = """
 from torch import nn
@@ -76,9 +78,28 @@ def test_a_wrong_name_is_refused(name: str, message: str) -> None:
 
 
 def test_timm_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxprune.models.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("fxprune.models.by_name.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelNameError, match="timm is not installed"):
         load_model("timm:resnet10t")
+
+
+@pytest.mark.parametrize("name", OWN_MODELS)
+def test_own_names(name: str) -> None:
+    model = load_model(name)
+    size = default_input_size(model)
+    assert size == ((2, 1, 8, 8) if name == "digits_resnet" else (2, 3, 32, 32))
+    assert model(torch.zeros(size)).shape == (2, 10)
+
+
+def test_no_own_name_hides_another() -> None:
+    assert not OWN_MODELS.keys() & set(torchvision.models.list_models())
+    timm = pytest.importorskip("timm")
+    assert not OWN_MODELS.keys() & set(timm.list_models("*"))
+
+
+def test_own_names_are_suggested() -> None:
+    with pytest.raises(ModelNameError, match="did you mean resnet56"):
+        load_model("resnet57")
 
 
 def test_timm_names() -> None:

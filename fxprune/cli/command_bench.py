@@ -1,0 +1,128 @@
+"""`fxprune bench`: are saved MACs saved time? Dense against pruned networks, in one runtime or several."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from fxprune.cli import values
+from fxprune.cli.options import MODEL_HELP, add_output_options
+from fxprune.cli.output import Subparsers, show, shows_progress
+from fxprune.comparison.plots import FORMATS
+from fxprune.comparison.requests import DTYPES, LatencyRequest
+from fxprune.comparison.rivals import RIVALS
+from fxprune.comparison.runtimes import LAYOUTS, RUNTIMES
+from fxprune.plans.shapes import FORMS
+
+EXAMPLES = """\
+examples:
+  fxprune bench resnet50 --ratio 0.5 --batch 1,8 --runtime eager,compile,accelerate
+  fxprune bench resnet18 --ratio 0.5,0.75 --against dense,torch-pruning --layers --output r18.json --plot r18.png
+  fxprune bench resnet50 --device cuda --dtype float16 --runtime accelerate+cudagraph --json
+  fxprune bench --from r18.json r50.json --plot both.svg
+"""
+
+
+def add_to(subparsers: Subparsers) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="time a model, dense and pruned, here and now",
+        description="Latency of a network, dense and pruned, in one runtime or several. All take turns in one race, "
+        "and each must compute what it should before it is timed.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    add_options(parser)
+    add_output_options(parser)
+    parser.set_defaults(run=run, error=parser.error)
+
+
+def add_options(parser: argparse.ArgumentParser, output: str = "write a JSON record after each batch") -> None:
+    """Add what to measure of a model; `output` is the help of `--output`."""
+    add = parser.add_argument
+    add("--weights", type=Path, help="state dict of the model (default: random)")
+    ratios = values.list_of(values.fraction("ratio to prune", "0.5,0.75"))
+    add("--ratio", type=ratios, default=[0.5], metavar="R,R,...", help="what to prune (default: 0.5)")
+    add("--groups", type=values.groups, default="auto")
+    add("--form", choices=FORMS, default="auto")
+    add("--only", metavar="PATTERN|1x1", help="prune only convolutions of these names, or the 1x1 ones")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    add("--size", type=values.count, metavar="PIXELS", help="height and width (default: the model's own)")
+    batches = values.list_of(values.count)
+    add("--batch", type=batches, default=[1], metavar="N,N,...", help="images (default: 1)")
+    add("--layout", choices=LAYOUTS, help="memory layout (default: both, and the faster counts)")
+    rivals = values.some_of("rival", RIVALS)
+    add("--against", type=rivals, default=["dense"], help=f"some of {','.join(RIVALS)}; dense always")
+    runtimes = values.some_of("runtime", list(RUNTIMES))
+    add("--runtime", type=runtimes, default=["eager"], help=f"some of {','.join(RUNTIMES)} (default: eager)")
+    add("--rounds", type=values.count, default=15, help="turns of each (default: %(default)s)")
+    add("--layers", action="store_true", help="also each grouped convolution against the dense one")
+    add("--threads", type=values.count, help="of torch (default: its own choice)")
+    add("--seed", type=int, default=0, help="of the plan")
+    add("--output", type=Path, help=output)
+    add("--plot", type=Path, metavar="FILE", help="draw speed-up against MACs, .png or .svg")
+    add("--from", type=Path, nargs="+", dest="records", metavar="RECORD", help="only draw these, with --plot")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, write the record after each batch, print the tables; return 1 if a network computed something else."""
+    from fxprune.comparison.extras import require
+    from fxprune.comparison.latency import Latency, measure_model
+    from fxprune.comparison.plots import draw_speed_up, read_records
+    from fxprune.files import write_json
+
+    check(options)
+    if options.plot:
+        require("matplotlib")
+    if options.records:
+        print(f"{draw_speed_up(read_records(options.records), options.plot)} points in {options.plot}")
+        return 0
+    request = request_of(options)
+    request.check_available()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+    def keep(latency: Latency) -> None:
+        if options.output:
+            write_json(options.output, latency.to_dict())
+
+    latency = measure_model(request, keep, shows_progress(options))
+    show(options, latency.to_dict(), str(latency))
+    if options.plot:
+        draw_speed_up({str(options.output or options.model): latency.to_dict()}, options.plot)
+    return int(latency.is_wrong)
+
+
+def check(options: argparse.Namespace) -> None:
+    """End with a message where options do not go together."""
+    if options.plot is not None and options.plot.suffix not in FORMATS:
+        options.error(f"--plot {options.plot}: must end in {' or '.join(FORMATS)}")
+    if options.records and options.plot is None:
+        options.error("--from draws records; --plot FILE says where")
+    if not options.records and options.model is None:
+        options.error("MODEL is needed: what to measure")
+
+
+def request_of(options: argparse.Namespace) -> LatencyRequest:
+    """What the options ask for."""
+    return LatencyRequest(
+        model=options.model,
+        weights=options.weights,
+        ratio=options.ratio,
+        groups=options.groups,
+        form=options.form,
+        only=options.only,
+        device=options.device,
+        dtype=options.dtype,
+        size=options.size,
+        batch=options.batch,
+        layout=options.layout,
+        against=options.against,
+        runtime=options.runtime,
+        rounds=options.rounds,
+        layers=options.layers,
+        seed=options.seed,
+    )

@@ -1,0 +1,94 @@
+"""`fxprune compile`: prune a model, check the smaller graph, write it."""
+
+import argparse
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor, fx
+
+import fxprune
+from fxprune.cli.options import (
+    MODEL_HELP,
+    add_model_options,
+    add_output_options,
+    add_pruning_options,
+    calibration_of,
+    inputs_of,
+    model_of,
+    pruning_of,
+)
+from fxprune.cli.output import Subparsers, show, shows_progress, steps, verdict
+from fxprune.exports import save_onnx, save_torchscript
+
+EXAMPLES = """\
+examples:
+  fxprune compile resnet50 --ratio 0.5 -o resnet50.pt
+  fxprune compile resnet18 --ratio 0.75 --form partition --ignore 'layer4.*' --torchscript resnet18.ts.pt
+  fxprune compile timm:resnest14d --weights resnest14d.pth --json -o resnest.pt
+  fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --macs 0.5 -o resnet50.pt
+  fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --latency 0.6 --target cpu -o resnet50.pt
+  fxprune compile resnet50 --weights resnet50.pth --granularity filter --macs 0.5 --scope global -o resnet50.pt
+  fxprune compile resnet50 --weights resnet50.pth --granularity filter:0.25,kernel:0.5 -o resnet50.pt
+  fxprune compile mynets:small --weights last.pt --method tmi --snapshots epoch1.pt epoch2.pt --calibration images.pt
+"""
+
+
+def add_to(subparsers: Subparsers) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser("compile", help="prune a model and write the smaller one", epilog=EXAMPLES)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_pruning_options(parser)
+    add_model_options(parser)
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where fxprune.save puts the result")
+    parser.add_argument("--torchscript", type=Path, metavar="FILE", help="also write a TorchScript file")
+    parser.add_argument("--onnx", type=Path, metavar="FILE", help="also write an ONNX file (batch size free)")
+    parser.add_argument("--no-verify", action="store_true", help="skip the check against the masked model")
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compile as asked; return the exit code."""
+    began = time.perf_counter()
+    model = model_of(options.model, options)
+    calibration = calibration_of(options)
+    inputs = inputs_of(model, options, calibration)
+    with steps(4, options) as step:
+        step("planning")
+        plan = fxprune.make_plan(model, example_inputs=inputs, calibration=calibration, **pruning_of(options))
+        step("masking")
+        masked = fxprune.mask(model, plan, calibration, progress=shows_progress(options))
+        step("rewriting")
+        pruned = fxprune.rewrite(masked, plan, inputs)
+        step("checking")
+        check = None if options.no_verify else fxprune.verify(pruned, masked, inputs)
+    written = _write(pruned, inputs, options)
+    report = fxprune.report(pruned)
+    document = {
+        "model": options.model,
+        "weights": None if options.weights is None else str(options.weights),
+        "calibration": None if options.calibration is None else str(options.calibration),
+        "files": written,
+        "report": report.to_dict(),
+        "verification": None if check is None else asdict(check),
+        "seconds": time.perf_counter() - began,
+    }
+    lines = [str(report), "", verdict(check), *(f"wrote {path} ({kind})" for kind, path in written.items())]
+    return show(options, document, "\n".join(lines))
+
+
+def _write(pruned: fx.GraphModule, inputs: tuple[Tensor], options: argparse.Namespace) -> dict[str, str]:
+    """Write the files that were asked for; return the path of each kind."""
+    targets = {"fxprune": options.output, "TorchScript": options.torchscript, "ONNX": options.onnx}
+    written = {kind: path for kind, path in targets.items() if path is not None}
+    for path in written.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if "fxprune" in written:
+        fxprune.save(pruned, written["fxprune"])
+    if "TorchScript" in written:
+        save_torchscript(pruned, written["TorchScript"])
+    if "ONNX" in written:
+        save_onnx(pruned, inputs, written["ONNX"])
+    return {kind: str(path) for kind, path in written.items()}

@@ -1,0 +1,208 @@
+"""Options that several subcommands share, in groups: how each is asked for, and what is made of the answer."""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fxprune.cli import values
+from fxprune.cli.output import shows_progress
+from fxprune.criteria import CRITERIA
+from fxprune.criteria.variety import VARIETIES
+from fxprune.errors import CalibrationError
+from fxprune.models import default_input_size, example_inputs, load_model
+from fxprune.planning import METHODS
+from fxprune.planning.requests import Scope
+from fxprune.plans.shapes import TARGETS
+from fxprune.training.loop import AMP
+from fxprune.training.recipe import SCHEDULES, Recipe
+
+MODEL_HELP = "a torchvision model, a timm model (timm:NAME), resnet20 and its like for CIFAR-10, or module:callable"
+FILE_HELP = "a file that `fxprune compile -o` wrote"
+DATA_HELP = "cifar10:DIR, digits, folder:DIR or folder:DIR?size=PIXELS"
+
+
+def add_pruning_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `fxprune.make_plan` can be asked."""
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--ratio", type=float, help="share of kernel groups, or filters, to prune from each convolution (0.5)"
+    )
+    size.add_argument(
+        "--macs",
+        type=float,
+        metavar="SHARE",
+        help="instead: share of multiply-accumulates to keep, in (0, 1]; sensitive layers are pruned less",
+    )
+    size.add_argument("--params", type=float, metavar="SHARE", help="instead: share of parameters to keep, in (0, 1]")
+    size.add_argument(
+        "--latency",
+        type=float,
+        metavar="SHARE",
+        help="instead: share of the time of the best dense form that may remain on --target, in (0, 1]",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="a few hundred typical inputs (N, ...) as the model reads them, normalized, on which the kept weights are "
+        "refitted: a tensor in a .pt or .pth file, or an array in a .npy file",
+    )
+    parser.add_argument(
+        "--granularity",
+        type=values.granularity,
+        metavar="kernel|filter|filter:R,kernel:R",
+        help="prune kernels, so that convolutions become grouped (default), or whole filters, so that they become "
+        "narrower; or filters at one ratio, then kernels at another",
+    )
+    parser.add_argument(
+        "--scope",
+        choices=get_args(Scope),
+        help="filters: the same share of each layer, or all ranked together (default: local)",
+    )
+    parser.add_argument("--round-to", type=int, metavar="N", help="filters: keep a multiple of N in each layer")
+    parser.add_argument("--groups", type=values.groups, default="auto", metavar="N|auto", help="groups per convolution")
+    parser.add_argument("--form", choices=("auto", "partition", "overlap"), default="auto", help="default: %(default)s")
+    parser.add_argument(
+        "--block",
+        type=int,
+        metavar="N",
+        help="keep input channels in aligned blocks of N, for wide loads (default: 8 for target cuda, else 1)",
+    )
+    parser.add_argument("--target", choices=TARGETS, help="kind of device to plan groups and blocks for")
+    parser.add_argument(
+        "--share-groups",
+        action=argparse.BooleanOptionalAction,
+        help="group the filters of all layers that write the same channels alike, which saves gathers "
+        "(default: with --target)",
+    )
+    parser.add_argument(
+        "--method", default="auto", help=f"how kernels are chosen: {', '.join(METHODS)} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--criterion",
+        help=f"importance of a filter, or of a kernel for method cocluster: {', '.join(CRITERIA)} (default: l2)",
+    )
+    parser.add_argument("--variety", help=f"make the criterion keep rare kernels or filters: {', '.join(VARIETIES)}")
+    parser.add_argument(
+        "--snapshots",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="state dicts from earlier in the same training run, oldest first; for method tmi and some criteria",
+    )
+    parser.add_argument(
+        "--ignore", action="append", default=[], metavar="PATTERN", help="module names to leave dense; may be repeated"
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a model by name needs to be built and run."""
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="state dict of MODEL (default: random weights)")
+    parser.add_argument(
+        "--input-size",
+        type=values.size,
+        metavar="N,C,H,W",
+        help="shape of the example input (default: 2,3,224,224 or alike)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and of the plan (default: %(default)s)")
+
+
+def add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    """Add how to train, in a group of its own."""
+    add = parser.add_argument_group("recipe (default: the fine-tuning of TMI-GKP)").add_argument
+    add("--epochs", type=int, required=True)
+    add("--lr", type=float, default=Recipe.lr, help="largest learning rate (default: %(default)s)")
+    add("--batch", type=int, default=Recipe.batch, help="images of one step, over all processes (default: %(default)s)")
+    add("--momentum", type=float, default=Recipe.momentum, help="default: %(default)s")
+    add("--weight-decay", type=float, default=Recipe.weight_decay, help="default: %(default)s")
+    add("--nesterov", action="store_true")
+    add("--schedule", choices=SCHEDULES, default=Recipe.schedule, help="default: %(default)s")
+    add("--warmup", type=int, default=Recipe.warmup, metavar="EPOCHS", help="default: %(default)s")
+    add("--label-smoothing", type=float, default=Recipe.label_smoothing, help="default: %(default)s")
+    none = (Recipe.distill_weight, Recipe.distill_temperature)
+    add(
+        "--distill", type=values.distillation, default=none, metavar="WEIGHT:TEMPERATURE",
+        help="learn from the dense network too, such as 0.5:4",
+    )  # fmt: skip
+    add("--amp", choices=AMP, help="compute forward in this type (default: float32)")
+    add("--channels-last", action="store_true", help="lay images and weights out with the channels innermost")
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Add how the result is shown."""
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def model_of(name: str, options: argparse.Namespace) -> nn.Module:
+    """The model of this name, as the options want it."""
+    return load_model(name, options.weights, options.seed)
+
+
+def inputs_of(model: nn.Module, options: argparse.Namespace, calibration: Tensor | None = None) -> tuple[Tensor]:
+    """Example inputs: of the size asked for, else some of the calibration, else of the usual size."""
+    if calibration is not None and options.input_size is None:
+        return (calibration[:2],)
+    return example_inputs(options.input_size or default_input_size(model), options.seed)
+
+
+def calibration_of(options: argparse.Namespace) -> Tensor | None:
+    """The inputs in the file that `--calibration` names, `(N, ...)` float32.
+
+    Raises:
+        CalibrationError: the file cannot be read, or holds something else.
+    """
+    path: Path | None = options.calibration
+    if path is None:
+        return None
+    try:
+        if path.suffix == ".npy":
+            content = torch.from_numpy(np.load(path, allow_pickle=False))
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # foreign bytes: UnpicklingError, ValueError, EOFError, ...
+        opener = "numpy.load" if path.suffix == ".npy" else "torch.load(weights_only=True)"
+        raise CalibrationError(f"{path}: is no file that {opener} opens; save one tensor or array (N, ...)") from error
+    if not isinstance(content, Tensor):
+        raise CalibrationError(f"{path}: holds a {type(content).__name__}; save one tensor or array (N, ...)")
+    if not content.is_floating_point():
+        raise CalibrationError(
+            f"{path}: holds {str(content.dtype).removeprefix('torch.')}; save the inputs as the model reads them, "
+            "floating-point and normalized"
+        )
+    if content.dim() < 2 or not content.numel():
+        raise CalibrationError(f"{path}: has shape {tuple(content.shape)}; it must hold at least one input, (N, ...)")
+    return content.detach().float()
+
+
+def pruning_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `fxprune.make_plan`; what was not asked for is left to its defaults."""
+    sizes = ("ratio", "macs", "params", "latency", "groups", "form", "block", "target", "share_groups")
+    names = (*sizes, "granularity", "scope", "round_to", "method", "criterion", "variety", "snapshots", "ignore")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return given | {"seed": options.seed, "progress": shows_progress(options)}
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """How to train.
+
+    Raises:
+        RecipeError: a value is out of its range.
+    """
+    names = [name for name in (field.name for field in fields(Recipe)) if not name.startswith("distill_")]
+    weight, temperature = options.distill
+    given = {name: getattr(options, name) for name in names}
+    return Recipe(**given, distill_weight=weight, distill_temperature=temperature)
+
+
+def refuse(options: argparse.Namespace, error: Exception) -> NoReturn:
+    """End as argparse does where options do not go together: usage and message on stderr, exit code 2."""
+    options.error(str(error))
+    raise error
