@@ -17,6 +17,8 @@ from fxprune.channels.atoms import Array, Blocks, Tie
 from fxprune.channels.interpreter import Port, Scale, State, layer_name
 from fxprune.channels.operators import FUNCTIONS, METHODS, rule_for
 from fxprune.channels.rules import Rule, item
+from fxprune.graph.containers import is_plain
+from fxprune.graph.memory import written_attributes
 from fxprune.graph.tracing import is_hooked, trace_leaf
 
 logger = logging.getLogger("fxprune")
@@ -134,7 +136,7 @@ def analyze_channels(module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> C
         values: what each node gives, tensors as meta tensors (`Trace.values`). Where a value is missing, channels keep
             their order.
     """
-    state = State(module=module, values=dict(values))
+    state = State(module=module, values=dict(values), written=written_attributes(module))
     _walk(state, module.graph)
     state.pin_parameters_read_twice()
     blocks = state.atoms.solve()
@@ -172,13 +174,17 @@ def _interpret(state: State) -> Any:
         return state.unlabelled(state.value)
     if node.op == "get_attr":
         owner, _, attribute = layer_name(node).rpartition(".")
+        if node in state.written:
+            return state.unlabelled(state.value)  # what is written there meets all its readers
         if not isinstance(state.value, Tensor) or all(
             user.op == "output" or rule_of(state.module, user) is None for user in node.users
         ):
             return state.unlabelled(state.value)
         return state.parameter(owner, attribute)
-    if not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(state.value)):
+    if is_plain(state.value) and not (state.value is None and state.tensors()):
         return None  # a size, a flag: meta tensors have no data, so it cannot depend on the channels' values
+    if not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(state.value)):
+        return state.boundary(f"it gives a {type(state.value).__name__}, which holds what it is given")
     if node.op == "call_module":
         module = state.module.get_submodule(layer_name(node))
         if is_hooked(module):

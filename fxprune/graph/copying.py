@@ -7,15 +7,20 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxprune.errors import TraceError
+from fxprune.graph.containers import tensors_in
 
 
 def share_tensors(model: nn.Module, convert: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
     """Copy the module tree of `model` but not its parameters and buffers, which are shared, or replaced by
-    `convert(tensor)`.
+    `convert(tensor)`. Tensors that modules keep as plain attributes (a grid of positions, say) are copied, or converted
+    too.
     """
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         memo[id(tensor)] = tensor if convert is None else convert(tensor)
+    for tensor in _kept_beside(model):
+        if id(tensor) not in memo:
+            memo[id(tensor)] = tensor.detach().clone() if convert is None else convert(tensor.detach())
     try:
         return copy.deepcopy(model, memo)
     except Exception as cause:
@@ -24,6 +29,12 @@ def share_tensors(model: nn.Module, convert: Callable[[Tensor], Tensor] | None =
             "remove what blocks the copy (a legacy weight_norm hook, "
             "an open file, a lock) and try again"
         ) from cause
+
+
+def _kept_beside(model: nn.Module) -> list[Tensor]:
+    """Tensors in plain attributes of modules."""
+    own = ("_parameters", "_buffers", "_modules")
+    return tensors_in([{k: v for k, v in vars(module).items() if k not in own} for module in model.modules()])
 
 
 def own_tensors(gm: fx.GraphModule, masked: nn.Module) -> None:

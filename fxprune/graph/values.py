@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import TraceError
+from fxprune.graph.contexts import contexts_restored
 from fxprune.graph.copying import share_tensors
 
 # Spatial sizes tried, in this order, when no example is given: ImageNet, CIFAR, MNIST, then whatever fits the
@@ -81,7 +82,7 @@ def meta_values(module: fx.GraphModule, inputs: tuple[Any, ...]) -> tuple[dict[f
     tree._modules, tree._parameters, tree._buffers = module._modules, module._parameters, module._buffers
     interpreter = _MetaInterpreter(share_tensors(tree, convert).eval(), module.graph)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), contexts_restored():
             interpreter.run(*inputs)
     except Exception as error:  # user code may raise anything; the caller decides what it means
         return interpreter.values, error
