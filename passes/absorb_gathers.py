@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.graph.editing import Outcome, Skip, Tensors, calls, erase_gather, first_reader, read_by_name
+from fxprune.graph.editing import Outcome, Skip, Tensors, called_module, calls, erase_gather, first_reader, read_by_name
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.memory import Memory
 from fxprune.graph.tracing import is_hooked
@@ -44,7 +44,7 @@ class AbsorbGathers:
                     continue
                 reason = _why_not(gm, layers, sites, found, memory, named)
                 if not reason:
-                    index = gm.get_submodule(str(found[0].target)).index
+                    index = called_module(gm, found[0]).index
                     assert isinstance(index, Tensor)
                     if not absorb(tensors, layers, index):
                         reason = "it moves channels between the groups of the layer"
@@ -65,7 +65,7 @@ def _why_not(
     memory: Memory,
     named: Mapping[int, str],
 ) -> str:
-    gathers = [gm.get_submodule(str(node.target)) for node in found]
+    gathers = [called_module(gm, node) for node in found]
     index = gathers[0].index
     assert isinstance(index, Tensor)
     if not all(isinstance(gather, ChannelGather) and gather.is_permutation for gather in gathers):
@@ -106,9 +106,9 @@ def _gathers_after(gm: fx.GraphModule, sites: Sequence[fx.Node]) -> list[fx.Node
 
 def _moves_channels(gm: fx.GraphModule, node: fx.Node, layer: fx.Node) -> bool:
     """Whether `node` is a gather along the dimension, counted from the end, of the channels of `layer`."""
-    if node.op != "call_module" or not isinstance(gather := gm.get_submodule(str(node.target)), ChannelGather):
+    if node.op != "call_module" or not isinstance(gather := called_module(gm, node), ChannelGather):
         return False
-    kind = gm.get_submodule(str(layer.target))
+    kind = called_module(gm, layer)
     return gather.dim == (-1 if isinstance(kind, nn.Linear) else -1 - len(kind.kernel_size))  # type: ignore[arg-type]
 
 

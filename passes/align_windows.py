@@ -24,7 +24,7 @@ channels: 12 runs a group against 14, and 64 as they come).
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import networkx as nx
 import numpy as np
@@ -35,9 +35,9 @@ from torch import Tensor, fx
 from fxprune.channels import Blocks, ChannelAnalysis, Reordering, analyze_channels
 from fxprune.channels.atoms import Array
 from fxprune.channels.orders import Read, known_reads, new_order
-from fxprune.graph.editing import Outcome, call_sites, calls, first_reader, new_path, read_by_name
+from fxprune.graph.editing import Outcome, call_sites, called_module, calls, first_reader, new_path, read_by_name
 from fxprune.graph.layers import ChannelGather
-from fxprune.graph.values import meta_values
+from fxprune.graph.values import CarriedValues
 from fxprune.passes.sink_gathers import reorder
 
 Sets: TypeAlias = npt.NDArray[np.bool_]
@@ -48,17 +48,18 @@ class AlignWindows:
     """Choose the order inside every channel space so that the gathers that remain read few windows.
 
     Attributes:
-        inputs: arguments of forward as meta tensors, to know shapes.
+        values: what the nodes give, to know shapes.
         block: convolutions that read aligned blocks of this many channels, or of a divisor of it, shall go on doing so.
     """
 
-    inputs: tuple[Any, ...]
+    values: CarriedValues
     block: int = 1
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
-        if not self.inputs or not any(calls(gm, ChannelGather)):
+        values = self.values.of(gm)
+        if not values or not any(calls(gm, ChannelGather)):
             return Outcome()
-        analysis = analyze_channels(gm, meta_values(gm, self.inputs)[0])
+        analysis = analyze_channels(gm, values)
         blocks = _movable(gm, analysis)
         unmoved = np.arange(blocks.classes.size, dtype=np.int64)
         moved = unmoved
@@ -122,7 +123,7 @@ def _movable(gm: fx.GraphModule, analysis: ChannelAnalysis) -> Blocks:
     """
     named, block_of = read_by_name(gm), analysis.blocks.block_of.copy()
     for port in analysis.ports:
-        if first_reader(gm.get_submodule(str(port.node.target)).parameters(), named):
+        if first_reader(called_module(gm, port.node).parameters(), named):
             block_of[analysis.blocks.classes[port.atoms]] = -1
     return replace(analysis.blocks, block_of=block_of)
 
@@ -232,7 +233,7 @@ def _by_nearest(sets: Sets, last: Sets) -> Array:
 
 
 def _is_gather(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return isinstance(gm.get_submodule(str(node.target)), ChannelGather)
+    return isinstance(called_module(gm, node), ChannelGather)
 
 
 def _reindex(gm: fx.GraphModule, reads: Sequence[_Read], moved: Array) -> Iterator[str]:
@@ -244,7 +245,7 @@ def _reindex(gm: fx.GraphModule, reads: Sequence[_Read], moved: Array) -> Iterat
         index = read.reindexed(moved)
         if np.array_equal(index, read.index):
             continue
-        gather = gm.get_submodule(str(read.node.target))
+        gather = called_module(gm, read.node)
         assert isinstance(gather, ChannelGather)
         if len(sites[gather]) > 1:
             sites[gather].remove(read.node)

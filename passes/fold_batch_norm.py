@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.graph.editing import Outcome, Skip, call_sites, calls, first_reader, read_by_name
+from fxprune.graph.editing import Outcome, Skip, call_sites, called_module, calls, first_reader, read_by_name
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.tracing import is_hooked
 
@@ -39,7 +39,7 @@ class FoldBatchNorm:
                 skipped.append(Skip(node.name, reason))
                 continue
             source, order = _producer(gm, node)
-            conv = gm.get_submodule(str(source.target))
+            conv = called_module(gm, source)
             assert isinstance(conv, nn.Conv2d)
             parent, _, child = str(source.target).rpartition(".")
             setattr(gm.get_submodule(parent), child, folded(conv, norm, order))
@@ -77,7 +77,7 @@ def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, order: Tensor | None = None) -
 def _producer(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, Tensor | None]:
     """What a BatchNorm normalises, and the order in which it reads the channels if a gather permutes them."""
     source = node.all_input_nodes[0]
-    if source.op != "call_module" or not isinstance(gather := gm.get_submodule(str(source.target)), ChannelGather):
+    if source.op != "call_module" or not isinstance(gather := called_module(gm, source), ChannelGather):
         return source, None
     if gather.dim not in (-3, 1) or not gather.is_permutation or len(source.users) > 1:
         return source, None
@@ -96,7 +96,7 @@ def _why_not(
         return f"{type(norm).__name__} is more than a BatchNorm2d"
     if norm.running_mean is None:
         return "no stored statistics: it normalises by the batch also in evaluation"
-    if source.op != "call_module" or type(conv := gm.get_submodule(str(source.target))) is not nn.Conv2d:
+    if source.op != "call_module" or type(conv := called_module(gm, source)) is not nn.Conv2d:
         return "its input is not a plain convolution"
     if len(source.users) > 1:
         return "the convolution has other readers"

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from fxprune.channels.orders import alignment
-from fxprune.graph.editing import Outcome, Skip, calls, first_reader, new_path, read_by_name
+from fxprune.graph.editing import Outcome, Skip, called_module, calls, first_reader, new_path, read_by_name
 from fxprune.graph.fused import FusedConv2d
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.memory import Memory
@@ -198,7 +198,7 @@ def _gather(gm: fx.GraphModule, node: fx.Node) -> ChannelGather | None:
     """The gather of the channels of images that `node` is, if it is one."""
     if node.op != "call_module":
         return None
-    gather = gm.get_submodule(str(node.target))
+    gather = called_module(gm, node)
     return gather if isinstance(gather, ChannelGather) and gather.dim in (-3, 1) else None
 
 
@@ -243,7 +243,7 @@ def _larger(leaf: Any) -> Any:
 def _bounds(gm: fx.GraphModule, user: fx.Node) -> tuple[float | None, float | None] | None:
     """The bounds between which `user` keeps its input, if that is all it does."""
     if user.op == "call_module":
-        module = gm.get_submodule(str(user.target))
+        module = called_module(gm, user)
         if is_hooked(module):
             return None
         if type(module) is nn.ReLU:

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from fxprune.channels.orders import alignment, feeds_convolution
 from fxprune.graph.contexts import is_switch
-from fxprune.graph.editing import KEPT_BECAUSE, Outcome, Skip, call_sites, calls, erase_gather, new_path
+from fxprune.graph.editing import KEPT_BECAUSE, Outcome, Skip, call_sites, called_module, calls, erase_gather, new_path
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.memory import Memory, is_mutating, storage_roots
 
@@ -46,7 +46,7 @@ def _compose(gm: fx.GraphModule, block: int, skipped: list[Skip]) -> list[str]:
         inner = node.args[0]
         if not isinstance(inner, fx.Node) or inner.op != "call_module":
             continue
-        first = gm.get_submodule(str(inner.target))
+        first = called_module(gm, inner)
         if not isinstance(first, ChannelGather) or first.dim != gather.dim or not _are_readers(gm, inner.users):
             continue
         source = inner.args[0]
@@ -107,7 +107,7 @@ def _share(gm: fx.GraphModule) -> list[str]:
             seen = {key: gather for key, gather in seen.items() if roots[gather.all_input_nodes[0]].isdisjoint(written)}
         if (
             node.op != "call_module"
-            or not isinstance(gather := gm.get_submodule(node.target), ChannelGather)
+            or not isinstance(gather := called_module(gm, node), ChannelGather)
             or not _are_readers(gm, node.users)
         ):
             continue
@@ -121,4 +121,4 @@ def _share(gm: fx.GraphModule) -> list[str]:
 def _are_readers(gm: fx.GraphModule, users: Iterable[fx.Node]) -> bool:
     """Whether all users are layers that neither write into their input nor return it."""
     layers = (nn.modules.conv._ConvNd, nn.Linear, ChannelGather)
-    return all(user.op == "call_module" and isinstance(gm.get_submodule(str(user.target)), layers) for user in users)
+    return all(user.op == "call_module" and isinstance(called_module(gm, user), layers) for user in users)

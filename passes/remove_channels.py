@@ -11,7 +11,6 @@ all that go together; channels that cannot go, with the reason (`fxprune.channel
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from fxprune.channels.removability import irremovable
 from fxprune.channels.removal import entries_of
 from fxprune.errors import PassError
 from fxprune.graph.editing import Outcome, Tensors
-from fxprune.graph.values import meta_values
+from fxprune.graph.values import CarriedValues
 from fxprune.plans import PrunePlan, RemovedChannels
 from fxprune.plans.masking import entries_without_removed, remaining
 
@@ -40,14 +39,14 @@ class RemoveChannels:
 
     Attributes:
         plan: what to remove.
-        inputs: arguments of forward as meta tensors, to know shapes.
+        values: what the nodes give, to know shapes.
     """
 
     plan: PrunePlan
-    inputs: tuple[Any, ...]
+    values: CarriedValues
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
-        values, _ = meta_values(gm, self.inputs) if self.inputs else ({}, None)
+        values = self.values.of(gm)
         analysis = analyze_channels(gm, values)
         removed = self._atoms(analysis)
         refused = irremovable(gm, values, analysis)
@@ -60,6 +59,7 @@ class RemoveChannels:
         tensors, shorter = Tensors(gm), set[int]()
         for name, channels in self.plan.removed.items():
             _shrink(gm, tensors, shorter, analysis, compaction, name, channels)
+        self.values.forget()
         return Outcome((*self.plan.removed, *changed))
 
     def _atoms(self, analysis: ChannelAnalysis) -> Classes:

@@ -16,7 +16,7 @@ convolution that it restores, of which `FuseConvs` makes it a part.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,18 @@ from torch import Tensor, fx
 from fxprune.channels import ChannelAnalysis, Port, Reordering, Scale, analyze_channels
 from fxprune.channels.atoms import TOLD_APART, Array
 from fxprune.channels.orders import Read, known_reads, new_order
-from fxprune.graph.editing import KEPT_BECAUSE, Outcome, Skip, Tensors, calls, gather_after, gather_before
+from fxprune.graph.editing import (
+    KEPT_BECAUSE,
+    Outcome,
+    Skip,
+    Tensors,
+    called_module,
+    calls,
+    gather_after,
+    gather_before,
+)
 from fxprune.graph.layers import ChannelGather
-from fxprune.graph.values import meta_values
+from fxprune.graph.values import CarriedValues
 
 
 @dataclass(frozen=True)
@@ -38,15 +47,15 @@ class SinkGathers:
     permutations to its ends.
 
     Attributes:
-        inputs: arguments of forward as meta tensors, to know shapes.
+        values: what the nodes give, to know shapes.
         block: convolutions that read aligned blocks of this many channels, or of a divisor of it, shall go on doing so.
     """
 
-    inputs: tuple[Any, ...]
+    values: CarriedValues
     block: int = 1
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
-        values, _ = meta_values(gm, self.inputs) if self.inputs else ({}, None)
+        values = self.values.of(gm)
         analysis = analyze_channels(gm, values)
         reordering = Reordering(analysis.blocks)
         aligned = [read for read in known_reads(gm, analysis, self.block) if read.block > 1]
@@ -71,7 +80,7 @@ def reorder(gm: fx.GraphModule, analysis: ChannelAnalysis, moved: Array) -> tupl
         if np.array_equal(index, np.arange(index.size)):
             continue
         rewritten.append(port.node.name)
-        device = next(iter(gm.get_submodule(str(port.node.target)).state_dict().values())).device
+        device = next(iter(called_module(gm, port.node).state_dict().values())).device
         if port.kind == "writes":
             gather_after(gm, port.node, ChannelGather(torch.from_numpy(index).to(device), index.size, port.dim))
         else:
@@ -87,7 +96,7 @@ def _serve_wishes(
     gm: fx.GraphModule,
     analysis: ChannelAnalysis,
     reordering: Reordering,
-    values: dict[fx.Node, Any],
+    values: Mapping[fx.Node, Any],
     aligned: Sequence[Read],
 ) -> Iterator[Skip]:
     """Serve the wish of each permuting gather, the one that saves most first, and yield those refused."""

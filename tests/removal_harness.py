@@ -13,7 +13,7 @@ from fxprune.channels.removal import Removable, find_removable
 from fxprune.channels.units import ChannelUnits, Chosen
 from fxprune.graph.costs import layer_costs
 from fxprune.graph.tracing import Trace, trace
-from fxprune.graph.values import meta_values
+from fxprune.graph.values import CarriedValues, meta_values
 from fxprune.passes import RemoveChannels
 from fxprune.plans import PrunePlan
 
@@ -106,7 +106,7 @@ def without(found: Subject, plan: PrunePlan) -> fx.GraphModule:
     """The graph of the net with the channels at zero, and then taken out of it."""
     gm = zeroed(found.traced.module, plan)
     assert isinstance(gm, fx.GraphModule)
-    outcome = RemoveChannels(plan, found.traced.inputs)(gm)
+    outcome = RemoveChannels(plan, CarriedValues(found.traced.inputs))(gm)
     assert set(plan.removed) <= set(outcome.rewritten)
     gm.graph.lint()
     gm.recompile()

@@ -18,6 +18,7 @@ from fxprune.channels.interpreter import Port, Scale, State, layer_name
 from fxprune.channels.operators import FUNCTIONS, METHODS, rule_for
 from fxprune.channels.rules import Rule, item
 from fxprune.graph.containers import is_plain
+from fxprune.graph.editing import called_module
 from fxprune.graph.memory import written_attributes
 from fxprune.graph.tracing import is_hooked, trace_leaf
 
@@ -186,7 +187,7 @@ def _interpret(state: State) -> Any:
     if not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(state.value)):
         return state.boundary(f"it gives a {type(state.value).__name__}, which holds what it is given")
     if node.op == "call_module":
-        module = state.module.get_submodule(layer_name(node))
+        module = called_module(state.module, node)
         if is_hooked(module):
             return state.boundary(f"{node.target} has hooks or a parametrized weight")
         if rule_of(state.module, node) is None:
@@ -222,7 +223,7 @@ def rule_of(module: fx.GraphModule, node: fx.Node) -> Rule | None:
     if node.op not in ("call_module", "call_method", "call_function"):
         return None
     if node.op == "call_module":
-        return rule_for(module.get_submodule(layer_name(node)))
+        return rule_for(called_module(module, node))
     return METHODS.get(str(node.target)) if node.op == "call_method" else FUNCTIONS.get(node.target)
 
 

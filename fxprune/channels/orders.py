@@ -13,7 +13,7 @@ from torch import fx, nn
 from fxprune.channels import ChannelAnalysis
 from fxprune.channels.atoms import Array
 from fxprune.errors import PassError
-from fxprune.graph.editing import calls
+from fxprune.graph.editing import called_module, calls
 from fxprune.graph.layers import ChannelGather
 
 
@@ -50,9 +50,7 @@ def alignment(index: Array, block: int) -> int:
 
 def feeds_convolution(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a convolution reads the value itself."""
-    return any(
-        user.op == "call_module" and isinstance(gm.get_submodule(str(user.target)), nn.Conv2d) for user in node.users
-    )
+    return any(user.op == "call_module" and isinstance(called_module(gm, user), nn.Conv2d) for user in node.users)
 
 
 @dataclass(frozen=True)

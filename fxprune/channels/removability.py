@@ -29,7 +29,7 @@ from fxprune.channels import ChannelAnalysis
 from fxprune.channels.analysis import family_of
 from fxprune.channels.atoms import UNLABELLED
 from fxprune.channels.interpreter import varying
-from fxprune.graph.editing import holds_tensor, tensor_sources
+from fxprune.graph.editing import called_module, holds_tensor, tensor_sources
 from fxprune.graph.layers import TrainingFlag
 from fxprune.graph.memory import is_mutating
 from fxprune.plans.eligibility import computes_its_own_forward
@@ -141,7 +141,7 @@ def _visit(walk: _Walk, node: fx.Node) -> Classes:
         walk.refuse(walk.numbers(node), f"{node.name} computes with their number")
     if node.name in walk.analysis.boundaries or not gives_tensors or not walk.sources(node):
         return nothing  # what meets a boundary is pinned
-    module = walk.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    module = called_module(walk.module, node) if node.op == "call_module" else None
     source = walk.sources(node)[0]
     if isinstance(module, nn.modules.conv._ConvNd):
         return _convolution(walk, node, module, source)
@@ -273,7 +273,7 @@ def _evaluate(
     """
 
     def swap(source: fx.Node) -> Any:
-        if source.op == "call_module" and isinstance(walk.module.get_submodule(str(source.target)), TrainingFlag):
+        if source.op == "call_module" and isinstance(called_module(walk.module, source), TrainingFlag):
             return training
         return operand(source) if isinstance(walk.values[source], Tensor) else walk.values[source]
 
@@ -284,7 +284,7 @@ def _evaluate(
             args, kwargs = fx.node.map_arg(node.args, swap), fx.node.map_arg(node.kwargs, swap)
             try:
                 if node.op == "call_module":
-                    module = copy.deepcopy(walk.module.get_submodule(str(node.target))).train(training)
+                    module = copy.deepcopy(called_module(walk.module, node)).train(training)
                     for attribute in ("weight", "bias") if silenced else ():
                         if isinstance(parameter := getattr(module, attribute, None), Tensor):
                             parameter.zero_()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.channels.interpreter import LARGEST_SPREAD, State, along, compress, layer_name, varying
+from fxprune.graph.editing import called_module
 
 Rule: TypeAlias = Callable[[State], Any]
 
@@ -165,9 +166,7 @@ def _execute(state: State, substitute: Callable[[fx.Node], Tensor], *, compresse
     if state.node.op == "call_method":
         result = getattr(args[0], str(state.node.target))(*args[1:], **kwargs)
     else:
-        function = (
-            state.module.get_submodule(layer_name(state.node)) if state.node.op == "call_module" else state.node.target
-        )
+        function = called_module(state.module, state.node) if state.node.op == "call_module" else state.node.target
         result = function(*args, **kwargs)  # type: ignore[operator]  # a module, or the function of a call_function node
     if not compressed:
         return result
@@ -252,11 +251,7 @@ def reduce(state: State) -> Any:
 
 def gated(state: State) -> Any:
     """glu(x) = a * sigmoid(b) for the halves a, b of x: the halves are told apart, and their channels tied in pairs."""
-    dim = (
-        getattr(state.module.get_submodule(layer_name(state.node)), "dim", -1)
-        if state.node.op == "call_module"
-        else None
-    )
+    dim = getattr(called_module(state.module, state.node), "dim", -1) if state.node.op == "call_module" else None
     labels, value = state.source()
     dim = int(state.argument(1, "dim", -1) if dim is None else dim) % value.dim()
     if labels.shape[dim] == 1:
@@ -351,7 +346,7 @@ def gather(state: State) -> Any:
     """A ChannelGather reads and writes any order, for its index can say so: old and new channels are free of each
     other.
     """
-    index_dim = state.module.get_submodule(layer_name(state.node)).dim
+    index_dim = called_module(state.module, state.node).dim
     assert isinstance(index_dim, int)
     inputs = state.channels(*state.source(), index_dim)
     outputs = state.atoms.mint(state.value.shape[index_dim], state.node.name)
@@ -386,7 +381,7 @@ def channel_scale(dim: int, attributes: tuple[str, ...]) -> Rule:
 
 def group_norm(state: State) -> Any:
     """GroupNorm: channels stay in their group, also where it has no parameters."""
-    groups = state.module.get_submodule(layer_name(state.node)).num_groups
+    groups = called_module(state.module, state.node).num_groups
     labels, value = state.source()
     if not isinstance(groups, int) or (groups > 1 and varying(labels) not in ([], [1])):
         return state.boundary(f"{state.node.name} normalises groups of a value whose channels are spread")

@@ -19,6 +19,7 @@ from fxprune.errors import PassError, VerificationError
 from fxprune.exact.verification import TOLERANCE, difference, evaluate
 from fxprune.graph.editing import Outcome, Pass, calls
 from fxprune.graph.layers import ChannelGather
+from fxprune.graph.values import CarriedValues
 from fxprune.passes import (
     AbsorbGathers,
     AlignWindows,
@@ -33,27 +34,27 @@ from fxprune.plans import PrunePlan
 logger = logging.getLogger("fxprune")
 
 
-def default_pipeline(plan: PrunePlan, inputs: tuple[Any, ...], *, fold_batch_norm: bool = False) -> tuple[Pass, ...]:
+def default_pipeline(plan: PrunePlan, values: CarriedValues, *, fold_batch_norm: bool = False) -> tuple[Pass, ...]:
     """Return the passes that turn a masked model into a grouped one.
 
     Args:
         plan: which convolutions become grouped, and how.
-        inputs: arguments of forward as meta tensors.
+        values: what the nodes of the traced graph give; the passes carry it on.
         fold_batch_norm: also fold BatchNorm, after which the result is exact in evaluation mode only.
     """
     block = common_block(plan)
     passes: tuple[Pass, ...] = (
         GroupConvs(plan),
         MergeGathers(block),  # before sinking: an identity would be a wish
-        SinkGathers(inputs, block),
+        SinkGathers(values, block),
         MergeGathers(block),  # a sunk gather meets the one at the end of its space
         AbsorbGathers(),  # only what could not merge
-        AlignWindows(inputs, block),  # orders what is left; a gather that could still vanish would mislead it
+        AlignWindows(values, block),  # orders what is left; a gather that could still vanish would mislead it
         AbsorbGathers(),  # the new orders go into the layers at the ends; merged first, they would be undone
         MergeGathers(block),  # what stands in order now
     )
     if plan.removed:  # first: the plan groups what is left
-        passes = (RemoveChannels(plan, inputs), *passes)
+        passes = (RemoveChannels(plan, values), *passes)
     # Last: only without gathers between them does BatchNorm follow its convolution directly.
     return (*passes, FoldBatchNorm()) if fold_batch_norm else passes
 

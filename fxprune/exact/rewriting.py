@@ -14,7 +14,7 @@ from fxprune.exact.reporting import make_report
 from fxprune.graph.copying import own_tensors
 from fxprune.graph.costs import layer_costs
 from fxprune.graph.tracing import Inputs, trace
-from fxprune.graph.values import meta_values
+from fxprune.graph.values import CarriedValues
 from fxprune.plans import PrunePlan
 
 
@@ -44,7 +44,8 @@ def rewrite(
     gm = traced.module
     dense = layer_costs(gm, traced.values)
     params_dense = sum(p.numel() for p in gm.parameters())  # auxiliary heads that are never called are not pruned away
-    run(gm, default_pipeline(plan, traced.inputs, fold_batch_norm=fold_batch_norm), traced.inputs)
+    values = CarriedValues(traced.inputs, traced.values)
+    run(gm, default_pipeline(plan, values, fold_batch_norm=fold_batch_norm), traced.inputs)
     own_tensors(gm, masked)
     notes = [*traced.notes, *(f"{name}: {note}" for name, note in plan.notes.items())]
     if traced.probed:
@@ -59,7 +60,7 @@ def rewrite(
         plan,
         dense,
         gm,
-        meta_values(gm, traced.inputs)[0] if traced.inputs else {},
+        values.of(gm),
         errors={name: fit.refitted for name, fit in getattr(masked, FITS, {}).items()},
         params_dense=params_dense,
         input_shapes=tuple(tuple(leaf.shape) for leaf in tree_leaves(traced.inputs) if isinstance(leaf, Tensor)),

@@ -1,6 +1,7 @@
 """Copies of module trees: their tensors shared, converted, or made their own."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,9 @@ def share_tensors(model: nn.Module, convert: Callable[[Tensor], Tensor] | None =
     for tensor in _kept_beside(model):
         if id(tensor) not in memo:
             memo[id(tensor)] = tensor.detach().clone() if convert is None else convert(tensor.detach())
+    for module in model.modules():
+        # A module is a dozen registers of hooks, nearly all empty: `deepcopy` would spend most of its time on these.
+        memo |= {id(value): type(value)() for value in vars(module).values() if type(value) in _REGISTERS and not value}
     try:
         return copy.deepcopy(model, memo)
     except Exception as cause:
@@ -35,6 +39,7 @@ def _kept_beside(model: nn.Module) -> list[Tensor]:
     """Tensors in plain attributes of modules."""
     own = ("_parameters", "_buffers", "_modules")
     return tensors_in([{k: v for k, v in vars(module).items() if k not in own} for module in model.modules()])
+_REGISTERS = (dict, OrderedDict)
 
 
 def own_tensors(gm: fx.GraphModule, masked: nn.Module) -> None:

@@ -2,18 +2,20 @@
 
 import inspect
 import operator
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 
 import torch
 from torch import fx, nn
 
+from fxprune.graph.editing import called_module
 from fxprune.graph.layers import ChannelGather
 
 
 def is_mutating(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node writes into one of its inputs: `relu(inplace=True)`, `x.mul_(y)`, `x += y`, `out=`."""
     if node.op == "call_module":
-        return bool(getattr(gm.get_submodule(str(node.target)), "inplace", False))
+        return bool(getattr(called_module(gm, node), "inplace", False))
     if node.op == "call_method":
         name = str(node.target)
         return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
@@ -67,6 +69,7 @@ class Memory:
         self._position = {node: i for i, node in enumerate(gm.graph.nodes)}
         self._roots = storage_roots(gm)
         self._writers = [node for node in gm.graph.nodes if is_mutating(gm, node)]
+        self._written_at = [self._position[writer] for writer in self._writers]  # ascending
 
     def owns(self, node: fx.Node) -> bool:
         """Whether the value of `node` is memory that no earlier value shares, and that is not the caller's or a
@@ -77,10 +80,8 @@ class Memory:
     def changes(self, value: fx.Node, after: fx.Node, readers: Iterable[fx.Node]) -> bool:
         """Whether `value` may be written into between the node `after` and the last of `readers`."""
         start, stop = self._position[after], max((self._position[reader] for reader in readers), default=-1)
-        return any(
-            start < self._position[writer] < stop and not self._roots[value].isdisjoint(self._roots[writer])
-            for writer in self._writers
-        )
+        between = self._writers[bisect_right(self._written_at, start) : bisect_left(self._written_at, stop)]
+        return any(not self._roots[value].isdisjoint(self._roots[writer]) for writer in between)
 
 
 _INPLACE_OPERATORS = frozenset(
@@ -104,5 +105,5 @@ _NEW_MEMORY_FUNCTIONS = frozenset(
 
 def _gives_new_memory(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
-        return isinstance(gm.get_submodule(str(node.target)), _NEW_MEMORY_MODULES) and not is_mutating(gm, node)
+        return isinstance(called_module(gm, node), _NEW_MEMORY_MODULES) and not is_mutating(gm, node)
     return node.op == "call_function" and node.target in _NEW_MEMORY_FUNCTIONS and "out" not in node.kwargs

@@ -1,6 +1,7 @@
 """What each node of a graph gives, found on meta tensors, so that it costs next to nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, fx, nn
 from fxprune.errors import TraceError
 from fxprune.graph.contexts import contexts_restored
 from fxprune.graph.copying import share_tensors
+from fxprune.graph.editing import called_module
+from fxprune.graph.layers import ChannelGather
 
 # Spatial sizes tried, in this order, when no example is given: ImageNet, CIFAR, MNIST, then whatever fits the
 # classifier.
@@ -87,6 +90,48 @@ def meta_values(module: fx.GraphModule, inputs: tuple[Any, ...]) -> tuple[dict[f
     except Exception as error:  # user code may raise anything; the caller decides what it means
         return interpreter.values, error
     return interpreter.values, None
+
+
+@dataclass
+class CarriedValues:
+    """What the nodes of a graph give, carried from pass to pass, so that a pipeline runs the graph once and not once a
+    pass.
+
+    The passes move channels: they add gathers, and what every other node gives keeps its shape and type. So only the
+    values of new gathers are found, from what they read. A graph with any other node that was not there before is run
+    as a whole.
+
+    Attributes:
+        inputs: arguments of forward as meta tensors; nothing is known without them.
+        known: what nodes gave so far.
+    """
+
+    inputs: tuple[Any, ...]
+    known: Mapping[fx.Node, Any] = field(default_factory=dict, repr=False, compare=False)
+    _seen: set[fx.Node] = field(init=False, repr=False, compare=False)  # also those whose value a run did not find
+
+    def __post_init__(self) -> None:
+        self._seen = set(self.known)
+
+    def of(self, gm: fx.GraphModule) -> Mapping[fx.Node, Any]:
+        """The value of each node of `gm`; a node whose value is unknown is absent."""
+        if not self.inputs:
+            return {}
+        fresh = [node for node in gm.graph.nodes if node not in self._seen]
+        if all(node.op == "call_module" and isinstance(called_module(gm, node), ChannelGather) for node in fresh):
+            values = {node: self.known[node] for node in gm.graph.nodes if node in self.known}
+            for node in fresh:  # in graph order, so that what it reads is known if it can be
+                source, gather = values.get(node.all_input_nodes[0]), called_module(gm, node)
+                if isinstance(source, Tensor) and isinstance(gather, ChannelGather):
+                    values[node] = source.index_select(gather.dim, gather.index.to("meta"))
+        else:
+            values, _ = meta_values(gm, self.inputs)
+        self.known, self._seen = values, set(gm.graph.nodes)
+        return values
+
+    def forget(self) -> None:
+        """Begin anew: from now on nodes give other shapes."""
+        self.known, self._seen = {}, set()
 
 
 def _probes(module: fx.GraphModule) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ from fxprune.calibration.subject import Subject
 from fxprune.exact.pipeline import run
 from fxprune.graph.copying import own_tensors
 from fxprune.graph.tracing import Inputs, trace
+from fxprune.graph.values import CarriedValues
 from fxprune.passes import RemoveChannels
 from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.plans.masking import entries_without_removed, masked_copy, remaining, zero_pruned
@@ -80,7 +81,8 @@ def refit_readers(subject: Subject, masked: nn.Module, plan: PrunePlan, *, progr
 def without_removed(masked: nn.Module, plan: PrunePlan, example_inputs: Inputs | None) -> fx.GraphModule:
     """The network without the channels that `plan` removes, its convolutions still dense."""
     traced = trace(masked, example_inputs)
-    run(traced.module, (RemoveChannels(plan, traced.inputs),), traced.inputs)
+    values = CarriedValues(traced.inputs, traced.values)
+    run(traced.module, (RemoveChannels(plan, values),), traced.inputs)
     own_tensors(traced.module, masked)
     return traced.module
 

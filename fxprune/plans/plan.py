@@ -284,10 +284,16 @@ class PrunePlan:
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle and deepcopy by the constructor: neither knows the mapping proxies that keep the plan constant."""
+        """Pickle by the constructor: `pickle` does not know the mapping proxies that keep the plan constant."""
         ratio = dict(self.ratio) if isinstance(self.ratio, Mapping) else self.ratio
         layers, skipped, notes, removed = (dict(m) for m in (self.layers, self.skipped, self.notes, self.removed))
         return PrunePlan, (layers, skipped, ratio, self.method, self.criterion, self.seed, notes, removed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PrunePlan":
+        """The plan itself, for it is constant: a compiled model carries it, and would spend more time on a copy of it
+        than on one of its modules.
+        """
+        return self
 
     def __str__(self) -> str:
         """A table: one line for each planned layer, then one for each skipped layer with its reason."""

@@ -15,6 +15,7 @@ from fxprune.exact.verification import difference, evaluate
 from fxprune.graph.editing import Outcome
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.tracing import trace
+from fxprune.graph.values import CarriedValues
 from fxprune.passes import AbsorbGathers, FoldBatchNorm, GroupConvs
 from fxprune.plans import GroupedKernels, PrunePlan
 
@@ -50,7 +51,7 @@ def gathers(gm: nn.Module) -> int:
 
 
 def test_outcomes_are_numbered_and_named(masked: nn.Module) -> None:
-    outcomes = run(trace(masked, image()).module, default_pipeline(PLAN, INPUTS), INPUTS)
+    outcomes = run(trace(masked, image()).module, default_pipeline(PLAN, CarriedValues(INPUTS)), INPUTS)
     assert list(outcomes) == [
         "1 GroupConvs", "2 MergeGathers", "3 SinkGathers", "4 MergeGathers", "5 AbsorbGathers",
         "6 AlignWindows", "7 AbsorbGathers", "8 MergeGathers",
@@ -59,16 +60,16 @@ def test_outcomes_are_numbered_and_named(masked: nn.Module) -> None:
 
 
 def test_folding_comes_last(masked: nn.Module) -> None:
-    passes = default_pipeline(PLAN, INPUTS, fold_batch_norm=True)
+    passes = default_pipeline(PLAN, CarriedValues(INPUTS), fold_batch_norm=True)
     assert isinstance(passes[-1], FoldBatchNorm)
-    assert passes[:-1] == default_pipeline(PLAN, INPUTS)
+    assert passes[:-1] == default_pipeline(PLAN, CarriedValues(INPUTS))
 
 
 def test_any_order_keeps_the_function_and_the_given_one_leaves_fewest_gathers(masked: nn.Module) -> None:
     """Orders of the eight passes, and of those with BatchNorm folded first: none may be wrong, none better."""
     x = (image(),)
     expected = evaluate(masked, x, "eval")[0]
-    default = default_pipeline(PLAN, INPUTS)
+    default = default_pipeline(PLAN, CarriedValues(INPUTS))
     left = []
     orders = [(first, *rest) for first, *rest in itertools.permutations(default)]
     for order in [default, *orders[::2687], (FoldBatchNorm(), *default)]:
@@ -133,7 +134,7 @@ def test_invariants_between_passes(masked: nn.Module, how: str, message: str) ->
 
 
 def test_verify_names_the_pass_that_changes_the_function(masked: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = (*default_pipeline(PLAN, INPUTS), Breaks("function"))
+    wrong = (*default_pipeline(PLAN, CarriedValues(INPUTS)), Breaks("function"))
     run(trace(masked, image()).module, wrong, INPUTS)  # unseen without the check
     monkeypatch.setenv("FXPRUNE_VERIFY", "1")
     with pytest.raises(VerificationError, match=r"pass 9 Breaks changed the function by \d"):

@@ -19,6 +19,7 @@ from fxprune.exact.verification import difference, evaluate
 from fxprune.graph.editing import Outcome
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.tracing import trace
+from fxprune.graph.values import CarriedValues
 from fxprune.models import load_model
 from fxprune.passes import AbsorbGathers, AlignWindows, MergeGathers, align_windows
 from fxprune.passes.align_windows import runs
@@ -32,7 +33,7 @@ class AlignAndAbsorb:
         self.inputs = tuple(x.to("meta") for x in inputs)
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
-        outcome = AlignWindows(self.inputs)(gm)
+        outcome = AlignWindows(CarriedValues(self.inputs))(gm)
         AbsorbGathers()(gm)
         MergeGathers()(gm)
         return outcome
@@ -148,9 +149,9 @@ def test_orders_inside_the_groups_of_both_sides_meet_halfway() -> None:
 
 def test_left_alone_without_shapes_or_gathers() -> None:
     gm = trace(prepared(Net(halves(2, 16), 16, groups=2)), image()).module
-    assert AlignWindows(())(gm) == Outcome()
+    assert AlignWindows(CarriedValues(()))(gm) == Outcome()
     dense = trace(prepared(nn.Conv2d(4, 4, 1)), image()).module
-    assert AlignWindows((image().to("meta"),))(dense) == Outcome()
+    assert AlignWindows(CarriedValues((image().to("meta"),)))(dense) == Outcome()
 
 
 def test_left_alone_where_the_input_fixes_the_order() -> None:
@@ -214,7 +215,7 @@ def before_aligning(case: Case, form: str) -> tuple[fx.GraphModule, tuple[Tensor
     model = randomize(case.build().double()).eval()
     plan = fxprune.make_plan(model, 0.5, form=form, example_inputs=case.inputs())
     traced = trace(fxprune.mask(model, plan), case.inputs())
-    passes = default_pipeline(plan, traced.inputs)
+    passes = default_pipeline(plan, CarriedValues(traced.inputs, traced.values))
     run(traced.module, passes[: [type(p) for p in passes].index(AlignWindows)], traced.inputs)
     return traced.module, traced.inputs
 
@@ -266,8 +267,8 @@ def test_random_chains_of_overlapping_plans() -> None:
         masked = fxprune.mask(prepared(Stream()), plan)
         inputs = (image().to("meta"),)
         short, whole = trace(masked, image()).module, trace(masked, image()).module
-        run(short, default_pipeline(plan, inputs)[:5], inputs)
-        run(whole, default_pipeline(plan, inputs), inputs)
+        run(short, default_pipeline(plan, CarriedValues(inputs))[:5], inputs)
+        run(whole, default_pipeline(plan, CarriedValues(inputs)), inputs)
         assert total_runs(whole) < 0.8 * total_runs(short)
         expected = evaluate(masked, (image(),), "eval")[0]
         assert difference(evaluate(whole, (image(),), "eval")[0], expected)[1] <= 1e-10

@@ -21,6 +21,7 @@ from fxprune.graph.editing import Outcome, calls
 from fxprune.graph.fused import FusedConv2d
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.tracing import trace
+from fxprune.graph.values import CarriedValues
 from fxprune.inference.kernels.gather_conv import aligned_block
 from fxprune.models import load_model
 from fxprune.passes import (
@@ -160,12 +161,12 @@ def plan_of(*blocks: int) -> PrunePlan:
 
 @pytest.mark.parametrize("blocks, expected", [((), 1), ((1, 1), 1), ((8, 1), 8), ((4, 6), 12)])
 def test_the_passes_know_the_blocks_of_the_plan(blocks: tuple[int, ...], expected: int) -> None:
-    passes = default_pipeline(plan_of(*blocks), META)
+    passes = default_pipeline(plan_of(*blocks), CarriedValues(META))
     assert {p.block for p in passes if isinstance(p, SinkGathers | MergeGathers | AlignWindows)} == {expected}
     if expected == 1:
         assert passes[1:] == (
-            MergeGathers(), SinkGathers(META), MergeGathers(), AbsorbGathers(), AlignWindows(META), AbsorbGathers(),
-            MergeGathers(),
+            MergeGathers(), SinkGathers(CarriedValues(META)), MergeGathers(), AbsorbGathers(),
+            AlignWindows(CarriedValues(META)), AbsorbGathers(), MergeGathers(),
         )  # fmt: skip
 
 
@@ -194,7 +195,7 @@ APART = "x -> c -> restore -> relu -> kept -> d -> output"
 
 
 def test_sinking_leaves_single_channels_to_the_convolution_that_writes_them() -> None:
-    gm, outcome = check_pass(SinkGathers(META, block=2), prepared(Net(SINGLE)), image(), after=APART)
+    gm, outcome = check_pass(SinkGathers(CarriedValues(META), block=2), prepared(Net(SINGLE)), image(), after=APART)
     assert reasons(outcome) == {"restore": "it would tear apart the blocks of 2 channels that kept reads"}
     assert alignment(gm.get_buffer("kept.index").numpy(), 8) == 2
 
@@ -206,7 +207,7 @@ class Sunk:
         self.block = block
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
-        outcome = SinkGathers(META, self.block)(gm)
+        outcome = SinkGathers(CarriedValues(META), self.block)(gm)
         MergeGathers(self.block)(gm)
         return outcome
 
@@ -221,7 +222,7 @@ def test_sinking_serves_what_moves_whole_blocks(restore: tuple[int, ...], block:
 def test_control_without_the_check_of_wishes_blocks_fall_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sink_gathers, "_what_breaks", lambda *_: "")
     gm = trace(prepared(Net(SINGLE)), image()).module
-    SinkGathers(META, block=2)(gm)
+    SinkGathers(CarriedValues(META), block=2)(gm)
     MergeGathers()(gm)
     assert show(gm) == "x -> c -> relu -> kept -> d -> output"
     assert alignment(gm.get_buffer("kept.index").numpy(), 2) == 1
@@ -277,7 +278,7 @@ class Aligned:
     """Give the spaces another order, and store it in the layers."""
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
-        outcome = AlignWindows(META, block=4)(gm)
+        outcome = AlignWindows(CarriedValues(META), block=4)(gm)
         AbsorbGathers()(gm)
         return outcome
 
@@ -300,7 +301,7 @@ def test_control_windows_without_the_rule_tear_blocks_apart() -> None:
     torn = 0
     for seed in range(5):
         gm = trace(prepared(Windows(seed)), image()).module
-        AlignWindows(META)(gm)
+        AlignWindows(CarriedValues(META))(gm)
         torn += alignment(gm.get_buffer("kept.index").numpy(), 4) < 4
     assert torn == 5
 
@@ -313,7 +314,7 @@ def test_an_order_that_tears_blocks_apart_is_not_chosen(checked: bool, monkeypat
     if not checked:
         monkeypatch.setattr(Read, "stays_aligned", lambda *_: True)
     gm = trace(prepared(Windows(0)), image()).module
-    assert AlignWindows(META, block=4)(gm).rewritten
+    assert AlignWindows(CarriedValues(META), block=4)(gm).rewritten
     assert (alignment(gm.get_buffer("kept.index").numpy(), 4) == 4) == checked
 
 

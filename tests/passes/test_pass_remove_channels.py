@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.errors import PassError
 from fxprune.graph.tracing import trace
+from fxprune.graph.values import CarriedValues
 from fxprune.passes import RemoveChannels
 from fxprune.plans import PrunePlan, RemovedChannels
 
@@ -70,7 +71,7 @@ def test_each_kind_of_module_loses_what_it_must() -> None:
 
 def test_nothing_planned_is_nothing_done() -> None:
     gm = trace(prepared(Block()), (image(),)).module
-    assert not RemoveChannels(of({}), ())(gm).rewritten
+    assert not RemoveChannels(of({}), CarriedValues(()))(gm).rewritten
 
 
 def test_weights_that_read_removed_channels_do_not_matter() -> None:
@@ -97,7 +98,7 @@ def test_what_is_not_zero_is_refused(name: str) -> None:
     with torch.no_grad():
         tensor[GOES[holder or name].outputs[0]] = 1e-30
     with pytest.raises(PassError, match=rf"^{name}: .* not zero; rewrite the model that fxprune.mask returns"):
-        RemoveChannels(of(GOES), found.traced.inputs)(gm)
+        RemoveChannels(of(GOES), CarriedValues(found.traced.inputs))(gm)
 
 
 @pytest.mark.parametrize("name", GOES)
@@ -107,7 +108,7 @@ def test_a_part_of_what_goes_together_is_refused(name: str) -> None:
     less = RemovedChannels(**{kind: getattr(GOES[name], kind)[:-1]})
     for plan in (of(GOES | {name: less}), of({n: goes for n, goes in GOES.items() if n != name})):
         with pytest.raises(PassError, match="goes together with others, and the plan removes some of them only"):
-            RemoveChannels(plan, found.traced.inputs)(zeroed_graph(found))
+            RemoveChannels(plan, CarriedValues(found.traced.inputs))(zeroed_graph(found))
 
 
 def test_channels_that_stay_are_refused_with_the_reason() -> None:
@@ -115,7 +116,7 @@ def test_channels_that_stay_are_refused_with_the_reason() -> None:
     plan = of({"up": RemovedChannels(outputs=(0,))})
     gm.load_state_dict(zeroed(gm, plan).state_dict())
     with pytest.raises(PassError, match="cannot go: model output; make the plan anew"):
-        RemoveChannels(plan, (image().to("meta"),))(gm)
+        RemoveChannels(plan, CarriedValues((image().to("meta"),)))(gm)
 
 
 class Tied(nn.Module):

@@ -13,6 +13,7 @@ from fxprune.errors import PassError
 from fxprune.graph.editing import KEPT_BECAUSE, Outcome, gather_before
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.tracing import trace
+from fxprune.graph.values import CarriedValues
 from fxprune.passes import AbsorbGathers, MergeGathers, SinkGathers, sink_gathers
 
 META = (image().to("meta"),)
@@ -41,14 +42,14 @@ class SinkAndMerge:
     """What the pipeline does: a sunk gather meets its inverse and both vanish."""
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
-        outcome = SinkGathers(META)(gm)
+        outcome = SinkGathers(CarriedValues(META))(gm)
         MergeGathers()(gm)
         return outcome
 
 
 def test_case_1_a_gather_between_two_layers_moves_to_one_of_them() -> None:
     gm, outcome = check_pass(
-        SinkGathers(META),
+        SinkGathers(CarriedValues(META)),
         net(lambda m, x: m.d(m.g(m.c(x)).relu())),
         image(),
         before="x -> c -> g -> relu -> d -> output",
@@ -147,14 +148,14 @@ def test_case_2_a_layer_scale() -> None:
     ids=["from input to output", "into an operator that mixes channels"],
 )
 def test_left_alone_where_no_order_is_free(body: Callable[[Net, Tensor], Tensor], after: str) -> None:
-    _, outcome = check_pass(SinkGathers(META), net(body), image(), after=after)
+    _, outcome = check_pass(SinkGathers(CarriedValues(META)), net(body), image(), after=after)
     assert set(reasons(outcome)) == {"g"}
     assert reasons(outcome)["g"]
 
 
 def test_left_alone_with_a_reason_for_the_report() -> None:
     gm = trace(net(lambda m, x: m.g(x).exp()), image()).module
-    (skip,) = SinkGathers(META)(gm).skipped
+    (skip,) = SinkGathers(CarriedValues(META))(gm).skipped
     (kept,) = (node.meta[KEPT_BECAUSE] for node in gm.graph.nodes if node.name == "g")
     assert kept == skip.reason
 
@@ -162,18 +163,18 @@ def test_left_alone_with_a_reason_for_the_report() -> None:
 @pytest.mark.parametrize("index, channels", [((0, 0, 2, 3), 4), ((5, 0, 2, 3), 6)], ids=["repeats", "drops"])
 def test_left_alone_what_is_no_permutation(index: tuple[int, ...], channels: int) -> None:
     model = net(lambda m, x: m.d(m.g(m.c(x)).relu()), g=gather(index, channels), c=nn.Conv2d(4, channels, 1))
-    check_pass(SinkGathers(META), model, image(), after="x -> c -> g -> relu -> d -> output")
+    check_pass(SinkGathers(CarriedValues(META)), model, image(), after="x -> c -> g -> relu -> d -> output")
 
 
 def test_left_alone_without_shapes() -> None:
     model = net(lambda m, x: m.d(m.g(m.c(x)).relu()))
-    _, outcome = check_pass(SinkGathers(()), model, image(), after="x -> c -> g -> relu -> d -> output")
+    _, outcome = check_pass(SinkGathers(CarriedValues(())), model, image(), after="x -> c -> g -> relu -> d -> output")
     assert outcome == Outcome()
 
 
 def test_nothing_to_do_without_gathers() -> None:
     model = net(lambda m, x: m.d(m.n(m.c(x)).relu()))
-    check_pass(SinkGathers(META), model, image(), after="x -> c -> n -> relu -> d -> output")
+    check_pass(SinkGathers(CarriedValues(META)), model, image(), after="x -> c -> n -> relu -> d -> output")
 
 
 def test_the_pipeline_then_absorbs_what_is_left() -> None:
