@@ -129,6 +129,13 @@ class ChannelAnalysis:
         return "\n".join(line.rstrip() for line in lines)
 
 
+METADATA = frozenset(
+    "size shape dim ndim ndimension numel nelement dtype device layout stride storage_offset element_size itemsize "
+    "nbytes requires_grad get_device type len result_type broadcast_shapes _assert".split()
+)
+"""What tells of a tensor, but not of its values."""
+
+
 def analyze_channels(module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> ChannelAnalysis:
     """Interpret a graph on labels: one pass over the nodes, without recursion over the graph.
 
@@ -182,8 +189,12 @@ def _interpret(state: State) -> Any:
         ):
             return state.unlabelled(state.value)
         return state.parameter(owner, attribute)
-    if is_plain(state.value) and not (state.value is None and state.tensors()):
-        return None  # a size, a flag: meta tensors have no data, so it cannot depend on the channels' values
+    if is_plain(state.value):
+        asked = node.args[1] if node.target is getattr else getattr(node.target, "__name__", node.target)
+        name = str(asked)
+        if not state.tensors() or name in METADATA or name.startswith("is_"):
+            return None  # a size, a flag
+        return state.boundary("it reads values, in their order")
     if not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(state.value)):
         return state.boundary(f"it gives a {type(state.value).__name__}, which holds what it is given")
     if node.op == "call_module":

@@ -22,25 +22,25 @@ OPAQUE = nn.Module | type | types.FunctionType | types.MethodType | types.Module
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in a value, each once, in the order in which they stand there: those of mappings, sequences, sets and
-    dataclasses, and those in the attributes of any other object. Modules, functions and classes are not looked into.
+    """All tensors in a value, in the order in which they stand there, as often as they do: those of mappings,
+    sequences, sets and dataclasses, and those in the attributes of any other object. Modules, functions and classes are
+    not looked into.
 
     >>> x, y = torch.zeros(1), torch.zeros(2)
     >>> [t.numel() for t in tensors_in({"a": [x], "b": (y, x)})]
-    [1, 2]
+    [1, 2, 1]
     """
-    return list(_walk(value, set()))
+    return list(_walk(value, ()))
 
 
-def _walk(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    if value is None or isinstance(value, PLAIN) or isinstance(value, OPAQUE) or id(value) in seen:
+def _walk(value: Any, above: tuple[int, ...]) -> Iterator[Tensor]:
+    if value is None or isinstance(value, PLAIN) or isinstance(value, OPAQUE) or id(value) in above:
         return
-    seen.add(id(value))
     if isinstance(value, Tensor):
         yield value
         return
     for part in _parts(value):
-        yield from _walk(part, seen)
+        yield from _walk(part, (*above, id(value)))
 
 
 def _parts(value: Any) -> list[Any]:
@@ -52,15 +52,12 @@ def _parts(value: Any) -> list[Any]:
         entries = list(value.values())
     elif isinstance(value, list | tuple | set | frozenset):
         entries = list(value)
-    if dataclasses.is_dataclass(value):
-        entries += [getattr(value, field.name, None) for field in dataclasses.fields(value)]
-    slots = [
-        getattr(value, name, None)
-        for kind in type(value).__mro__
-        for name in _names(vars(kind).get("__slots__", ()))
-        if not name.startswith("__")
-    ]
-    return [*entries, *slots, *vars(value).values()] if hasattr(value, "__dict__") else [*entries, *slots]
+    names = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+    names += [name for kind in type(value).__mro__ for name in _names(vars(kind).get("__slots__", ()))]
+    names += vars(value) if hasattr(value, "__dict__") else ()
+    attributes = (getattr(value, name, None) for name in dict.fromkeys(names) if not name.startswith("__"))
+    present = {id(entry) for entry in entries}
+    return [*entries, *(part for part in attributes if id(part) not in present)]
 
 
 def _names(slots: Any) -> tuple[str, ...]:
@@ -69,7 +66,7 @@ def _names(slots: Any) -> tuple[str, ...]:
 
 def holds_tensor(value: Any) -> bool:
     """Whether there is a tensor anywhere in a value."""
-    return next(_walk(value, set()), None) is not None
+    return next(_walk(value, ()), None) is not None
 
 
 def is_plain(value: Any) -> bool:
@@ -87,6 +84,10 @@ def convert_tensors(value: T, convert: Callable[[Tensor], Tensor]) -> T:
     """A copy of a value, of the same types, in which each tensor is replaced by `convert(tensor)`; one that stands in
     several places stays one.
     """
+    if isinstance(value, Tensor):
+        return convert(value)  # type: ignore[return-value]  # T is Tensor
+    if is_plain(value):
+        return value
     found = tensors_in(value)
     memo: dict[int, Any] = {id(tensor): convert(tensor) for tensor in found}
     memo[id(memo)] = found  # deepcopy keeps what it has seen alive under this key

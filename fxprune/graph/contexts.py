@@ -23,8 +23,9 @@ class GradMode:
     """Writes changes of the gradient mode into the graph that a tracer makes."""
 
     def __init__(self, tracer: fx.Tracer) -> None:
-        self.tracer, self.outer, self.recorded = tracer, None, True
-        self.writing = False
+        self.tracer = tracer
+        self.outer: fx.Node | None = None  # the mode of the caller, as the graph asks for it
+        self.recorded, self.writing = True, False
 
     def follow(self) -> None:
         """Make the graph follow the mode of this moment. It gives the mode of its caller back, not just any."""
@@ -48,12 +49,12 @@ def autocast_recorded(tracer: fx.Tracer) -> Iterator[None]:
     entered: list[fx.Node] = []
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
 
-    def recorded_enter(context: torch.autocast) -> Any:
+    def recorded_enter(context: Any) -> Any:
         values = (context.device, context.fast_dtype, context._enabled, context._cache_enabled)
         entered.append(tracer.create_node("call_function", torch.amp.autocast_mode._enter_autocast, values, {}))
         return enter(context)
 
-    def recorded_leave(context: torch.autocast, *exception: Any) -> Any:
+    def recorded_leave(context: Any, *exception: Any) -> Any:
         if entered:
             tracer.create_node("call_function", torch.amp.autocast_mode._exit_autocast, (entered.pop(),), {})
         return leave(context, *exception)

@@ -21,7 +21,8 @@ def share_tensors(model: nn.Module, convert: Callable[[Tensor], Tensor] | None =
         memo[id(tensor)] = tensor if convert is None else convert(tensor)
     for tensor in _kept_beside(model):
         if id(tensor) not in memo:
-            memo[id(tensor)] = tensor.detach().clone() if convert is None else convert(tensor.detach())
+            leaf = tensor if tensor.is_leaf else tensor.detach()
+            memo[id(tensor)] = leaf.clone() if convert is None else convert(leaf)
     for module in model.modules():
         # A module is a dozen registers of hooks, nearly all empty: `deepcopy` would spend most of its time on these.
         memo |= {id(value): type(value)() for value in vars(module).values() if type(value) in _REGISTERS and not value}
@@ -39,7 +40,16 @@ def _kept_beside(model: nn.Module) -> list[Tensor]:
     """Tensors in plain attributes of modules."""
     own = ("_parameters", "_buffers", "_modules")
     return tensors_in([{k: v for k, v in vars(module).items() if k not in own} for module in model.modules()])
+
+
 _REGISTERS = (dict, OrderedDict)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares nothing with it: what `copy.deepcopy` would give, if it did not refuse tensors that
+    were computed and kept as attributes (old hooks of `weight_norm`, `torch.nn.utils.prune`).
+    """
+    return share_tensors(model, lambda tensor: copy.deepcopy(tensor) if tensor.is_leaf else tensor.detach().clone())
 
 
 def own_tensors(gm: fx.GraphModule, masked: nn.Module) -> None:

@@ -45,8 +45,8 @@ class TensorProxy(fx.Proxy):
 
     _is_param = _is_buffer = False  # what isinstance(x, nn.Parameter) and isinstance(x, nn.Buffer) ask for
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]  # Python asks it for isinstance, and nobody sets it
+    def __class__(self) -> type:
         return Tensor
 
 
@@ -83,6 +83,7 @@ class Tracer(fx.Tracer):
             if any(name.startswith(f"{path}.") or not path for path in self.frozen)
         }
         with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             self._grad = GradMode(self)
             stack.enter_context(autocast_recorded(self))

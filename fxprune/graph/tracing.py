@@ -23,7 +23,8 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from fxprune.errors import TraceError
-from fxprune.graph.copying import share_tensors
+from fxprune.graph.containers import convert_tensors, tensors_in
+from fxprune.graph.copying import copied, share_tensors
 from fxprune.graph.modes import compare_modes, insert_training_flags, restore_modes
 from fxprune.graph.tracer import LEAVES, Tracer
 from fxprune.graph.values import first_line, meta_values, propagate
@@ -57,8 +58,11 @@ class Trace:
 
 
 def as_inputs(example_inputs: Inputs) -> tuple[Any, ...]:
-    """Return example inputs as a tuple of positional arguments; a bare tensor is one argument."""
-    return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    """Return example inputs as a tuple of positional arguments; a bare tensor is one argument. What they were computed
+    from is forgotten.
+    """
+    given = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    return convert_tensors(given, Tensor.detach) if any(t.grad_fn is not None for t in tensors_in(given)) else given
 
 
 def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
@@ -85,7 +89,8 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
     examples = None if example_inputs is None else as_inputs(example_inputs)
     fixed = _fixed_arguments(model, examples)
     tensors = _tensor_arguments(model, examples)
-    scratch = share_tensors(model, _own_copy)  # forward may write into buffers and parameters while it is traced
+    with torch.inference_mode(False):
+        scratch = copied(model)  # forward may write into buffers and parameters while it is traced
     leaves: dict[str, str] = {}
     while True:
         (evaluation, traced), (training, _) = (
@@ -209,11 +214,6 @@ def _versions(root: nn.Module, paths: Iterable[str]) -> dict[str, list[int]]:
     return {path: [buffer._version for buffer in root.get_submodule(path).buffers()] for path in paths}
 
 
-def _own_copy(tensor: Tensor) -> Tensor:
-    copied = tensor.detach().clone()
-    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
-
-
 def _untraceable(model: nn.Module, cause: Exception) -> str:
     children = [
         name
@@ -232,7 +232,7 @@ def _untraceable(model: nn.Module, cause: Exception) -> str:
 
 def _is_traceable(module: nn.Module) -> bool:
     try:
-        Tracer().trace(share_tensors(module, _own_copy).eval())
+        Tracer().trace(copied(module).eval())
     except Exception:  # any failure of user code means the same here: not traceable
         return False
     return True
