@@ -18,7 +18,7 @@ from fxprune.channels.interpreter import Port, Scale, State, layer_name
 from fxprune.channels.operators import FUNCTIONS, METHODS, rule_for
 from fxprune.channels.rules import Rule, item
 from fxprune.graph.containers import is_plain
-from fxprune.graph.editing import called_module
+from fxprune.graph.editing import called_module, label
 from fxprune.graph.memory import written_attributes
 from fxprune.graph.tracing import is_hooked, trace_leaf
 
@@ -219,7 +219,7 @@ def _interpret(state: State) -> Any:
     ):
         return state.unlabelled(state.value)  # made of sizes only: torch.zeros(x.shape[0], 8)
     if not state.tensors() and rule is not item:
-        return state.boundary(f"{node.name} takes several tensors as one argument")
+        return state.boundary(f"{label(node)} takes several tensors as one argument")
     try:
         return rule(state)
     except Exception as error:  # a call that the rule was not written for: what it tied so far only restricts
