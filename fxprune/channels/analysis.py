@@ -136,6 +136,12 @@ METADATA = frozenset(
 """What tells of a tensor, but not of its values."""
 
 
+def reads_values(node: fx.Node) -> bool:
+    """Whether a node that gives no tensor but is given some looks at their values: `item()`, and not `size()`."""
+    asked = node.args[1] if node.target is getattr else getattr(node.target, "__name__", node.target)
+    return str(asked) not in METADATA and not str(asked).startswith("is_")
+
+
 def analyze_channels(module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> ChannelAnalysis:
     """Interpret a graph on labels: one pass over the nodes, without recursion over the graph.
 
@@ -190,11 +196,7 @@ def _interpret(state: State) -> Any:
             return state.unlabelled(state.value)
         return state.parameter(owner, attribute)
     if is_plain(state.value):
-        asked = node.args[1] if node.target is getattr else getattr(node.target, "__name__", node.target)
-        name = str(asked)
-        if not state.tensors() or name in METADATA or name.startswith("is_"):
-            return None  # a size, a flag
-        return state.boundary("it reads values, in their order")
+        return state.boundary("it reads values, in their order") if state.tensors() and reads_values(node) else None
     if not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(state.value)):
         return state.boundary(f"it gives a {type(state.value).__name__}, which holds what it is given")
     if node.op == "call_module":

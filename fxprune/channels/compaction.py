@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fxprune.channels import ChannelAnalysis
-from fxprune.channels.analysis import family_of
+from fxprune.channels.analysis import family_of, reads_values
 from fxprune.channels.atoms import UNLABELLED
 from fxprune.channels.interpreter import varying
 from fxprune.errors import PassError
@@ -135,6 +135,8 @@ class Compaction:
             return shortened
         if node.op not in ("call_function", "call_method") or any(s in self._virtual for s in node.all_input_nodes):
             return value
+        if reads_values(node) and any(holds_tensor(self._values.get(source)) for source in node.all_input_nodes):
+            return value  # of channels that stay
         return self._run(node, self._shorter)
 
     def _is_movement(self, node: fx.Node) -> bool:

@@ -11,6 +11,7 @@ Three things that `torch.fx.symbolic_trace` does not do:
 3. *Shapes.* They are computed on meta tensors, so that they cost next to nothing.
 """
 
+import copy
 import inspect
 import operator
 import typing
@@ -25,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from fxprune.errors import TraceError
 from fxprune.graph.containers import convert_tensors, tensors_in
 from fxprune.graph.copying import copied, share_tensors
+from fxprune.graph.memory import written_attributes
 from fxprune.graph.modes import compare_modes, insert_training_flags, restore_modes
 from fxprune.graph.tracer import LEAVES, Tracer
 from fxprune.graph.values import first_line, meta_values, propagate
@@ -75,7 +77,7 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
             usual image sizes.
 
     Returns:
-        The trace. Its modules share parameters with `model`.
+        The trace. Its modules share parameters and buffers with `model`, but for those that running it changes.
 
     Raises:
         TraceError: the top-level forward cannot be traced; the message names the submodules that can. Or a lazy module
@@ -122,6 +124,7 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
             node.type = hints.get(str(node.target))  # fx would write the string "Tensor" as a type named _Tensor_
     module = fx.GraphModule(root, graph, class_name=type(model).__name__)
     restore_modes(module, root)
+    _own_state(module, leaves)
 
     notes = (
         ["channels of modules that could not be traced keep their order: " + ", ".join(sorted(leaves))]
@@ -207,6 +210,21 @@ def _trace_in_mode(
             )
         frozen.remove(changed)
         leaves[changed] = "its forward writes into buffers whose values it also looks at"
+
+
+def _own_state(module: fx.GraphModule, leaves: Iterable[str]) -> None:
+    """Give the graph its own copy of what running it changes: the tensors that it writes into, and the buffers of
+    modules that stay whole. All others it shares with the model.
+    """
+    written = {str(node.target) for node in written_attributes(module)}
+    for path in leaves:
+        written |= {f"{path}.{name}" for name, _ in module.get_submodule(path).named_buffers()}
+    for name in written:
+        owner, _, attribute = name.rpartition(".")
+        holder = module.get_submodule(owner)
+        for store in (holder._parameters, holder._buffers):
+            if (tensor := store.get(attribute)) is not None:
+                store[attribute] = copy.deepcopy(tensor)  # type: ignore[assignment]  # a parameter stays one
 
 
 def _versions(root: nn.Module, paths: Iterable[str]) -> dict[str, list[int]]:
