@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxprune.channels.orders import alignment, feeds_convolution
+from fxprune.graph.contexts import is_switch
 from fxprune.graph.editing import KEPT_BECAUSE, Outcome, Skip, call_sites, called_module, calls, erase_gather, new_path
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.memory import Memory, is_mutating, storage_roots
@@ -97,6 +98,8 @@ def _share(gm: fx.GraphModule) -> list[str]:
     roots, sites = storage_roots(gm), call_sites(gm)
     seen: dict[tuple[object, ...], fx.Node] = {}
     for node in list(gm.graph.nodes):
+        if is_switch(node):
+            seen = {}  # under no_grad a gather passes no gradient on
         if is_mutating(gm, node):
             written = roots[node]
             seen = {key: gather for key, gather in seen.items() if roots[gather.all_input_nodes[0]].isdisjoint(written)}

@@ -36,6 +36,7 @@ from fxprune.graph.editing import (
     calls,
     gather_after,
     gather_before,
+    label,
 )
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.values import CarriedValues
@@ -146,7 +147,7 @@ def _what_breaks(aligned: Sequence[Read], reordering: Reordering, places: Array,
         return ""  # it will be refused for another reason
     moved = alone.permutation()
     torn = next((read for read in aligned if not read.stays_aligned(moved)), None)
-    return f"it would tear apart the blocks of {torn.block} channels that {torn.node.name} reads" if torn else ""
+    return f"it would tear apart the blocks of {torn.block} channels that {label(torn.node)} reads" if torn else ""
 
 
 def _reorder_parameter(gm: fx.GraphModule, tensors: Tensors, scale: Scale, index: Array) -> None:

@@ -17,7 +17,9 @@ from fxprune.channels.atoms import Array, Blocks, Tie
 from fxprune.channels.interpreter import Port, Scale, State, layer_name
 from fxprune.channels.operators import FUNCTIONS, METHODS, rule_for
 from fxprune.channels.rules import Rule, item
-from fxprune.graph.editing import called_module
+from fxprune.graph.containers import is_plain
+from fxprune.graph.editing import called_module, label
+from fxprune.graph.memory import written_attributes
 from fxprune.graph.tracing import is_hooked, trace_leaf
 
 logger = logging.getLogger("fxprune")
@@ -127,6 +129,19 @@ class ChannelAnalysis:
         return "\n".join(line.rstrip() for line in lines)
 
 
+METADATA = frozenset(
+    "size shape dim ndim ndimension numel nelement dtype device layout stride storage_offset element_size itemsize "
+    "nbytes requires_grad get_device type len result_type broadcast_shapes _assert".split()
+)
+"""What tells of a tensor, but not of its values."""
+
+
+def reads_values(node: fx.Node) -> bool:
+    """Whether a node that gives no tensor but is given some looks at their values: `item()`, and not `size()`."""
+    asked = node.args[1] if node.target is getattr else getattr(node.target, "__name__", node.target)
+    return str(asked) not in METADATA and not str(asked).startswith("is_")
+
+
 def analyze_channels(module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> ChannelAnalysis:
     """Interpret a graph on labels: one pass over the nodes, without recursion over the graph.
 
@@ -135,7 +150,7 @@ def analyze_channels(module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> C
         values: what each node gives, tensors as meta tensors (`Trace.values`). Where a value is missing, channels keep
             their order.
     """
-    state = State(module=module, values=dict(values))
+    state = State(module=module, values=dict(values), written=written_attributes(module))
     _walk(state, module.graph)
     state.pin_parameters_read_twice()
     blocks = state.atoms.solve()
@@ -173,13 +188,17 @@ def _interpret(state: State) -> Any:
         return state.unlabelled(state.value)
     if node.op == "get_attr":
         owner, _, attribute = layer_name(node).rpartition(".")
+        if node in state.written:
+            return state.unlabelled(state.value)  # what is written there meets all its readers
         if not isinstance(state.value, Tensor) or all(
             user.op == "output" or rule_of(state.module, user) is None for user in node.users
         ):
             return state.unlabelled(state.value)
         return state.parameter(owner, attribute)
+    if is_plain(state.value):
+        return state.boundary("it reads values, in their order") if state.tensors() and reads_values(node) else None
     if not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(state.value)):
-        return None  # a size, a flag: meta tensors have no data, so it cannot depend on the channels' values
+        return state.boundary(f"it gives a {type(state.value).__name__}, which holds what it is given")
     if node.op == "call_module":
         module = called_module(state.module, node)
         if is_hooked(module):
@@ -202,7 +221,7 @@ def _interpret(state: State) -> Any:
     ):
         return state.unlabelled(state.value)  # made of sizes only: torch.zeros(x.shape[0], 8)
     if not state.tensors() and rule is not item:
-        return state.boundary(f"{node.name} takes several tensors as one argument")
+        return state.boundary(f"{label(node)} takes several tensors as one argument")
     try:
         return rule(state)
     except Exception as error:  # a call that the rule was not written for: what it tied so far only restricts

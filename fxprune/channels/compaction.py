@@ -18,11 +18,11 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fxprune.channels import ChannelAnalysis
-from fxprune.channels.analysis import family_of
+from fxprune.channels.analysis import family_of, reads_values
 from fxprune.channels.atoms import UNLABELLED
 from fxprune.channels.interpreter import varying
 from fxprune.errors import PassError
-from fxprune.graph.editing import holds_tensor, new_gather, tensor_sources
+from fxprune.graph.editing import holds_tensor, label, new_gather, tensor_sources
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.memory import is_mutating, storage_roots
 
@@ -91,7 +91,9 @@ class Compaction:
         for node in reversed(self._virtual):
             if node.users:
                 reader = next(iter(node.users))
-                raise StuckError(node, f"{reader.name} reads {node.name}, which cannot lose some of its channels alone")
+                raise StuckError(
+                    node, f"{label(reader)} reads {label(node)}, which cannot lose some of its channels alone"
+                )
             self._gm.graph.erase_node(node)
         return tuple(changed)
 
@@ -129,10 +131,12 @@ class Compaction:
                 return value
             shortened = self._shortened(node, value)
             if shortened is None:
-                raise StuckError(node, f"{node.name} gives channels in a form that cannot lose some of them")
+                raise StuckError(node, f"{label(node)} gives channels in a form that cannot lose some of them")
             return shortened
         if node.op not in ("call_function", "call_method") or any(s in self._virtual for s in node.all_input_nodes):
             return value
+        if reads_values(node) and any(holds_tensor(self._values.get(source)) for source in node.all_input_nodes):
+            return value  # of channels that stay
         return self._run(node, self._shorter)
 
     def _is_movement(self, node: fx.Node) -> bool:
@@ -163,7 +167,7 @@ class Compaction:
             root, numbers = source, _numbered(self._values[source])
             moved = self._attempt(node, {**self._values, source: numbers})
             if moved is None:
-                raise StuckError(node, f"{node.name} cannot be followed, so it is not known what it moves where")
+                raise StuckError(node, f"{label(node)} cannot be followed, so it is not known what it moves where")
             expected, given = self._shortened(node, moved), self._shortened(source, numbers)
             if expected is not None:
                 for args in (node.args, *self._corrected(node, expected)):

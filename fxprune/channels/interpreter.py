@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.channels.atoms import UNLABELLED, Array, AtomTable
+from fxprune.graph.editing import label
 
 # A parameter read with get_attr gets an atom for each element (a position embedding has 151 thousand); larger ones keep
 # their order.
@@ -58,6 +59,7 @@ class State:
     ports: list[Port] = field(default_factory=list)
     scales: list[Scale] = field(default_factory=list)
     boundaries: dict[fx.Node, str] = field(default_factory=dict)
+    written: frozenset[fx.Node] = frozenset()  # parameters and buffers that the graph writes into
     node: fx.Node = field(init=False)
     _bound: dict[tuple[int, int | str], Array] = field(default_factory=dict)
 
@@ -136,7 +138,7 @@ class State:
         fresh = self.atoms.mint(size, giver.name)
         if labels.shape[dim] != size or labels.numel() == 1:
             why = self.boundaries.get(giver, "")
-            self.atoms.pin(fresh, f"{giver.name} fixes their order" + (f": {why}" if why else ""))
+            self.atoms.pin(fresh, f"{label(giver)} fixes their order" + (f": {why}" if why else ""))
             self.pin(labels, "positions that are not channels are read in order")
             return fresh
         rows = labels.movedim(dim, 0).reshape(size, -1).numpy()
@@ -198,7 +200,7 @@ class State:
         if first.size != atoms.size:
             self.atoms.pin(
                 np.concatenate([first, atoms]),
-                f"{self.node.name} shares a parameter that another layer uses in another way",
+                f"{label(self.node)} shares a parameter that another layer uses in another way",
             )
         elif first is not atoms:
             self.atoms.tie(first, atoms, self.node.name)
@@ -223,7 +225,7 @@ class State:
         covering = [labels for labels, _ in aligned if all(labels.shape[d] > 1 for d in joint)]
         if not joint or not covering:
             for labels, _ in aligned:
-                self.pin(labels, f"{self.node.name} combines it with a value whose order is fixed")
+                self.pin(labels, f"{label(self.node)} combines it with a value whose order is fixed")
             return torch.full((1,) * rank, UNLABELLED)
         extra = {
             id(labels): [d for d in range(rank) if labels.shape[d] > 1 and d not in joint] for labels, _ in aligned
@@ -236,7 +238,7 @@ class State:
             if labels is exact or labels.numel() == 1:
                 continue
             if not any(labels is other for other in covering):
-                self.pin(labels, f"{self.node.name} spreads it over other channels")
+                self.pin(labels, f"{label(self.node)} spreads it over other channels")
                 continue
             self.tie(exact.expand(labels.shape), labels)
             if extra[id(labels)]:

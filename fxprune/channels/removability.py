@@ -29,7 +29,7 @@ from fxprune.channels import ChannelAnalysis
 from fxprune.channels.analysis import family_of
 from fxprune.channels.atoms import UNLABELLED
 from fxprune.channels.interpreter import varying
-from fxprune.graph.editing import called_module, holds_tensor, tensor_sources
+from fxprune.graph.editing import called_module, holds_tensor, label, tensor_sources
 from fxprune.graph.layers import TrainingFlag
 from fxprune.graph.memory import is_mutating
 from fxprune.plans.eligibility import computes_its_own_forward
@@ -129,7 +129,7 @@ def _visit(walk: _Walk, node: fx.Node) -> Classes:
     """The classes lost in the value of a node."""
     nothing = walk.none()
     if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):  # a name that torch.fx gives
-        walk.refuse(walk.present(node), f"{node.name} was computed while tracing, and the model has no such tensor")
+        walk.refuse(walk.present(node), f"{label(node)} was computed while tracing, and the model has no such tensor")
     if node.op in ("placeholder", "get_attr"):
         return nothing  # parameters and buffers are set to zero themselves
     gives_tensors = holds_tensor(walk.values.get(node))
@@ -138,7 +138,7 @@ def _visit(walk: _Walk, node: fx.Node) -> Classes:
         return nothing
     family = family_of(walk.module, node)
     if family not in _SIZED:
-        walk.refuse(walk.numbers(node), f"{node.name} computes with their number")
+        walk.refuse(walk.numbers(node), f"{label(node)} computes with their number")
     if node.name in walk.analysis.boundaries or not gives_tensors or not walk.sources(node):
         return nothing  # what meets a boundary is pinned
     module = called_module(walk.module, node) if node.op == "call_module" else None
@@ -152,7 +152,7 @@ def _visit(walk: _Walk, node: fx.Node) -> Classes:
     if family in _CHANNELWISE:
         return walk.carried(node) | _unless(_keeps_zero(walk, node, source), walk.present(node))
     if family == "linear":
-        walk.refuse(walk.carried(node), f"{node.name} reads it where zero has become another value")
+        walk.refuse(walk.carried(node), f"{label(node)} reads it where zero has become another value")
         return nothing
     if family == "reduce":
         return _reduction(walk, node, source)
@@ -162,7 +162,7 @@ def _visit(walk: _Walk, node: fx.Node) -> Classes:
         return _unless(_silences(walk, node, source), walk.present(node))
     what = type(module).__name__ if module is not None else _called(node)
     walk.refuse(
-        walk.present(source) | walk.present(node), f"{node.name} ({what}) may compute from several channels at once"
+        walk.present(source) | walk.present(node), f"{label(node)} ({what}) may compute from several channels at once"
     )
     return walk.present(node)
 
@@ -194,12 +194,12 @@ def _sizes(walk: _Walk, node: fx.Node) -> Classes | list[Classes]:
 
 def _convolution(walk: _Walk, node: fx.Node, conv: nn.modules.conv._ConvNd, source: fx.Node) -> Classes:
     if computes_its_own_forward(type(conv)):
-        reason = f"{node.name} is a {type(conv).__name__}, which computes its weight from all input channels"
+        reason = f"{label(node)} is a {type(conv).__name__}, which computes its weight from all input channels"
         walk.refuse(walk.present(source) | walk.present(node), reason)
     elif conv.groups == 1:
-        walk.refuse(walk.carried(node), f"{node.name} reads it where zero has become another value")
+        walk.refuse(walk.carried(node), f"{label(node)} reads it where zero has become another value")
     elif conv.groups != conv.in_channels or conv.transposed:
-        reason = f"{node.name} is a grouped convolution, whose groups have a fixed size"
+        reason = f"{label(node)} is a grouped convolution, whose groups have a fixed size"
         walk.refuse(walk.present(source) | walk.present(node), reason)
     return walk.none()  # its filters are set to zero, those of a depthwise convolution too
 
@@ -216,7 +216,7 @@ def _elementwise(walk: _Walk, node: fx.Node) -> Classes:
     if is_mutating(walk.module, node):
         written = node.kwargs.get("out", node.args[0] if node.args else sources[0])
         before = walk.lost[written] if isinstance(written, fx.Node) else walk.none()
-        walk.refuse(lost & ~before, f"{node.name} changes zero in place, under other readers")
+        walk.refuse(lost & ~before, f"{label(node)} changes zero in place, under other readers")
     return lost
 
 
@@ -256,8 +256,8 @@ def _reduction(walk: _Walk, node: fx.Node, source: fx.Node) -> Classes:
         return walk.carried(node) | _unless(_keeps_zero(walk, node, source), walk.present(node))
     name = _called(node)
     if name not in _ZERO_ADDS_NOTHING:
-        walk.refuse(walk.present(source), f"{node.name} ({name}) may compute from several channels at once")
-    walk.refuse(walk.carried(node), f"{node.name} reads it where zero has become another value")
+        walk.refuse(walk.present(source), f"{label(node)} ({name}) may compute from several channels at once")
+    walk.refuse(walk.carried(node), f"{label(node)} reads it where zero has become another value")
     return walk.present(node) & walk.carried(node)
 
 

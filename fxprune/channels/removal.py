@@ -117,7 +117,8 @@ def find_removable(
         if isinstance(layer, nn.Conv2d) and (name not in layers or (layers[name].writes == STAYS).all()):
             atoms = writers.get(name, owned.get(name, np.zeros(0, dtype=np.int64)))
             why = next((refused[c] for c in classes[atoms].tolist() if c in refused), "")
-            fixed[name] = why or unknown.get(name, "the model never calls it") or "one channel of each space stays"
+            never = "one channel of each space stays" if name in layers else "the model never calls it"
+            fixed[name] = why or unknown.get(name) or obstacles.get(name) or never
     return Removable(ChannelUnits(space, names, layers, fixed), entries_of(analysis), unit_of)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.channels.interpreter import LARGEST_SPREAD, State, along, compress, layer_name, varying
-from fxprune.graph.editing import called_module
+from fxprune.graph.editing import called_module, label
 
 Rule: TypeAlias = Callable[[State], Any]
 
@@ -30,7 +30,7 @@ def elementwise(state: State) -> Any:
     if isinstance(state.value, Tensor) and len(operands) == 1 and operands[0][1] == tuple(state.value.shape):
         return operands[0][0]
     if not isinstance(state.value, Tensor) or not operands:
-        return state.boundary(f"{state.node.name} gives several tensors")
+        return state.boundary(f"{label(state.node)} gives several tensors")
     return state.join(operands, state.value.dim())
 
 
@@ -62,7 +62,7 @@ def item(state: State) -> Any:
         return state.labels[source][state.concrete(key)]
     keys = state.concrete(key)
     if any(isinstance(k, Tensor | list | bool) for k in (keys if isinstance(keys, tuple) else (keys,))):
-        return state.boundary(f"{state.node.name} indexes with a tensor")
+        return state.boundary(f"{label(state.node)} indexes with a tensor")
     return dimensionwise(state)
 
 
@@ -91,7 +91,7 @@ def reshape(state: State) -> Any:
     if bool((rows == rows[0]).all()):
         return moved
     if moved.numel() > LARGEST_SPREAD:
-        return state.boundary(f"{state.node.name} spreads the channels over {moved.numel()} positions")
+        return state.boundary(f"{label(state.node)} spreads the channels over {moved.numel()} positions")
     roles = np.unique(rows.numpy(), axis=0, return_inverse=True)[1].reshape(-1)
     fresh = state.atoms.mint(moved.numel(), state.node.name)
     state.atoms.tie(fresh, moved.numpy(), state.node.name)
@@ -136,7 +136,7 @@ def repeat(state: State) -> Any:
     padded = (1,) * (state.value.dim() - len(shape)) + tuple(shape)
     labels = labels.reshape((1,) * (state.value.dim() - labels.dim()) + tuple(labels.shape))
     if any(state.value.shape[d] != padded[d] for d in varying(labels)):
-        return state.boundary(f"{state.node.name} repeats channels")
+        return state.boundary(f"{label(state.node)} repeats channels")
     return labels
 
 
@@ -148,9 +148,9 @@ def _concatenate_channels(state: State, tensors: Iterable[fx.Node], dim: int) ->
         labels, shape = state.operand(node)
         target = [n if d in vary else 1 for d, n in enumerate(shape)]
         if labels.shape[dim] == 1 and shape[dim] > 1:
-            state.pin(labels, f"{state.node.name} joins it with channels of another dimension")
+            state.pin(labels, f"{label(state.node)} joins it with channels of another dimension")
             labels = torch.from_numpy(state.atoms.mint(int(np.prod(target)), state.node.name)).reshape(target)
-            state.pin(labels, f"{state.node.name} joins channels whose order is fixed")
+            state.pin(labels, f"{label(state.node)} joins channels whose order is fixed")
         atoms = np.unique(labels.numpy())
         if np.isin(atoms, seen, assume_unique=True).any():
             labels = state.duplicate(labels)
@@ -186,9 +186,9 @@ def windows(dims: int | None) -> Rule:
         labels, shape = state.operand(source)
         last = len(shape) - 2 if dims is None else dims
         if not isinstance(state.value, Tensor) or state.value.dim() != len(shape):
-            return state.boundary(f"{state.node.name} gives several tensors")
+            return state.boundary(f"{label(state.node)} gives several tensors")
         if any(d >= len(shape) - last for d in varying(labels)):
-            return state.boundary(f"{state.node.name} slides a window over channels")
+            return state.boundary(f"{label(state.node)} slides a window over channels")
         return labels
 
     return rule
@@ -208,7 +208,7 @@ def pad(state: State) -> Any:
         if labels.shape[dim] == 1 or (before, after) == (0, 0):
             continue
         if mode != "constant" or before < 0 or after < 0 or varying(labels) != [dim]:
-            return state.boundary(f"{state.node.name} pads channels in a way that has no rule")
+            return state.boundary(f"{label(state.node)} pads channels in a way that has no rule")
         sides = [[state.mint_along(dim, width, len(shape))] if width else [] for width in (before, after)]
         labels = torch.cat([*sides[0], labels, *sides[1]], dim)
     return labels
@@ -229,7 +229,7 @@ def reduce(state: State) -> Any:
         if given is not None and any(d in varying(labels) for d in _dims(given, len(shape))):
             if varying(labels) == _dims(given, len(shape)) and all(_picks_values(user) for user in state.node.users):
                 return state.unlabelled(state.value)  # the largest value of all channels, not which one it is
-            return state.boundary(f"{state.node.name} gives the index of a channel")
+            return state.boundary(f"{label(state.node)} gives the index of a channel")
         kept = labels if state.value[0].dim() == len(shape) else labels.squeeze(_dims(given or 0, len(shape))[0])
         return type(state.value)((kept, kept)) if hasattr(state.value, "_fields") else (kept, kept)
     dims = list(range(len(shape))) if given is None else _dims(state.concrete(given), len(shape))
@@ -291,7 +291,7 @@ def convolution(state: State) -> Any:
     conv = state.module.get_submodule(name)
     assert isinstance(conv, nn.modules.conv._ConvNd)
     if state.value.dim() != len(conv.kernel_size) + 2:
-        return state.boundary(f"{state.node.name} is given an unbatched image")
+        return state.boundary(f"{label(state.node)} is given an unbatched image")
     inputs = state.channels(*state.source(), 1)
     weight_in, weight_out = (0, 1) if conv.transposed else (1, 0)
     if conv.groups == conv.in_channels > 1 and not conv.transposed:
@@ -384,7 +384,7 @@ def group_norm(state: State) -> Any:
     groups = called_module(state.module, state.node).num_groups
     labels, value = state.source()
     if not isinstance(groups, int) or (groups > 1 and varying(labels) not in ([], [1])):
-        return state.boundary(f"{state.node.name} normalises groups of a value whose channels are spread")
+        return state.boundary(f"{label(state.node)} normalises groups of a value whose channels are spread")
     if groups > 1 and varying(labels):
         for part in state.channels(labels, value, 1).reshape(groups, -1):
             state.atoms.site(part)
@@ -400,7 +400,7 @@ def layer_norm(state: State) -> Any:
     labels, value = state.source()
     inside = [d for d in varying(labels) if d >= value.dim() - len(shape)]
     if len(inside) > 1 or (inside and varying(labels) != inside):
-        return state.boundary(f"{state.node.name} normalises channels that are spread over several dimensions")
+        return state.boundary(f"{label(state.node)} normalises channels that are spread over several dimensions")
     for d in inside:
         for attribute in ("weight", "bias"):
             state.bind(name, attribute, d - (value.dim() - len(shape)), state.channels(labels, value, d), scales=True)
@@ -421,7 +421,7 @@ def functional_affine(position: dict[str, int], channel_dim: int) -> Rule:
         groups = state.argument(1, "num_groups") if "num_groups" in position else 1
         if isinstance(groups, int) and groups > 1:
             if varying(labels) != [1]:
-                return state.boundary(f"{state.node.name} normalises groups of a value whose channels are spread")
+                return state.boundary(f"{label(state.node)} normalises groups of a value whose channels are spread")
             for part in state.channels(labels, state.values[source], 1).reshape(groups, -1):
                 state.atoms.site(part)
         operands = [(labels, shape)]

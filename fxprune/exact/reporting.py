@@ -194,8 +194,8 @@ def make_report(
         notes: passed on.
     """
     after = layer_costs(gm, values)
-    convs = {str(node.target): conv for node, conv in calls(gm, nn.Conv2d)}
-    left = [name for name in convs if plan.removed and name not in plan.layers and name not in plan.skipped]
+    convs = {name: conv for name, conv in gm.named_modules() if isinstance(conv, nn.modules.conv._ConvNd)}
+    left = [name for name in dense if name in convs and name not in plan.layers and name not in plan.skipped]
     layers = []
     for name in [*plan.layers, *plan.skipped, *left]:
         before_params, before_macs = dense.get(name, (0, None))
@@ -226,7 +226,7 @@ def make_report(
     )
 
 
-def _became(plan: PrunePlan, name: str, conv: nn.Conv2d | None) -> dict[str, Any]:
+def _became(plan: PrunePlan, name: str, conv: nn.modules.conv._ConvNd | None) -> dict[str, Any]:
     """What a plan made of a convolution, as fields of its report."""
     kernels, removed = plan.layers.get(name), plan.removed.get(name, RemovedChannels())
     filters = None if conv is None else conv.out_channels
@@ -243,7 +243,7 @@ def _became(plan: PrunePlan, name: str, conv: nn.Conv2d | None) -> dict[str, Any
             "block_cost": kernels.block_cost,
         }
     common["groups"] = 1 if conv is None else conv.groups
-    common["reason"] = plan.skipped.get(name, "" if removed.outputs else "none of its filters was chosen")
+    common["reason"] = plan.skipped.get(name, "" if removed.outputs else _why_left(plan, conv))
     if not removed.outputs and not removed.inputs:
         return common | {"form": "dense", "asked_ratio": 0.0, "reached_ratio": 0.0}
     return common | {
@@ -252,6 +252,13 @@ def _became(plan: PrunePlan, name: str, conv: nn.Conv2d | None) -> dict[str, Any
         "reached_ratio": len(removed.outputs) / before if before else 0.0,
         "redundancy": removed.redundancy,
     }
+
+
+def _why_left(plan: PrunePlan, conv: nn.modules.conv._ConvNd | None) -> str:
+    """Why a convolution that the plan does not name kept its filters."""
+    if conv is None or isinstance(conv, nn.Conv2d):
+        return "none of its filters was chosen" if plan.removed else "the plan does not name it"
+    return f"{type(conv).__name__}: filters and kernels of Conv2d layers only are chosen"
 
 
 def _gathers(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> tuple[GatherReport, ...]:

@@ -1,8 +1,10 @@
-"""Check that two models compute the same function: in float64, on copies, in evaluation and in training mode.
+"""Check that two models compute the same function, on copies, in evaluation and in training mode.
 
-In float64 reordering a sum changes a result by about 1e-16 of its terms, so a difference above 1e-10 of the largest
-output is a defect, not rounding. A model that
-amplifies such changes itself is measured: the limit grows with its response to noise of 1e-15 on the input.
+The check runs in float64, where reordering a sum changes a result by about 1e-16 of its terms, so that a difference
+above 1e-10 of the largest output is a defect, not rounding (`fxprune.exact.precision` keeps casts inside forward from
+leaving it). A model that amplifies such changes itself is measured: the limit grows with its response to noise of 1e-15
+on the input. Where a model does not run in float64, it is checked in its own precision, against its own response to one
+rounding step in inputs and weights; the result says so.
 Training mode here means batch statistics in the normalisation layers; dropout and its kin stay off, for they draw by
 position.
 """
@@ -14,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.errors import FxpruneError, VerificationError
+from fxprune.exact.precision import Precision, forward_of, in_double, in_own
 from fxprune.exact.record import RECORD
+from fxprune.graph.containers import convert_tensors, tensors_in
 from fxprune.graph.copying import share_tensors
 from fxprune.graph.tracing import Inputs, as_inputs, trace
 from fxprune.plans.masking import remaining
@@ -27,6 +30,9 @@ TOLERANCE = 1e-10
 NOISE = 1e-15
 NOISE_MARGIN = 1e3
 LARGEST_LIMIT = 1e-3  # a model that chaotic cannot be told from another one
+# In the model's own precision: how far beyond one rounding step, or its response to one, it may go.
+OWN_MARGIN = 50
+LARGEST_OWN_LIMIT = 0.1
 
 # A folded BatchNorm rounds each weight to its own type once; the sum of a few layers stays within this many of its
 # steps.
@@ -41,85 +47,214 @@ class Verification:
         max_abs: largest absolute difference between two outputs, over all modes.
         max_rel: the same, as a share of the largest absolute output.
         modes: `"eval"`, `"train"`: the modes compared.
+        precision: `"float64"`, or the model's own, such as `"float32"`, where it does not run in float64.
+        notes: what was not compared, or otherwise than usual, and why.
     """
 
     max_abs: float
     max_rel: float
     modes: tuple[str, ...]
+    precision: str = "float64"
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        where = "" if self.precision == "float64" else f", in {self.precision}"
         return (
-            f"equal in {' and '.join(self.modes)} mode: "
+            f"equal in {' and '.join(self.modes)} mode{where}: "
             f"largest difference {self.max_abs:.1e} ({self.max_rel:.1e} of the largest output)"
+            + "".join(f"; {note}" for note in self.notes)
         )
 
 
 def verify(
     pruned: nn.Module, masked: nn.Module, example_inputs: Inputs, *, modes: Sequence[str] | None = None
 ) -> Verification:
-    """Check that `pruned` computes what `masked` computes.
+    """Check that `pruned` computes what `masked` computes: all tensors in their outputs, wherever they sit, and what
+    forward leaves in buffers.
 
-    Both run in float64 on copies that share no state with them; a batch of one sample becomes two, so that batch
-    statistics exist.
+    Both run in float64 on copies that share no state with them; the module docstring says what else is done.
 
     Args:
         pruned: the rewritten model.
         masked: the oracle.
         example_inputs: positional arguments of both, tensors on their device. A floating-point input without variation
-            is replaced by noise, for it could hide errors.
+            is replaced by noise, for it could hide errors, if the model runs on that.
         modes: which modes to compare; by default those that the compilation of `pruned` keeps, else both. A model whose
             forward differs between modes in structure is compiled for evaluation only.
 
     Raises:
-        VerificationError: they differ; the message names the first node of `pruned` where.
+        VerificationError: they differ, and the message names the first node of `pruned` where; or nothing could be
+            compared.
     """
     record = getattr(pruned, "meta", {}).get(RECORD)
     if modes is None:
         modes = getattr(record, "modes", ("eval", "train"))
-    inputs = _informative(as_inputs(example_inputs))
+    examples = as_inputs(example_inputs)
     largest_abs = largest_rel = 0.0
+    compared: list[str] = []
+    notes: list[str] = []
+    precision = "float64"
     for mode in modes:
-        expected, statistics = evaluate(masked, inputs, mode)
-        found, found_statistics = evaluate(pruned, inputs, mode)
-        limit = max(TOLERANCE, ROUNDING_MARGIN * getattr(record, "rounding", 0.0))
-        if expected and not any(bool(tensor.isfinite().any()) for tensor in expected):
-            raise VerificationError(
-                f"the output of the masked model has no finite value in {mode} mode, so nothing can be compared; "
-                "pass other example inputs, or repair the weights"
-            )
-        worst_abs, worst_rel = difference(found, expected)
-        if worst_rel > limit:
-            response = _response_to_noise(masked, inputs, mode, expected)
-            limit = max(limit, min(NOISE_MARGIN * response, LARGEST_LIMIT))
-        if not worst_rel <= limit:
-            where = _first_difference(pruned, masked, inputs, mode, as_inputs(example_inputs))
-            raise VerificationError(
-                f"the models differ in {mode} mode by {worst_rel:.1e} of the largest output "
-                f"(limit {limit:.0e}); {where}. "
-                "This is a defect of fxprune, or the models do not belong together; please report it with the model"
-            )
-        _compare_statistics(found_statistics, _without_removed(statistics, record), limit)
-        largest_abs, largest_rel = max(largest_abs, worst_abs), max(largest_rel, worst_rel)
-    return Verification(largest_abs, largest_rel, tuple(modes))
-
-
-def evaluate(model: nn.Module, inputs: tuple[Any, ...], mode: str) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Run a float64 copy of `model` in `mode`; return the output tensors, and the running statistics after it by buffer
-    name.
-    """
-    for lazily in (True, False):
-        copy = _prepare(model, mode, lazily)
         try:
-            with torch.no_grad():
-                output = copy(*_as_double(inputs))
-            break
-        except RuntimeError:  # a layer's weight that another module uses directly is not converted in time
-            if not lazily:
+            oracle = _oracle(masked, examples, mode)
+        except VerificationError as error:
+            if mode == "eval" or len(modes) == 1:
                 raise
-    statistics = {
-        name: buffer for name, buffer in copy.named_buffers() if name.endswith(("running_mean", "running_var"))
+            notes.append(f"{mode} mode was not compared: {error}")
+            continue
+        worst_abs, worst_rel = _compare(pruned, masked, oracle, record, examples)
+        largest_abs, largest_rel = max(largest_abs, worst_abs), max(largest_rel, worst_rel)
+        compared.append(mode)
+        notes += [note for note in oracle.notes if note not in notes]
+        if oracle.precision is in_own:
+            precision = _own_type(masked)
+    return Verification(largest_abs, largest_rel, tuple(compared), precision, tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Oracle:
+    """What the masked model gives.
+
+    Attributes:
+        mode: in which mode it ran.
+        inputs: on what.
+        precision: in which precision.
+        run: what it gave.
+        notes: what the user should know.
+    """
+
+    mode: str
+    inputs: tuple[Any, ...]
+    precision: Precision
+    run: "Run"
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of a model gave.
+
+    Attributes:
+        output: as forward returned it.
+        tensors: those in the output, in order.
+        state: the buffers that the run changed, by name, as they are after it.
+    """
+
+    output: Any
+    tensors: list[Tensor]
+    state: dict[str, Tensor]
+
+
+def _oracle(masked: nn.Module, examples: tuple[Any, ...], mode: str) -> _Oracle:
+    """Run the masked model, in float64 and on informative inputs if it can.
+
+    Raises:
+        VerificationError: it does not run, or gives nothing to compare.
+    """
+    # Batch statistics of one sample may not exist; two samples are a second choice, for forward may insist on one.
+    candidates = [_informative(examples), examples]
+    if mode == "train":
+        candidates += [twice for candidate in candidates if (twice := _twice(candidate)) is not None]
+    failure: Exception | None = None
+    for precision in (in_double, in_own):
+        for inputs in candidates:
+            try:
+                run = evaluate(masked, inputs, mode, precision)
+            except Exception as error:  # user code may raise anything
+                failure = failure or error
+                continue
+            if run.tensors and not any(bool(tensor.isfinite().any()) for tensor in run.tensors):
+                failure = failure or VerificationError(
+                    f"the output of the masked model has no finite value in {mode} mode, so nothing can be compared; "
+                    "pass other example inputs, or repair the weights"
+                )
+                continue
+            if not run.tensors:
+                raise VerificationError(
+                    f"the output of the masked model, a {type(run.output).__name__}, holds no tensor, so nothing can "
+                    "be compared; let forward return what it computes"
+                )
+            notes = () if precision is in_double else (f"the model does not run in float64 ({_first_line(failure)})",)
+            return _Oracle(mode, inputs, precision, run, notes)
+    if isinstance(failure, VerificationError):
+        raise failure
+    raise VerificationError(
+        f"the masked model does not run on the example inputs in {mode} mode: {_first_line(failure)}; pass inputs that "
+        "it accepts"
+    ) from failure
+
+
+def _compare(
+    pruned: nn.Module, masked: nn.Module, oracle: _Oracle, record: Any, examples: tuple[Any, ...]
+) -> tuple[float, float]:
+    """Largest difference between what two models give, absolute and as a share of the largest output.
+
+    Raises:
+        VerificationError: it is too large, or the outputs are of different kinds.
+    """
+    mode, inputs, expected = oracle.mode, oracle.inputs, oracle.run
+    try:
+        found = evaluate(pruned, inputs, mode, oracle.precision)
+    except Exception as error:
+        raise VerificationError(
+            f"the compiled model does not run where the masked model does, in {mode} mode: {_first_line(error)}; "
+            "this is a defect of fxprune, please report it with the model"
+        ) from error
+    worst_abs, worst_rel = difference(found.tensors, expected.tensors)
+    if (gives := _kind(found.output)) != (should := _kind(expected.output)):
+        raise VerificationError(
+            f"the compiled model returns a {gives}, the masked model a {should}; they do not belong together"
+        )
+    if oracle.precision is in_double:
+        limit = max(TOLERANCE, ROUNDING_MARGIN * getattr(record, "rounding", 0.0))
+        if worst_rel > limit:
+            response = _response(masked, oracle, NOISE, weights=False)
+            limit = max(limit, min(NOISE_MARGIN * response, LARGEST_LIMIT))
+    else:
+        step = max((torch.finfo(p.dtype).eps for p in masked.parameters() if p.is_floating_point()), default=NOISE)
+        limit = OWN_MARGIN * step
+        if worst_rel > limit:
+            response = _response(masked, oracle, step, weights=True)
+            limit = max(limit, min(OWN_MARGIN * response, LARGEST_OWN_LIMIT))
+    if not worst_rel <= limit:
+        where = _first_difference(pruned, masked, oracle, examples)
+        raise VerificationError(
+            f"the models differ in {mode} mode by {worst_rel:.1e} of the largest output "
+            f"(limit {limit:.0e}); {where}. "
+            "This is a defect of fxprune, or the models do not belong together; please report it with the model"
+        )
+    _compare_state(pruned, found.state, _without_removed(expected.state, record), limit, mode)
+    return worst_abs, worst_rel
+
+
+def evaluate(model: nn.Module, inputs: tuple[Any, ...], mode: str, precision: Precision = in_double) -> Run:
+    """Run a copy of `model` in `mode`; neither the model nor the inputs are changed."""
+    output, copy = precision(model, inputs, mode, forward_of)
+    before = dict(model.named_buffers())
+    changed = {
+        name: buffer
+        for name, buffer in copy.named_buffers()
+        if name not in before or not torch.equal(buffer.double(), before[name].double())
     }
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)], statistics
+    return Run(output, tensors_in(output), changed)
+
+
+def _kind(output: Any) -> str:
+    """What an output is called, where that matters: a class of the user's own or a plain container."""
+    if isinstance(output, Tensor):
+        return "tensor"
+    if type(output).__module__ in ("builtins", "collections") or type(output).__module__.startswith("torch.fx"):
+        return "dict" if isinstance(output, Mapping) else "sequence"  # fx makes lists of some tuples
+    return type(output).__qualname__
+
+
+def _first_line(error: Exception | None) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _own_type(model: nn.Module) -> str:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    return str(dtype).removeprefix("torch.")
 
 
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float]:
@@ -149,146 +284,117 @@ def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[flo
     return worst_abs, worst_rel
 
 
-# --- float64 copies ---------------------------------------------------------------------------------------------------
-
-
-def _prepare(model: nn.Module, mode: str, lazily: bool) -> nn.Module:
-    """Copy `model` in float64, in the given mode. Lazily: large layers convert their weights only while they run, so
-    the copy needs little memory.
-    """
-    late = (
-        {id(t) for m in model.modules() if type(m) in _LATE for t in m.parameters(recurse=False)} if lazily else set()
-    )
-
-    def convert(tensor: Tensor) -> Tensor:
-        if id(tensor) in late or not tensor.is_floating_point():
-            return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
-        double = tensor.detach().double().clone()
-        return nn.Parameter(double, requires_grad=False) if isinstance(tensor, nn.Parameter) else double
-
-    copy = share_tensors(model, convert).eval()
-    for module in copy.modules():
-        if mode == "train" and isinstance(module, nn.modules.batchnorm._NormBase):
-            module.train()
-        if type(module) in _LATE and lazily:
-            module.register_forward_pre_hook(_load_double)
-            module.register_forward_hook(_unload_double)
-    return copy
-
-
-_LATE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-
-
-def _load_double(module: nn.Module, args: Any) -> None:
-    module.__dict__["_single"] = dict(module._parameters)
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.detach().double(), requires_grad=False)
-
-
-def _unload_double(module: nn.Module, args: Any, output: Any) -> None:
-    module._parameters.update(module.__dict__.pop("_single"))
-
-
-def _as_double(inputs: Any) -> Any:
-    return tree_map(
-        lambda leaf: leaf.detach().double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, inputs
-    )
+# --- inputs and state -------------------------------------------------------------------------------------------------
 
 
 def _informative(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Make inputs fit for a check: noise in place of constants, two samples in place of one."""
+    """The inputs with noise in place of constants."""
     generator = torch.Generator().manual_seed(0)
 
-    def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)
+    def improve(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.numel() < 2 or not bool((tensor == tensor.reshape(-1)[0]).all()):
+            return tensor.detach()
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
 
-    def improve(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.numel() < 2:
-            return leaf
-        leaf = leaf.detach().double()
-        return noise(leaf) if bool((leaf == leaf.reshape(-1)[0]).all()) else leaf
-
-    improved = tree_map(improve, inputs)
-    tensors = [leaf for leaf in tree_leaves(improved) if isinstance(leaf, Tensor)]
-    if not all(tensor.dim() > 1 and tensor.shape[0] == 1 for tensor in tensors):
-        return tuple(improved)
-    return tuple(
-        tree_map(lambda leaf: torch.cat([leaf, leaf.flip(-1)]) if isinstance(leaf, Tensor) else leaf, improved)
-    )
+    return convert_tensors(inputs, improve)
 
 
-def _response_to_noise(model: nn.Module, inputs: tuple[Any, ...], mode: str, expected: Sequence[Tensor]) -> float:
-    """Relative change of the output when the input changes by 1e-15 of itself: how far rounding alone can move this
-    model.
+def _twice(inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Two samples in place of one; None if there are more, or no batch."""
+    tensors = tensors_in(inputs)
+    if not tensors or not all(tensor.dim() > 1 and tensor.shape[0] == 1 for tensor in tensors):
+        return None
+    return convert_tensors(inputs, lambda tensor: torch.cat([tensor, tensor.flip(-1)]))
+
+
+def _response(model: nn.Module, oracle: _Oracle, step: float, *, weights: bool) -> float:
+    """Relative change of the output when each number of the input, and of the weights if asked for, changes by about
+    `step` of itself: how far rounding alone can move this model.
     """
     generator = torch.Generator().manual_seed(1)
 
-    def shake(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        return leaf.double() * (
-            1 + NOISE * torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf.device)
-        )
+    def shake(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+        shaken = tensor.detach().double() * (1 + step * noise)
+        return shaken if oracle.precision is in_double else shaken.to(tensor.dtype)
 
-    shaken, _ = evaluate(model, tuple(tree_map(shake, inputs)), mode)
-    return difference(shaken, expected)[1]
+    if weights:
+        model = share_tensors(model, lambda tensor: _like(tensor, shake(tensor)))
+    shaken = evaluate(model, convert_tensors(oracle.inputs, shake), oracle.mode, oracle.precision)
+    return difference(shaken.tensors, oracle.run.tensors)[1]
 
 
-def _without_removed(statistics: Mapping[str, Tensor], record: Any) -> dict[str, Tensor]:
-    """Running statistics without those of channels that the compilation removed."""
+def _like(tensor: Tensor, value: Tensor) -> Tensor:
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value.clone()
+
+
+def _without_removed(state: Mapping[str, Tensor], record: Any) -> dict[str, Tensor]:
+    """Buffers without the entries of channels that the compilation removed."""
     removed = getattr(getattr(record, "plan", None), "removed", {})
-    found = dict(statistics)
-    for name, channels in removed.items():
-        for buffer in (f"{name}.running_mean", f"{name}.running_var"):
-            if buffer in found:
-                found[buffer] = found[buffer][remaining(len(found[buffer]), channels.outputs)]
+    found = dict(state)
+    for name, buffer in state.items():
+        owner, _, attribute = name.rpartition(".")
+        statistic = attribute in ("running_mean", "running_var")
+        channels = removed.get(name) or (removed.get(owner) if statistic else None)
+        if channels is not None and buffer.dim():
+            found[name] = buffer[remaining(len(buffer), channels.outputs).to(buffer.device)]
     return found
 
 
-def _compare_statistics(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float) -> None:
-    """Running statistics must hold the same values, in any order. A mean is measured against the spread beside it, for
-    it may be zero up to rounding.
+def _compare_state(
+    pruned: nn.Module, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float, mode: str
+) -> None:
+    """What forward left in buffers must be the same values, in any order. A mean is measured against the spread beside
+    it, for it may be zero up to rounding.
     """
+    own = dict(pruned.named_buffers())
     for name, buffer in expected.items():
-        if name not in found:
+        if name not in own and name.endswith(("running_mean", "running_var", "num_batches_tracked")):
             continue  # folded into a convolution
-        spread = expected.get(name.replace("running_mean", "running_var"), buffer).abs().max().sqrt()
-        scale = max(float(buffer.abs().max()), float(spread), torch.finfo(torch.float64).tiny)
-        worst = float((found[name].sort().values - buffer.sort().values).abs().max()) / scale
-        if not worst <= limit * 10:
+        now = found.get(name, own.get(name))
+        if now is None or now.shape != buffer.shape:
             raise VerificationError(
-                f"{name} differs after a step in training mode by {worst:.1e} of its scale (limit {limit * 10:.0e})"
+                f"{name}: forward of the masked model writes into this buffer, and the compiled model has "
+                f"{'no such buffer' if now is None else f'one of shape {tuple(now.shape)}'}; "
+                "this is a defect of fxprune, please report it with the model"
             )
+        a, b = now.double().reshape(-1).sort().values, buffer.double().reshape(-1).sort().values
+        spread = expected.get(name.replace("running_mean", "running_var"), buffer).double().abs().max().sqrt()
+        scale = max(float(b.abs().max()), float(spread), torch.finfo(torch.float64).tiny)
+        worst = float((a - b).abs().max()) / scale
+        if not worst <= limit * 10:
+            when = "a step in training mode" if mode == "train" else "a run"
+            raise VerificationError(f"{name} differs after {when} by {worst:.1e} of its scale (limit {limit * 10:.0e})")
 
 
 # --- where they differ first ------------------------------------------------------------------------------------------
 
 
-def _first_difference(
-    pruned: nn.Module, masked: nn.Module, inputs: tuple[Any, ...], mode: str, examples: tuple[Any, ...]
-) -> str:
+def _first_difference(pruned: nn.Module, masked: nn.Module, oracle: _Oracle, examples: tuple[Any, ...]) -> str:
     """Name the first node of `pruned` whose values, in any order, are not those of the node of the same name in the
     masked model.
     """
     if not isinstance(pruned, fx.GraphModule):
         return "the first model is no graph, so the place is unknown"
     try:
-        oracle = {name: summary for name, summary, _ in _summaries(trace(masked, examples).module, inputs, mode)}
-        for name, summary, target in _summaries(pruned, inputs, mode):
-            if name in oracle and not _alike(summary, oracle[name]):
+        given = oracle.inputs, oracle.mode, oracle.precision
+        right = {name: summary for name, summary, _ in _summaries(trace(masked, examples).module, *given)}
+        for name, summary, target in _summaries(pruned, *given):
+            if name in right and not _alike(summary, right[name]):
                 return f"the first node that differs is {name} ({target})"
     except (FxpruneError, RuntimeError) as error:
         return f"the place could not be found ({error})"
     return "no node differs in its set of values, so channels are out of order"
 
 
-def _summaries(gm: fx.GraphModule, inputs: tuple[Any, ...], mode: str) -> Iterator[tuple[str, tuple[float, ...], Any]]:
+def _summaries(
+    gm: fx.GraphModule, inputs: tuple[Any, ...], mode: str, precision: Precision
+) -> Iterator[tuple[str, tuple[float, ...], Any]]:
     """Run a graph and yield, for each node that gives a tensor, numbers that do not depend on the order of its
     elements.
     """
-    copy = _prepare(gm, mode, lazily=False)
-    assert isinstance(copy, fx.GraphModule)
     found: list[tuple[str, tuple[float, ...], Any]] = []
 
     class Recorder(fx.Interpreter):
@@ -310,8 +416,12 @@ def _summaries(gm: fx.GraphModule, inputs: tuple[Any, ...], mode: str) -> Iterat
                 )
             return value
 
-    with torch.no_grad():
-        Recorder(copy).run(*_as_double(inputs))
+    def record(copy: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(copy, fx.GraphModule)
+        found.clear()  # of an attempt that failed
+        Recorder(copy).run(*inputs)
+
+    precision(gm, inputs, mode, record)
     yield from found
 
 

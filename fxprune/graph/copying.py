@@ -8,15 +8,21 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxprune.errors import TraceError
+from fxprune.graph.containers import tensors_in
 
 
 def share_tensors(model: nn.Module, convert: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
     """Copy the module tree of `model` but not its parameters and buffers, which are shared, or replaced by
-    `convert(tensor)`.
+    `convert(tensor)`. Tensors that modules keep as plain attributes (a grid of positions, say) are copied, or converted
+    too.
     """
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         memo[id(tensor)] = tensor if convert is None else convert(tensor)
+    for tensor in _kept_beside(model):
+        if id(tensor) not in memo:
+            leaf = tensor if tensor.is_leaf else tensor.detach()
+            memo[id(tensor)] = leaf.clone() if convert is None else convert(leaf)
     for module in model.modules():
         # A module is a dozen registers of hooks, nearly all empty: `deepcopy` would spend most of its time on these.
         memo |= {id(value): type(value)() for value in vars(module).values() if type(value) in _REGISTERS and not value}
@@ -30,7 +36,20 @@ def share_tensors(model: nn.Module, convert: Callable[[Tensor], Tensor] | None =
         ) from cause
 
 
+def _kept_beside(model: nn.Module) -> list[Tensor]:
+    """Tensors in plain attributes of modules."""
+    own = ("_parameters", "_buffers", "_modules")
+    return tensors_in([{k: v for k, v in vars(module).items() if k not in own} for module in model.modules()])
+
+
 _REGISTERS = (dict, OrderedDict)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a model that shares nothing with it: what `copy.deepcopy` would give, if it did not refuse tensors that
+    were computed and kept as attributes (old hooks of `weight_norm`, `torch.nn.utils.prune`).
+    """
+    return share_tensors(model, lambda tensor: copy.deepcopy(tensor) if tensor.is_leaf else tensor.detach().clone())
 
 
 def own_tensors(gm: fx.GraphModule, masked: nn.Module) -> None:

@@ -1,33 +1,83 @@
 """What the layers of a graph cost: parameters and multiply-accumulates."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
+from fxprune.graph.containers import convert_tensors, tensors_in
+from fxprune.graph.contexts import contexts_restored
+from fxprune.graph.copying import share_tensors
 from fxprune.graph.editing import calls
+
+LAYERS = nn.modules.conv._ConvNd | nn.Linear
 
 
 def layer_costs(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> dict[str, tuple[int, int | None]]:
     """Parameters, and MACs of one image over all calls (None if shapes are unknown), of each convolution and linear
-    layer, by module path.
+    layer, by module path; those inside modules that stay whole too.
     """
-    costs: dict[str, tuple[int, int | None]] = {}
+    params: dict[str, int] = {}
+    macs: dict[str, int | None] = {}
     batch = batch_size(gm, values)
-    for node, layer in calls(gm, nn.Module):
-        if not isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
+    for node, module in calls(gm, nn.Module):
+        for name, layer, count in _called_layers(node, module, values):
+            params[name] = sum(p.numel() for p in layer.parameters())
+            macs[name] = known_sum((macs.get(name, 0), None if count is None else count // batch))
+    return {name: (params[name], macs[name]) for name in params}
+
+
+def _called_layers(
+    node: fx.Node, module: nn.Module, values: Mapping[fx.Node, Any]
+) -> Iterator[tuple[str, nn.Module, int | None]]:
+    """The layers that a call runs, with their MACs."""
+    name = str(node.target)
+    if isinstance(module, LAYERS):
+        source, value = values.get(next(iter(node.all_input_nodes), node)), values.get(node)
+        yield name, module, _macs(module, source, value)
+        return
+    inside = {path: layer for path, layer in module.named_modules() if isinstance(layer, LAYERS)}
+    if not inside:
+        return
+    counts = _run_inside(node, module, values)
+    for path, layer in inside.items():
+        yield f"{name}.{path}", layer, None if counts is None else counts.get(path, 0)
+
+
+def _run_inside(node: fx.Node, module: nn.Module, values: Mapping[fx.Node, Any]) -> dict[str, int] | None:
+    """MACs of the layers inside a module that stays whole, by running a copy of it on what the call gives it; None if
+    it does not run on numbers made up.
+    """
+    if any(source not in values for source in node.all_input_nodes):
+        return None
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: values[source])
+    for device in ("meta", "cpu"):  # one that reads data needs some
+
+        def convert(tensor: Tensor, device: str = device) -> Tensor:
+            blank = tensor.to("meta") if device == "meta" else torch.ones_like(tensor, device=device)
+            return nn.Parameter(blank, requires_grad=False) if isinstance(tensor, nn.Parameter) else blank
+
+        counts: dict[str, int] = {}
+        copied = share_tensors(module, convert).eval()
+        for path, layer in copied.named_modules():
+            if isinstance(layer, LAYERS):
+                layer.register_forward_hook(_counting(path, counts))
+        try:
+            with torch.no_grad(), contexts_restored(), torch.random.fork_rng():
+                copied(*convert_tensors(args, convert), **convert_tensors(kwargs, convert))
+        except Exception:  # user code may raise anything
             continue
-        params, macs = costs.get(str(node.target), (sum(p.numel() for p in layer.parameters()), 0))
-        value = values.get(node)
-        costs[str(node.target)] = (
-            params,
-            None
-            if macs is None or not isinstance(value, Tensor)
-            else macs + _macs(layer, node, value, values) // batch,
-        )
-    return costs
+        return counts
+    return None
+
+
+def _counting(path: str, counts: dict[str, int]) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def count(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        counts[path] = counts.get(path, 0) + (_macs(layer, inputs[0] if inputs else None, output) or 0)
+
+    return count
 
 
 def total_macs(costs: Mapping[str, tuple[int, int | None]]) -> int | None:
@@ -45,17 +95,16 @@ def known_sum(counts: Iterable[int | None]) -> int | None:
     return total
 
 
-def _macs(layer: nn.Module, node: fx.Node, value: Tensor, values: Mapping[fx.Node, Any]) -> int:
+def _macs(layer: nn.Module, source: Any, value: Any) -> int | None:
+    """Multiply-accumulates of one call, over the whole batch; None if its shapes are unknown."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        source = values.get(node.all_input_nodes[0])
-        return (source.numel() if isinstance(source, Tensor) else 0) * math.prod(weight.shape[1:])
-    return value.numel() * math.prod(weight.shape[1:])
+    meets = source if isinstance(layer, nn.modules.conv._ConvTransposeNd) else value
+    return meets.numel() * math.prod(weight.shape[1:]) if isinstance(meets, Tensor) else None
 
 
 def batch_size(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> int:
     """Number of samples in the inputs that the values were found for; 1 if no input has a batch dimension."""
     placeholders = [values.get(node) for node in gm.graph.nodes if node.op == "placeholder"]
-    tensors = [leaf for leaf in tree_leaves(placeholders) if isinstance(leaf, Tensor) and leaf.dim() > 1]
+    tensors = [leaf for leaf in tensors_in(placeholders) if leaf.dim() > 1]
     return max(1, tensors[0].shape[0]) if tensors else 1

@@ -83,6 +83,17 @@ def called_module(gm: fx.GraphModule, node: fx.Node) -> nn.Module:
     return module
 
 
+def label(node: fx.Node) -> str:
+    """What a user would call a node: the path of the module that it calls, or its operation and the module whose
+    forward has it.
+    """
+    if node.op == "call_module":
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack")
+    owner = str(next(reversed(stack.values()))[0]) if stack else ""
+    return f"{node.name} in {owner}" if owner else node.name
+
+
 def conv_at(model: nn.Module, name: str) -> nn.Conv2d:
     """The convolution at a module path, which is known to be one."""
     conv = model.get_submodule(name)

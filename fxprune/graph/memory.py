@@ -49,6 +49,16 @@ def storage_roots(gm: fx.GraphModule) -> dict[fx.Node, frozenset[fx.Node]]:
     return roots
 
 
+def written_attributes(gm: fx.GraphModule) -> frozenset[fx.Node]:
+    """The parameters and buffers (`get_attr`) into which a node writes, itself or through a view."""
+    writers = [node for node in gm.graph.nodes if is_mutating(gm, node) and node.all_input_nodes]
+    if not writers:
+        return frozenset()
+    roots = storage_roots(gm)
+    found = (root for node in writers for root in roots[node.all_input_nodes[0]])
+    return frozenset(root for root in found if root.op == "get_attr")
+
+
 class Memory:
     """Who writes into which memory, to tell whether a value is still what it was when a copy of it is left out.
 

@@ -60,9 +60,12 @@ def _differ(x: Any, y: Any, place: Mapping[fx.Node, tuple[str, int]]) -> bool:
     """Whether two arguments differ: nodes by their place, literals by value, anything else by type."""
     if isinstance(x, fx.Node) and isinstance(y, fx.Node):
         return place[x] != place[y]
+    if isinstance(x, slice) and isinstance(y, slice):  # of an input's size: pytree does not look into them
+        pairs = ((x.start, y.start), (x.stop, y.stop), (x.step, y.step))
+        return any(_differ(left, right, place) for left, right in pairs)
     if type(x) is not type(y):
         return True
-    return bool(x != y) if isinstance(x, bool | int | float | str | slice | torch.dtype | None) else False
+    return bool(x != y) if isinstance(x, bool | int | float | str | torch.dtype | None) else False
 
 
 def insert_training_flags(root: nn.Module, graph: fx.Graph, flags: Mapping[fx.Node, Sequence[int]]) -> None:

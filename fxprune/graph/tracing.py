@@ -11,36 +11,27 @@ Three things that `torch.fx.symbolic_trace` does not do:
 3. *Shapes.* They are computed on meta tensors, so that they cost next to nothing.
 """
 
+import copy
 import inspect
 import operator
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-import torchvision
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from fxprune.errors import TraceError
-from fxprune.graph.copying import share_tensors
-from fxprune.graph.layers import ChannelGather, TrainingFlag
+from fxprune.graph.containers import convert_tensors, tensors_in
+from fxprune.graph.copying import copied, share_tensors
+from fxprune.graph.memory import written_attributes
 from fxprune.graph.modes import compare_modes, insert_training_flags, restore_modes
+from fxprune.graph.tracer import LEAVES, Tracer
 from fxprune.graph.values import first_line, meta_values, propagate
 
 Inputs: TypeAlias = Tensor | Sequence[Any]
-
-LEAVES: tuple[type[nn.Module], ...] = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.Linear,
-    ChannelGather,
-    TrainingFlag,
-)
 
 
 @dataclass(frozen=True)
@@ -69,8 +60,11 @@ class Trace:
 
 
 def as_inputs(example_inputs: Inputs) -> tuple[Any, ...]:
-    """Return example inputs as a tuple of positional arguments; a bare tensor is one argument."""
-    return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    """Return example inputs as a tuple of positional arguments; a bare tensor is one argument. What they were computed
+    from is forgotten.
+    """
+    given = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    return convert_tensors(given, Tensor.detach) if any(t.grad_fn is not None for t in tensors_in(given)) else given
 
 
 def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
@@ -83,7 +77,7 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
             usual image sizes.
 
     Returns:
-        The trace. Its modules share parameters with `model`.
+        The trace. Its modules share parameters and buffers with `model`, but for those that running it changes.
 
     Raises:
         TraceError: the top-level forward cannot be traced; the message names the submodules that can. Or a lazy module
@@ -96,9 +90,14 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
             )
     examples = None if example_inputs is None else as_inputs(example_inputs)
     fixed = _fixed_arguments(model, examples)
+    tensors = _tensor_arguments(model, examples)
+    with torch.inference_mode(False):
+        scratch = copied(model)  # forward may write into buffers and parameters while it is traced
     leaves: dict[str, str] = {}
     while True:
-        (evaluation, traced), (training, _) = (_trace_in_mode(model, mode, leaves, fixed) for mode in (False, True))
+        (evaluation, traced), (training, _) = (
+            _trace_in_mode(scratch, mode, leaves, fixed, tensors) for mode in (False, True)
+        )
         flags, divergent = compare_modes(evaluation, training)
         fresh = {
             name: "its operators differ between training and evaluation"
@@ -125,12 +124,18 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
             node.type = hints.get(str(node.target))  # fx would write the string "Tensor" as a type named _Tensor_
     module = fx.GraphModule(root, graph, class_name=type(model).__name__)
     restore_modes(module, root)
+    _own_state(module, leaves)
 
     notes = (
         ["channels of modules that could not be traced keep their order: " + ", ".join(sorted(leaves))]
         if _has_layers(root, leaves)
         else []
     )
+    if hooked := _hooked_containers(model, leaves):
+        notes.append(
+            "hooks ran once, while the model was traced, and the graph has what they did to values, nothing else: "
+            + ", ".join(hooked)
+        )
     if divergent:
         where = ", ".join(name or "the model itself" for name in sorted(divergent))
         notes.append(
@@ -157,7 +162,7 @@ def trace_leaf(
     """
     root = share_tensors(module).train(training)
     try:
-        graph_module = fx.GraphModule(root, _Tracer(()).trace(root))
+        graph_module = fx.GraphModule(root, Tracer().trace(root))
     except Exception:  # any failure of user code means the same here: the module stays whole
         return None
     values, error = meta_values(graph_module, inputs)
@@ -172,46 +177,59 @@ def is_hooked(module: nn.Module) -> bool:
 # --- graphs -----------------------------------------------------------------------------------------------------------
 
 
-class _Tracer(fx.Tracer):
-    """`fx.Tracer` with our leaf rule; `failed` names the innermost module whose forward raised."""
-
-    def __init__(self, leaves: Iterable[str] = ()) -> None:  # a pickled graph makes its tracer without arguments
-        # torchvision wraps this function for calls from its own modules; here it stays one node for all.
-        super().__init__(autowrap_functions=(torchvision.ops.stochastic_depth,))
-        self.leaves = frozenset(leaves)
-        self.failed: str | None = None
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return (
-            isinstance(m, LEAVES)
-            or module_qualified_name in self.leaves
-            or super().is_leaf_module(m, module_qualified_name)
-        )
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            if self.failed is None:
-                self.failed = self.path_of_module(m)
-            raise
-
-
 def _trace_in_mode(
-    model: nn.Module, training: bool, leaves: dict[str, str], fixed: Mapping[str, Any]
+    model: nn.Module, training: bool, leaves: dict[str, str], fixed: Mapping[str, Any], tensors: Collection[str]
 ) -> tuple[fx.Graph, nn.Module]:
-    """Trace a fresh copy in one mode, turning modules that raise into leaves (added to `leaves`) until it succeeds."""
+    """Trace a fresh copy in one mode until it succeeds. Where forward of a module raises, its buffers become constants,
+    for they may be what it decides by; where that does not help, or it writes into them, it becomes a leaf (added to
+    `leaves`).
+    """
+    frozen: list[str] = []
     while True:
-        tracer = _Tracer(leaves)
+        tracer = Tracer(leaves, frozen, tensors)
         root = share_tensors(model).train(training)
+        written = _versions(root, frozen)
         try:
-            return tracer.trace(root, concrete_args=dict(fixed)), root
+            graph = tracer.trace(root, concrete_args=dict(fixed))
         except Exception as cause:
-            if not tracer.failed or tracer.failed in leaves:
+            failed = tracer.failed
+            if failed not in frozen and any(True for _ in root.get_submodule(failed or "").buffers()):
+                frozen.append(failed or "")
+                continue
+            if not failed or failed in leaves:
                 raise TraceError(_untraceable(model, cause)) from cause
-            leaves[tracer.failed] = f"its forward cannot be traced ({first_line(cause)})"
+            leaves[failed] = f"its forward cannot be traced ({first_line(cause)})"
+            continue
+        changed = next((path for path, before in written.items() if _versions(root, [path])[path] != before), None)
+        if changed is None:
+            return graph, root
+        if not changed:
+            raise TraceError(
+                f"{type(model).__name__} cannot be traced as a whole: its forward writes into buffers whose values it "
+                "also looks at; move that into a submodule"
+            )
+        frozen.remove(changed)
+        leaves[changed] = "its forward writes into buffers whose values it also looks at"
+
+
+def _own_state(module: fx.GraphModule, leaves: Iterable[str]) -> None:
+    """Give the graph its own copy of what running it changes: the tensors that it writes into, and the buffers of
+    modules that stay whole. All others it shares with the model.
+    """
+    written = {str(node.target) for node in written_attributes(module)}
+    for path in leaves:
+        written |= {f"{path}.{name}" for name, _ in module.get_submodule(path).named_buffers()}
+    for name in written:
+        owner, _, attribute = name.rpartition(".")
+        holder = module.get_submodule(owner)
+        for store in (holder._parameters, holder._buffers):
+            if (tensor := store.get(attribute)) is not None:
+                store[attribute] = copy.deepcopy(tensor)  # type: ignore[assignment]  # a parameter stays one
+
+
+def _versions(root: nn.Module, paths: Iterable[str]) -> dict[str, list[int]]:
+    """How often the buffers of some modules have been written into."""
+    return {path: [buffer._version for buffer in root.get_submodule(path).buffers()] for path in paths}
 
 
 def _untraceable(model: nn.Module, cause: Exception) -> str:
@@ -232,7 +250,7 @@ def _untraceable(model: nn.Module, cause: Exception) -> str:
 
 def _is_traceable(module: nn.Module) -> bool:
     try:
-        _Tracer(()).trace(share_tensors(module).eval())
+        Tracer().trace(copied(module).eval())
     except Exception:  # any failure of user code means the same here: not traceable
         return False
     return True
@@ -256,6 +274,30 @@ def _fixed_arguments(model: nn.Module, examples: tuple[Any, ...] | None) -> dict
             f"but example_inputs has {given} values; give one for each"
         )
     return {p.name: p.default for p in (*parameters[given:], *keywords) if p.default is not p.empty}
+
+
+def _tensor_arguments(model: nn.Module, examples: tuple[Any, ...] | None) -> frozenset[str]:
+    """Names of the arguments of forward that are tensors: by the example, or else all without a default."""
+    parameters = [
+        p
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if examples is None:
+        return frozenset(p.name for p in parameters if p.default is p.empty)
+    return frozenset(p.name for p, value in zip(parameters, examples, strict=False) if isinstance(value, Tensor))
+
+
+def _hooked_containers(model: nn.Module, leaves: Collection[str]) -> list[str]:
+    """Modules that are traced inside and have hooks."""
+    return [
+        name or "the model itself"
+        for name, module in model.named_modules()
+        if (module._forward_hooks or module._forward_pre_hooks)
+        and not isinstance(module, LEAVES)
+        and not any(name == leaf or name.startswith(f"{leaf}.") for leaf in leaves)
+        and any(isinstance(inner, LEAVES) for inner in module.modules())
+    ]
 
 
 def _argument_types(model: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What each node of a graph gives, found on meta tensors, so that it costs next to nothing."""
+"""What each node of a graph gives, found on meta tensors, so that it costs next to nothing, or else by a real run."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import TraceError
+from fxprune.graph.containers import convert_tensors, tensors_in
+from fxprune.graph.contexts import contexts_restored
 from fxprune.graph.copying import share_tensors
 from fxprune.graph.editing import called_module
 from fxprune.graph.layers import ChannelGather
@@ -22,15 +24,17 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
-class _MetaInterpreter(fx.Interpreter):
-    """Runs a graph node by node and keeps every value."""
+class _ValueInterpreter(fx.Interpreter):
+    """Runs a graph node by node and keeps what every value is like: as long as it is on the meta device, the value."""
 
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(module, garbage_collect_values=False, graph=graph)
+    def __init__(self, module: nn.Module, graph: fx.Graph, is_real: bool) -> None:
+        super().__init__(module, garbage_collect_values=is_real, graph=graph)
         self.values: dict[fx.Node, Any] = {}
+        self._is_real = is_real
 
     def run_node(self, n: fx.Node) -> Any:
-        self.values[n] = value = super().run_node(n)
+        value = super().run_node(n)
+        self.values[n] = convert_tensors(value, lambda tensor: tensor.detach().to("meta")) if self._is_real else value
         return value
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -51,19 +55,23 @@ def _thaw(argument: Any) -> Any:
 
 
 def propagate(module: fx.GraphModule, examples: tuple[Any, ...] | None) -> tuple[dict[fx.Node, Any], tuple[Any, ...]]:
-    """Values of all nodes on meta tensors, from the example or from the first probe that fits, and the inputs used."""
+    """Values of all nodes, from the example or from the first probe that fits, and the inputs used: meta tensors, or
+    real ones where forward reads data or does not run on the meta device.
+    """
     if examples is None:
         for probe in _probes(module):
             values, error = meta_values(module, (probe,))
             if error is None:
                 return values, (probe,)
         return {}, ()
-    inputs = torch.utils._pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, examples)
+    inputs = convert_tensors(examples, lambda tensor: tensor.to("meta").detach())
+    values, error = meta_values(module, inputs)
+    if error is None:
+        return values, inputs
+    inputs = convert_tensors(examples, lambda tensor: tensor.detach().clone())
     values, error = meta_values(module, inputs)
     if error is not None and not _needs_data(error):
-        shapes = ", ".join(
-            str(tuple(leaf.shape)) for leaf in torch.utils._pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)
-        )
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(inputs))
         raise TraceError(f"the model does not run on example inputs of shape {shapes}: {first_line(error)}") from error
     return values, inputs
 
@@ -74,18 +82,25 @@ def _needs_data(error: Exception) -> bool:
 
 
 def meta_values(module: fx.GraphModule, inputs: tuple[Any, ...]) -> tuple[dict[fx.Node, Any], Exception | None]:
-    """Run `module` on meta tensors; return the value of each node reached, and the error that ended the run, if any."""
+    """Run `module` on copies of its tensors; return the value of each node reached, with meta tensors in place of
+    tensors, and the error that ended the run, if any.
+
+    Args:
+        module: the graph, which is not changed.
+        inputs: arguments of forward. If their tensors are on the meta device, so is the run, and costs nothing.
+    """
+    is_real = any(not tensor.is_meta for tensor in tensors_in(inputs))
 
     def convert(tensor: Tensor) -> Tensor:
-        meta = tensor.detach().to("meta")
-        return nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
+        copied = tensor.detach().clone() if is_real else tensor.detach().to("meta")
+        return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
 
     tree = nn.Module()  # the modules alone: copying the graph as well would take most of the time
     tree._modules, tree._parameters, tree._buffers = module._modules, module._parameters, module._buffers
-    interpreter = _MetaInterpreter(share_tensors(tree, convert).eval(), module.graph)
+    interpreter = _ValueInterpreter(share_tensors(tree, convert).eval(), module.graph, is_real)
     try:
-        with torch.no_grad():
-            interpreter.run(*inputs)
+        with torch.no_grad(), contexts_restored(), torch.random.fork_rng(enabled=is_real):
+            interpreter.run(*convert_tensors(inputs, lambda tensor: tensor.clone()))
     except Exception as error:  # user code may raise anything; the caller decides what it means
         return interpreter.values, error
     return interpreter.values, None

@@ -1,6 +1,5 @@
 """A plan of kernels: the ratio of each layer, its groups, and the input channels that each group keeps."""
 
-import copy
 from dataclasses import replace
 
 from torch import nn
@@ -8,6 +7,7 @@ from torch import nn
 from fxprune.calibration import survey
 from fxprune.calibration.subject import Subject
 from fxprune.channels.writers import common_writers
+from fxprune.graph.copying import copied
 from fxprune.planning.latency_budget import meet_latency
 from fxprune.planning.planner import Planner, prunable_shapes
 from fxprune.planning.requests import Request
@@ -39,7 +39,7 @@ def plan_kernels(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Modu
         graph, seed, progress = subject.trace.module, request.seed, request.progress
         for name, samples in survey(graph, subject.batches, planner.sharing, seed=seed, progress=progress):
             planner.survey(name, samples)
-    masked = copy.deepcopy(subject.model)
+    masked = copied(subject.model)
     kernels = subject.reconstruct(masked, planner.shapes, planner.choose, request.seed, request.progress)
     return planner.plan(kernels), masked
 

@@ -1,6 +1,5 @@
 """The one step that changes the function: what a plan drops becomes zero, and what stays is refitted."""
 
-import copy
 from dataclasses import replace
 
 import torch
@@ -9,7 +8,7 @@ from torch import fx, nn
 from fxprune.calibration import FITS, Calibration
 from fxprune.calibration.subject import Subject
 from fxprune.exact.pipeline import run
-from fxprune.graph.copying import own_tensors
+from fxprune.graph.copying import copied, own_tensors
 from fxprune.graph.tracing import Inputs, trace
 from fxprune.graph.values import CarriedValues
 from fxprune.passes import RemoveChannels
@@ -52,7 +51,7 @@ def masked_by(subject: Subject, plan: PrunePlan, *, progress: bool = False) -> n
         if plan.layers:
             subject.reconstruct(masked, plan.layers, lambda name, conv, samples: plan.layers[name], plan.seed, progress)
         return masked
-    masked = copy.deepcopy(model)
+    masked = copied(model)
     zero_pruned(masked, entries_without_removed(model, plan))
     refit_readers(subject, masked, plan, progress=progress)
     if plan.layers:

@@ -163,7 +163,7 @@ class Planner:
             if name in ignored:
                 reason = "ignored on request"
             elif name not in ratios:
-                reason = "no pattern of ratio matches"
+                reason = obstacles.get(name) or skip_reason(conv, shared) or "no pattern of ratio matches"
             elif ratios[name] == 0:
                 reason = "ratio is 0"
             elif name in obstacles:

@@ -1,12 +1,12 @@
 """The entries of a model's parameters that a plan keeps, and how the others are made zero."""
 
-import copy
 from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fxprune.errors import PlanError
+from fxprune.graph.copying import copied
 from fxprune.plans import PrunePlan, RemovedChannels
 
 
@@ -102,7 +102,7 @@ def masked_copy(model: nn.Module, plan: PrunePlan) -> nn.Module:
     Raises:
         PlanError: the plan was made for another model.
     """
-    masked = copy.deepcopy(model)
+    masked = copied(model)
     zero_pruned(masked, kept_entries(model, plan))
     return masked
 

@@ -163,9 +163,9 @@ WAYS = {
         lambda x: x.sum(1, keepdim=True) / x.shape[1], inner=1, reason="computes with their number"
     ),
     "unpacked number": Way(lambda x: x * x.size()[1] ** 0.5, reason="computes with their number"),
+    "frozen batch norm": Way(lambda x, n: n(x), lambda: (Frozen(),)),
     # nothing is known, or nothing can be stored
     "parametrized": Way(lambda x, c: c(x), lambda: (weight_norm(conv()),), reason="has hooks or a parametrized weight"),
-    "frozen batch norm": Way(lambda x, n: n(x), lambda: (Frozen(),), reason="was computed while tracing"),
     "unknown operator": Way(lambda x: x.cumsum(1), reason="no rule for"),
     "spread in a view": Way(
         lambda x: x.view(2, 2, 4, 4, 4).relu().flatten(1, 2), reason="in a form that cannot lose some", harmless=True

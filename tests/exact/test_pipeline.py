@@ -68,14 +68,14 @@ def test_folding_comes_last(masked: nn.Module) -> None:
 def test_any_order_keeps_the_function_and_the_given_one_leaves_fewest_gathers(masked: nn.Module) -> None:
     """Orders of the eight passes, and of those with BatchNorm folded first: none may be wrong, none better."""
     x = (image(),)
-    expected = evaluate(masked, x, "eval")[0]
+    expected = evaluate(masked, x, "eval").tensors
     default = default_pipeline(PLAN, CarriedValues(INPUTS))
     left = []
     orders = [(first, *rest) for first, *rest in itertools.permutations(default)]
     for order in [default, *orders[::2687], (FoldBatchNorm(), *default)]:
         gm = trace(masked, image()).module
         run(gm, order, INPUTS)
-        assert difference(evaluate(gm, x, "eval")[0], expected)[1] <= 1e-10, [type(p).__name__ for p in order]
+        assert difference(evaluate(gm, x, "eval").tensors, expected)[1] <= 1e-10, [type(p).__name__ for p in order]
         left.append(gathers(gm))
     assert left[0] == min(left)
     assert max(left) > left[0], "the order makes no difference at all: the comment in the pipeline is idle"

@@ -1,0 +1,160 @@
+"""The symbolic tracer: `torch.fx`'s own, with our leaves, proxies that say that they are tensors, buffers that stay
+state, contexts that stay, and outputs of any container.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+
+from fxprune.errors import TraceError
+from fxprune.graph.contexts import GradMode, autocast_recorded
+from fxprune.graph.layers import ChannelGather, TrainingFlag
+
+LEAVES: tuple[type[nn.Module], ...] = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.Linear,
+    ChannelGather,
+    TrainingFlag,
+)
+
+NO_TENSORS = frozenset(
+    "size dim ndimension numel nelement stride storage_offset element_size is_floating_point is_complex is_contiguous "
+    "get_device shape dtype device layout ndim is_cuda requires_grad grad_fn itemsize nbytes item tolist "
+    "chunk split split_with_sizes tensor_split unbind hsplit vsplit dsplit unsafe_chunk unsafe_split meshgrid "
+    "broadcast_tensors max min median mode kthvalue topk sort cummax cummin aminmax svd qr eigh eig lu slogdet "
+    "register_hook retain_grad backward data_ptr numpy is_grad_enabled result_type finfo iinfo".split()
+)
+"""Attributes, methods and functions that give, or may give, something else than a tensor."""
+SEVERAL = (nn.RNNBase, nn.MultiheadAttention, nn.AdaptiveLogSoftmaxWithLoss)
+"""Layers that give tuples."""
+
+
+class TensorProxy(fx.Proxy):
+    """A proxy for a value that is a tensor for certain: `isinstance(x, torch.Tensor)` is true of it, as it will be of
+    the value, so that forward takes the branch that it takes.
+    """
+
+    _is_param = _is_buffer = False  # what isinstance(x, nn.Parameter) and isinstance(x, nn.Buffer) ask for
+
+    @property  # type: ignore[misc]  # Python asks it for isinstance, and nobody sets it
+    def __class__(self) -> type:
+        return Tensor
+
+
+class Tracer(fx.Tracer):
+    """Trace one model once.
+
+    Args:
+        leaves: paths of modules that stay whole.
+        frozen: paths of modules whose buffers are read while tracing, and are constants of the graph: those that decide
+            by their values which way to go.
+        tensors: names of arguments of forward that are tensors; None if nothing is known of them.
+
+    Attributes:
+        failed: path of the innermost module whose forward raised.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self, leaves: Iterable[str] = (), frozen: Iterable[str] = (), tensors: Iterable[str] | None = None
+    ) -> None:  # a pickled graph makes its tracer without arguments
+        # torchvision wraps this function for calls from its own modules; here it stays one node for all.
+        super().__init__(autowrap_functions=(torchvision.ops.stochastic_depth,))
+        self.leaves, self.frozen = frozenset(leaves), frozenset(frozen)
+        self.failed: str | None = None
+        self._tensors = None if tensors is None else frozenset(tensors)
+        self._known: set[fx.Node] = set()
+        self._grad: GradMode | None = None
+
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
+        self._frozen_buffers = {
+            id(buffer)
+            for name, buffer in root.named_buffers()
+            if any(name.startswith(f"{path}.") or not path for path in self.frozen)
+        }
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            self._grad = GradMode(self)
+            stack.enter_context(autocast_recorded(self))
+            return super().trace(root, concrete_args)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            isinstance(m, LEAVES)
+            or module_qualified_name in self.leaves
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed is None:
+                self.failed = self.path_of_module(m)
+            raise
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if id(attr_val) in self._frozen_buffers:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        if torch.is_inference_mode_enabled():
+            raise TraceError("forward enters torch.inference_mode, which a graph cannot hold; use torch.no_grad there")
+        if self._grad is not None and kind != "placeholder":
+            self._grad.follow()
+        node = super().create_node(kind, target, *args, **kwargs)
+        if self._gives_tensor(node):
+            self._known.add(node)
+        return node
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return TensorProxy(node, self) if node in self._known else super().proxy(node)
+
+    def create_arg(self, a: Any) -> Any:
+        if issubclass(type(a), fx.Proxy):
+            return a.node
+        if (
+            isinstance(a, Mapping)
+            and type(a) not in (dict, OrderedDict)
+            and not isinstance(a, fx.immutable_collections.immutable_dict)
+        ):
+            entries = {key: self.create_arg(value) for key, value in a.items()}
+            named = all(isinstance(key, str) and key.isidentifier() for key in entries)
+            return self.create_node("call_function", type(a), *(((), entries) if named else ((entries,), {})))
+        return super().create_arg(a)
+
+    def _gives_tensor(self, node: fx.Node) -> bool:
+        """Whether the value of a node is one tensor, for certain."""
+        name = str(getattr(node.target, "__name__", node.target))
+        if node.op == "placeholder":
+            return self._tensors is None or str(node.target) in self._tensors
+        if node.op == "get_attr":
+            return True
+        if node.op == "call_module":
+            module = self.root.get_submodule(str(node.target))
+            usual = isinstance(module, LEAVES) or type(module).__module__.startswith("torch.nn.")
+            return usual and not isinstance(module, SEVERAL) and not getattr(module, "return_indices", False)
+        if name in NO_TENSORS or name.startswith("is_"):
+            return False
+        takes = any(source in self._known for source in node.all_input_nodes)
+        if name == "getattr":
+            return takes and node.args[1] in ("T", "mT", "H", "mH", "data", "real", "imag")
+        if name == "getitem":
+            return node.args[0] in self._known
+        if node.op == "call_method":
+            return node.args[0] in self._known
+        return takes and str(getattr(node.target, "__module__", None) or "torch").startswith(("torch", "_operator"))

@@ -1,0 +1,163 @@
+"""After any public call the user's model is bit for bit what it was: parameters, buffers, attributes, modes."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from equality import randomize
+from torch import Tensor, nn
+from zoo import CASES, Case
+
+import fxprune
+from fxprune.graph.containers import tensors_in
+
+
+def snapshot(model: nn.Module) -> list[tuple[str, Any]]:
+    """All that a model holds: its tensors by identity and content, everything else by how it prints."""
+    found: list[tuple[str, Any]] = []
+    for path, module in model.named_modules():
+        for store in ("_parameters", "_buffers"):
+            for name, tensor in vars(module)[store].items():
+                value = (
+                    None
+                    if tensor is None
+                    else (id(tensor), tensor.dtype, tensor.requires_grad, tensor.detach().clone())
+                )
+                found.append((f"{path}.{name}", value))
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                found.append((f"{path}.{name}", (repr(value), [tensor.clone() for tensor in tensors_in(value)])))
+    return found
+
+
+def equal(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor):
+        return torch.equal(left.nan_to_num(), right.nan_to_num())
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(equal, left, right))
+    return bool(left == right)
+
+
+def each_step(model: nn.Module, x: tuple[Tensor, ...]) -> None:
+    """Every public function that is handed a model, on one model."""
+    fxprune.analyze(model, x)
+    plan = fxprune.make_plan(model, 0.5, example_inputs=x)
+    masked = fxprune.mask(model, plan)
+    before = snapshot(masked)
+    pruned = fxprune.rewrite(masked, plan, x)
+    fxprune.verify(pruned, masked, x)
+    assert equal(snapshot(masked), before)
+
+
+@pytest.mark.filterwarnings("ignore::fxprune.NothingRewrittenWarning")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_zoo_is_untouched(case: Case) -> None:
+    torch.manual_seed(0)
+    model = randomize(case.build().double())
+    before = snapshot(model)
+    each_step(model, case.inputs())
+    assert equal(snapshot(model), before)
+
+
+class Counts(nn.Module):
+    """Writes into buffers, an attribute and a parameter while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 16, 1)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.zeros(32))
+        self.bound = nn.Parameter(torch.full((32, 1, 1), 3.0))
+        self.seen: Any = None
+        self.grid = torch.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        y = self.a(x).relu()
+        self.mean.mul_(0.5).add_(y.mean((0, 2, 3)), alpha=0.5)
+        self.bound.data.clamp_(max=2.0)
+        self.seen = y
+        if self.grid.shape[-1:] != y.shape[-1:]:
+            self.grid = torch.arange(y.shape[-1], dtype=y.dtype, device=y.device)
+        return self.c(self.b((y - self.mean.view(1, -1, 1, 1)).minimum(self.bound)).relu() + self.grid)
+
+
+class Inside(nn.Module):
+    """A module that cannot be traced and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(32, 32, 1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.conv(x) if float(x.sum()) > 0 else self.conv(-x)
+
+
+def counts() -> nn.Module:
+    return Counts()
+
+
+def counts_inside() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), Inside(), nn.Conv2d(32, 16, 1)
+    )
+
+
+def pruned_by_torch() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 16, 1))
+    torch.nn.utils.prune.ln_structured(model[2], "weight", 0.5, n=2, dim=0)
+    return model
+
+
+X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+DATA = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+CALLS: dict[str, Callable[[nn.Module], object]] = {
+    "steps": lambda model: each_step(model, (X,)),
+    "compile": lambda model: fxprune.compile(model, 0.5, example_inputs=X),
+    "compile filters": lambda model: fxprune.compile(model, 0.5, example_inputs=X, granularity="filter"),
+    "compile calibrated": lambda model: fxprune.compile(model, 0.5, calibration=DATA),
+    "compile both calibrated": lambda model: fxprune.compile(
+        model, granularity={"filter": 0.25, "kernel": 0.5}, calibration=DATA
+    ),
+    "sensitivity": lambda model: fxprune.measure_sensitivity(model, calibration=DATA),
+    "no example": lambda model: fxprune.compile(model, 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore::fxprune.NothingRewrittenWarning")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("build", [counts, counts_inside, pruned_by_torch])
+def test_models_that_change_as_they_run(build: Callable[[], nn.Module], call: str, training: bool) -> None:
+    torch.manual_seed(0)
+    model = build().train(training)
+    before = snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        CALLS[call](model)
+    assert equal(snapshot(model), before)
+
+
+def test_control_a_run_is_seen() -> None:
+    for model in (Counts(), counts_inside()):
+        before = snapshot(model)
+        model(X)
+        assert not equal(snapshot(model), before)
+        assert equal(snapshot(model), snapshot(model))
+
+
+def test_state_stays_state() -> None:
+    model = Counts().eval()
+    pruned = fxprune.compile(model, 0.5, example_inputs=X)
+    own = copy.deepcopy(model)
+    for _ in range(3):
+        torch.testing.assert_close(pruned(X), fxprune.mask(own, pruned.meta["fxprune"].plan)(X))
+        own(X)
+    assert int(pruned.get_buffer("calls")) == 3
+    assert float(pruned.get_buffer("mean").abs().sum()) > 0
+    assert "calls" in pruned.state_dict()
