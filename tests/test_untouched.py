@@ -9,6 +9,7 @@ import pytest
 import torch
 from equality import randomize
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from zoo import CASES, Case
 
 import fxprune
@@ -62,17 +63,32 @@ def test_the_zoo_is_untouched(case: Case) -> None:
     assert equal(snapshot(model), before)
 
 
+class Grid(nn.Module):
+    """Keeps positions in a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grid = torch.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grid.shape[-1:] != x.shape[-1:]:
+            self.grid = torch.arange(x.shape[-1], dtype=x.dtype, device=x.device)
+        return x + self.grid
+
+
 class Counts(nn.Module):
     """Writes into buffers, an attribute and a parameter while it runs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.c = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 16, 1)
+        self.calls: Tensor
+        self.mean: Tensor
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
         self.register_buffer("mean", torch.zeros(32))
         self.bound = nn.Parameter(torch.full((32, 1, 1), 3.0))
         self.seen: Any = None
-        self.grid = torch.zeros(1)
+        self.grid = Grid()
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls.add_(1)
@@ -80,9 +96,8 @@ class Counts(nn.Module):
         self.mean.mul_(0.5).add_(y.mean((0, 2, 3)), alpha=0.5)
         self.bound.data.clamp_(max=2.0)
         self.seen = y
-        if self.grid.shape[-1:] != y.shape[-1:]:
-            self.grid = torch.arange(y.shape[-1], dtype=y.dtype, device=y.device)
-        return self.c(self.b((y - self.mean.view(1, -1, 1, 1)).minimum(self.bound)).relu() + self.grid)
+        z: Tensor = self.c(self.grid(self.b((y - self.mean.view(1, -1, 1, 1)).minimum(self.bound)).relu()))
+        return z
 
 
 class Inside(nn.Module):
@@ -91,11 +106,13 @@ class Inside(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(32, 32, 1)
+        self.calls: Tensor
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        return self.conv(x) if float(x.sum()) > 0 else self.conv(-x)
+        y: Tensor = self.conv(x if float(x.detach().sum()) > 0 else -x)
+        return y
 
 
 def counts() -> nn.Module:
@@ -110,7 +127,7 @@ def counts_inside() -> nn.Module:
 
 def pruned_by_torch() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 16, 1))
-    torch.nn.utils.prune.ln_structured(model[2], "weight", 0.5, n=2, dim=0)
+    prune.ln_structured(model[2], "weight", 0.5, n=2, dim=0)  # type: ignore[no-untyped-call]
     return model
 
 

@@ -60,7 +60,7 @@ def _run_double(
         return call(copy, convert_tensors(inputs, _double)), copy
 
 
-class _Doubled(TorchDispatchMode):
+class _Doubled(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__
     """Casts inside forward give float64, and so do tensors that it makes, with the values that they have in their own
     type: a graph has them as constants.
     """

@@ -47,7 +47,8 @@ def autocast_recorded(tracer: fx.Tracer) -> Iterator[None]:
     changes nothing at the moment: the caller of the graph may be in another context.
     """
     entered: list[fx.Node] = []
-    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+    enter: Any = torch.autocast.__enter__
+    leave: Any = torch.autocast.__exit__
 
     def recorded_enter(context: Any) -> Any:
         values = (context.device, context.fast_dtype, context._enabled, context._cache_enabled)

@@ -192,9 +192,9 @@ def _trace_in_mode(
         try:
             graph = tracer.trace(root, concrete_args=dict(fixed))
         except Exception as cause:
-            failed = tracer.failed
-            if failed not in frozen and any(True for _ in root.get_submodule(failed or "").buffers()):
-                frozen.append(failed or "")
+            failed = tracer.failed or ""  # the model itself
+            if failed not in frozen and any(True for _ in root.get_submodule(failed).buffers()):
+                frozen.append(failed)
                 continue
             if not failed or failed in leaves:
                 raise TraceError(_untraceable(model, cause)) from cause

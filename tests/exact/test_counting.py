@@ -112,8 +112,9 @@ def test_shapes_come_from_a_real_run_where_forward_reads_data() -> None:
             return self.b(self.resize(self.a(x), self.scales))  # type: ignore[no-any-return]
 
     model = Resizes().eval()
-    for options in ({"ratio": 0.5}, {"ratio": 0.5, "granularity": "filter"}, {"macs": 0.6}):
-        pruned = fxprune.compile(model, example_inputs=X, **options)  # type: ignore[arg-type]
+    asked: list[dict[str, Any]] = [{"ratio": 0.5}, {"ratio": 0.5, "granularity": "filter"}, {"macs": 0.6}]
+    for options in asked:
+        pruned = fxprune.compile(model, example_inputs=X, **options)
         report = fxprune.report(pruned)
         assert report.macs_dense == true_macs(model)
         assert report.macs_pruned == true_macs(pruned)

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import enum
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -61,7 +62,7 @@ class Kind(enum.Enum):
     ONE = 1
 
 
-WAYS = {
+WAYS: dict[str, Callable[[Any, Any], Any]] = {
     "tuple": lambda a, b: (a, b),
     "list": lambda a, b: [a, [b]],
     "dict": lambda a, b: {"a": a, 3: b},
@@ -101,7 +102,8 @@ def test_a_converted_value_has_the_same_types_and_leaves_the_first_alone(way: st
 
 def test_a_tensor_that_stands_twice_counts_twice_and_stays_one() -> None:
     assert len(tensors_in((A, [A], A))) == 3
-    converted = convert_tensors([A, (A,)], Tensor.double)
+    value: Any = [A, (A,)]
+    converted = convert_tensors(value, Tensor.double)
     assert converted[0] is converted[1][0]
 
 

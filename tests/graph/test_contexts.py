@@ -143,7 +143,9 @@ def test_equal_gathers_on_both_sides_of_a_context_are_not_shared() -> None:
             y = self.stem(x)
             with torch.no_grad():
                 left = self.left(y)
-            return left + self.right(y)
+            right: Tensor = self.right(y)
+            both: Tensor = left + right
+            return both
 
     torch.manual_seed(0)
     model = Both()

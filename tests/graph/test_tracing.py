@@ -669,3 +669,75 @@ def test_the_mode_of_a_builtin_follows() -> None:
     assert torch.equal(compiled(x), compiled(x))
     assert not torch.equal(compiled.train()(x), compiled(x))
     torch.jit.script(compiled)
+
+
+# --- buffers --------------------------------------------------------------------------------------------------------
+
+
+class Decides(nn.Module):
+    """Goes by the value of a buffer."""
+
+    def __init__(self, writes: bool = False) -> None:
+        super().__init__()
+        self.on: Tensor
+        self.register_buffer("on", torch.ones(()))
+        self.writes = writes
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.on > 0:
+            x = x.relu()
+        if self.writes:
+            self.on.mul_(0.5)
+        return x
+
+
+class InsideNet(Net):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.decides = inner
+
+    def body(self, x: Tensor) -> Tensor:
+        y: Tensor = self.decides(x)
+        return y
+
+
+def test_a_buffer_that_decides_is_a_constant() -> None:
+    traced = trace(model := InsideNet(Decides()), image())
+    assert not traced.opaque
+    torch.testing.assert_close(traced.module.eval()(image()), model.eval()(image()))
+
+
+def test_a_buffer_that_decides_and_changes_leaves_its_module_whole() -> None:
+    model = InsideNet(Decides(writes=True)).eval()
+    traced = trace(model, image())
+    assert "writes into buffers whose values it also looks at" in traced.opaque["decides"]
+    traced.module(image())
+    assert float(model.decides.on) == 1  # type: ignore[arg-type]  # the graph has a state of its own
+    assert float(traced.module.get_buffer("decides.on")) == 0.5
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_model_that_itself_decides_by_a_buffer(writes: bool) -> None:
+    class Itself(InsideNet):
+        def body(self, x: Tensor) -> Tensor:
+            return Decides.forward(self, x)  # type: ignore[arg-type]
+
+    model = Itself(nn.Identity())
+    model.register_buffer("on", torch.ones(()))
+    model.writes = writes  # type: ignore[assignment]
+    if writes:
+        with pytest.raises(TraceError, match="writes into buffers whose values it also looks at"):
+            trace(model, image())
+    else:
+        torch.testing.assert_close(trace(model, image()).module.eval()(image()), model.eval()(image()))
+
+
+def test_what_cannot_be_traced_ends_with_or_without_buffers() -> None:
+    class Asks(InsideNet):
+        def body(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    for model in (Asks(nn.Identity()), Asks(nn.BatchNorm2d(16))):
+        model.register_buffer("more", torch.zeros(()))
+        with pytest.raises(TraceError, match="cannot be traced as a whole"):
+            trace(model, image())
