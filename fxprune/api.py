@@ -206,7 +206,8 @@ def make_plan(
         after: an earlier plan of filters for the same model: what it removes stays removed, and counts. For gradual
             schedules; `compile` has no such argument. The others are those of `compile`.
     """
-    return plan_for(Subject(model, example_inputs, calibration), _request(locals()))[0]
+    request = _request(locals())
+    return plan_for(Subject(model, example_inputs, calibration), request)[0]
 
 
 def measure_latency(

@@ -129,6 +129,9 @@ def planned(model: nn.Module, name: str, request: str) -> dict[str, Any]:
     data: dict[str, Any] = {"calibration": images()} if request in CALIBRATED else {}
     plan = fxprune.make_plan(model, example_inputs=example(name), **data, **NETS[name][request])
     decoded: dict[str, Any] = json.loads(plan.to_json())
+    if NETS[name][request].keys() & {"macs", "params"}:  # 0.1 said so of each layer that it could not prune
+        told = decoded["skipped"].items()
+        decoded["skipped"] = {n: why if why == "ratio is 0" else "no pattern of ratio matches" for n, why in told}
     return decoded
 
 

