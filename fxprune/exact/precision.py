@@ -67,16 +67,23 @@ class _Doubled(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __ini
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if given and kwargs.get("dtype") in WIDER:
+        if kwargs.get("dtype") in WIDER and _tensors((args, kwargs)):
             kwargs = {**kwargs, "dtype": WIDER[kwargs["dtype"]]}
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.dtype not in WIDER:
+            return result  # as nearly always
+        given = _tensors((args, kwargs))
 
         def widen(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or leaf.dtype not in WIDER or any(leaf is tensor for tensor in given):
                 return leaf
             return leaf.to(WIDER[leaf.dtype])
 
-        return tree_map(widen, func(*args, **kwargs))
+        return tree_map(widen, result)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -38,10 +38,22 @@ def share_tensors(model: nn.Module, convert: Callable[[Tensor], Tensor] | None =
 
 def _kept_beside(model: nn.Module) -> list[Tensor]:
     """Tensors in plain attributes of modules."""
-    own = ("_parameters", "_buffers", "_modules")
-    return tensors_in([{k: v for k, v in vars(module).items() if k not in own} for module in model.modules()])
+    kept = [
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name not in _NOT_KEPT
+        and value is not None
+        and type(value) not in _SIMPLE
+        and not (type(value) in _EMPTY and not value)
+    ]
+    return tensors_in(kept)
 
 
+# The last two are those of a GraphModule: large, and no state.
+_NOT_KEPT = ("_parameters", "_buffers", "_modules", "_graph", "meta")
+_SIMPLE = (bool, int, float, str)
+_EMPTY = (dict, OrderedDict, list, tuple, set)
 _REGISTERS = (dict, OrderedDict)
 
 
