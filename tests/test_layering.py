@@ -34,6 +34,7 @@ ORDER = (
     "training",  # schedules, masks, tickets, and a loop
     "",  # the package itself: its public names
     "exports",
+    "variety",  # a name of 0.1
     "comparison",  # pruners against each other
     "cli",
     "__main__",

@@ -351,3 +351,10 @@ def test_the_similarity_follows_the_calibration() -> None:
     assert Variety(similarity="cosine").similarity_for(calibrated=True) == "cosine"
     with pytest.raises(PlanError, match=r"needs the covariance of the inputs; pass calibration=, or use similarity="):
         Variety(similarity="functional").similarity_for(calibrated=False)
+
+
+def test_the_name_of_release_0_1_stays() -> None:
+    import fxprune.variety
+
+    assert fxprune.variety.Variety is Variety
+    assert fxprune.variety.VARIETIES is VARIETIES
