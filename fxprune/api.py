@@ -105,8 +105,9 @@ def compile(
 
         *Data.*
 
-        example_inputs: positional arguments of forward. With them shapes and MACs are exact and the result is verified;
-            without, the first calibration batch serves, or else a usual image size is probed.
+        example_inputs: arguments of forward: a tensor, a tuple, or a dict by name. With them shapes and MACs are exact
+            and the result is verified; without, the first calibration batch serves, or else a usual image size is
+            probed.
         calibration: a few hundred typical inputs: a tensor `(N, ...)`, a `DataLoader`, or any iterable of batches;
             labels are ignored. With it the kept weights are solved anew so that each layer gives what the dense one
             gave (`fxprune.calibration.refit`), which is worth far more than any choice of groups. It is read once.
@@ -241,7 +242,7 @@ def measure_latency(
     subject = Subject(model, example_inputs, None)
     counts = group_counts(subject, request)
     check_target(model, request.target, has_inputs=True)
-    return measure_layers(model, as_inputs(example_inputs), counts, progress=progress)
+    return measure_layers(model, as_inputs(example_inputs, model), counts, progress=progress)
 
 
 def measure_sensitivity(

@@ -1,7 +1,7 @@
 """A model that is to be pruned, with its trace, and the inputs that were given with it."""
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
 
 import torch
@@ -21,6 +21,8 @@ class Subject:
 
     def __init__(self, model: nn.Module, example_inputs: Inputs | None, calibration: Calibration | None) -> None:
         self.model = model
+        if isinstance(example_inputs, Mapping):
+            example_inputs = as_inputs(example_inputs, model)
         self.batches, self._inputs, self.example_inputs = None, example_inputs, example_inputs
         if calibration is not None:
             given = _arguments_needed(model) if example_inputs is None else len(as_inputs(example_inputs))

@@ -89,7 +89,7 @@ def verify(
     record = getattr(pruned, "meta", {}).get(RECORD)
     if modes is None:
         modes = getattr(record, "modes", ("eval", "train"))
-    examples = as_inputs(example_inputs)
+    examples = as_inputs(example_inputs, masked)
     largest_abs = largest_rel = 0.0
     compared: list[str] = []
     notes: list[str] = []

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from fxprune.errors import TraceError
+from fxprune.errors import TraceError, near_matches
 from fxprune.graph.containers import convert_tensors, tensors_in
 from fxprune.graph.copying import copied, share_tensors
 from fxprune.graph.memory import written_attributes
@@ -31,7 +31,7 @@ from fxprune.graph.modes import compare_modes, insert_training_flags, restore_mo
 from fxprune.graph.tracer import LEAVES, Tracer
 from fxprune.graph.values import first_line, meta_values, propagate
 
-Inputs: TypeAlias = Tensor | Sequence[Any]
+Inputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,41 @@ class Trace:
     notes: tuple[str, ...] = ()
 
 
-def as_inputs(example_inputs: Inputs) -> tuple[Any, ...]:
+def as_inputs(example_inputs: Inputs, model: nn.Module | None = None) -> tuple[Any, ...]:
     """Return example inputs as a tuple of positional arguments; a bare tensor is one argument. What they were computed
     from is forgotten.
+
+    Args:
+        example_inputs: a tensor, a sequence of arguments, or a mapping from the names of arguments.
+        model: whose forward has these names; a mapping needs it.
+
+    Raises:
+        TraceError: the names are not those of arguments of forward, or one before them is left out.
     """
-    given = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    if isinstance(example_inputs, Mapping):
+        given = _in_order(example_inputs, model)
+    else:
+        given = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     return convert_tensors(given, Tensor.detach) if any(t.grad_fn is not None for t in tensors_in(given)) else given
+
+
+def _in_order(named: Mapping[str, Any], model: nn.Module | None) -> tuple[Any, ...]:
+    """Arguments that are given by name, in the order in which forward takes them."""
+    if model is None:
+        raise TraceError(f"the inputs are a dict of {', '.join(map(repr, named))}; pass a tuple in forward's order")
+    who = f"{type(model).__name__}.forward"
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    unknown = [name for name in named if name not in positional]
+    if unknown:
+        raise TraceError(
+            f"{who} takes no positional argument {unknown[0]!r}{near_matches(str(unknown[0]), positional)}; the names "
+            f"in example_inputs must be of {', '.join(positional) or 'arguments that it has'}"
+        )
+    left_out = [name for name in positional[: len(named)] if name not in named]
+    if left_out:
+        raise TraceError(f"{who} takes {left_out[0]!r} before others in example_inputs; give a value for it too")
+    return tuple(named[name] for name in positional[: len(named)])
 
 
 def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
@@ -88,7 +117,9 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
             raise TraceError(
                 f"{name or 'the model'}: {type(layer).__name__} is not initialized yet; run the model once first"
             )
-    examples = None if example_inputs is None else as_inputs(example_inputs)
+    if said := _why_no_model(model):
+        raise TraceError(f"{type(model).__name__} {said}")
+    examples = None if example_inputs is None else as_inputs(example_inputs, model)
     fixed = _fixed_arguments(model, examples)
     tensors = _tensor_arguments(model, examples)
     with torch.inference_mode(False):
@@ -274,6 +305,17 @@ def _fixed_arguments(model: nn.Module, examples: tuple[Any, ...] | None) -> dict
             f"but example_inputs has {given} values; give one for each"
         )
     return {p.name: p.default for p in (*parameters[given:], *keywords) if p.default is not p.empty}
+
+
+def _why_no_model(model: nn.Module) -> str:
+    """Why what was passed is no model to trace but something around or made from one."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return "is TorchScript, which has no Python forward to trace; pass the model that it was made from"
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return "runs a model on several devices; pass the model inside, which is its attribute `module`"
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        return "is what torch.compile made; pass the model inside, which is its attribute `_orig_mod`"
+    return ""
 
 
 def _tensor_arguments(model: nn.Module, examples: tuple[Any, ...] | None) -> frozenset[str]:

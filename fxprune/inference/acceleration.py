@@ -67,7 +67,7 @@ def accelerate(
         TraceError: the model cannot be traced.
         VerificationError: the result differs from the model.
     """
-    inputs = as_inputs(example_inputs)
+    inputs = as_inputs(example_inputs, model)
     if ACCELERATION in getattr(model, "meta", {}):
         raise AccelerationError("the model is accelerated already; pass what it was made from")
     device, dtype = _place(model, inputs)

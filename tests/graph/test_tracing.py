@@ -741,3 +741,58 @@ def test_what_cannot_be_traced_ends_with_or_without_buffers() -> None:
         model.register_buffer("more", torch.zeros(()))
         with pytest.raises(TraceError, match="cannot be traced as a whole"):
             trace(model, image())
+
+
+# --- inputs by name, and what is no model ---------------------------------------------------------------------------
+
+
+class Two(Net):
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        y = super().forward(x) * scale
+        return y if shift is None else y + shift
+
+
+@pytest.mark.parametrize("names", [("x", "scale"), ("scale", "x"), ("shift", "x", "scale")])
+def test_inputs_by_name_are_those_by_position(names: tuple[str, ...]) -> None:
+    given = {"x": image(), "scale": torch.tensor(2.0), "shift": torch.tensor(0.5)}
+    model = Two().eval()
+    named = {name: given[name] for name in names}
+    pruned = fxprune.compile(model, 0.5, example_inputs=named)
+    plan = pruned.meta["fxprune"].plan
+    assert plan == fxprune.make_plan(
+        model, 0.5, example_inputs=tuple(given[n] for n in sorted(names, key=list(given).index))
+    )
+    check = fxprune.verify(pruned, fxprune.mask(model, plan), named)
+    assert check.max_rel < 1e-12
+    assert fxprune.analyze(model, named).spaces
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (("x", "scael"), r"Two.forward takes no positional argument 'scael' \(near: 'scale'\)"),
+        (("x", "shift"), "takes 'scale' before others in example_inputs; give a value for it too"),
+    ],
+)
+def test_names_that_do_not_fit(names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(TraceError, match=message):
+        fxprune.compile(Two(), 0.5, example_inputs=dict.fromkeys(names, image()))
+
+
+def scripted(model: nn.Module) -> Any:
+    return torch.jit.trace(model, image())  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "wrap, message",
+    [
+        (scripted, "TorchScript, which has no Python forward"),
+        (nn.DataParallel, "pass the model inside, which is its attribute `module`"),
+        (torch.compile, "pass the model inside, which is its attribute `_orig_mod`"),
+    ],
+    ids=["jit.trace", "DataParallel", "torch.compile"],
+)
+def test_what_is_around_a_model_is_no_model(wrap: Any, message: str) -> None:
+    with pytest.raises(TraceError, match=message):
+        fxprune.compile(wrap(Net().eval()), 0.5, example_inputs=image())
