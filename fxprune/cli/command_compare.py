@@ -11,6 +11,7 @@ from fxprune.cli import values
 from fxprune.cli.options import DATA_HELP, MODEL_HELP, add_recipe_options, recipe_of, refuse
 from fxprune.cli.output import Subparsers
 from fxprune.comparison.methods import METHODS
+from fxprune.training.data.sources import usual_validation
 
 if TYPE_CHECKING:
     from fxprune.comparison.requests import ComparisonRequest
@@ -30,7 +31,7 @@ machine that does nothing else. Each time DIR gets `comparison.json`, `compariso
 """
 EXAMPLES = """\
 examples:
-  fxprune compare digits_resnet --weights runs/digits/model.pt --data digits --validation 200 --epochs 2 \\
+  fxprune compare digits_resnet --weights runs/digits/model.pt --data digits --epochs 2 \\
       --calibration-images 256 --methods dense,fxprune,filters-refit --output runs/digits-compared
   fxprune compare resnet56 --weights resnet56.th --data cifar10:DIR --shares 0.57,0.4 --epochs 1 --output runs/resnet56
   fxprune compare ... --latency-only
@@ -76,7 +77,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--calibration-images", type=values.count, default=1024, metavar="N", help="default: %(default)s")
     add("--snapshots", nargs="+", type=Path, default=[], metavar="FILE", help="earlier states of the training, for TMI")
-    add("--validation", type=int, default=5000, metavar="N", help="training images held back (default: %(default)s)")
+    add("--validation", type=int, metavar="N", help="training images held back (default: 5000, of the digits 200)")
     add("--evaluate", choices=("test", "validation"), default="test", help="on what images (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=values.count, help="of torch (default: its own choice)")
@@ -132,7 +133,7 @@ def request_of(options: argparse.Namespace) -> "ComparisonRequest":
             train_images=options.train_images,
             calibration_images=options.calibration_images,
             snapshots=options.snapshots,
-            validation=options.validation,
+            validation=usual_validation(options.data) if options.validation is None else options.validation,
             evaluate=options.evaluate,
             device=options.device,
             amp=options.amp,

@@ -13,6 +13,7 @@ import torch
 from fxprune.cli import values
 from fxprune.cli.options import DATA_HELP, MODEL_HELP, add_recipe_options, recipe_of, refuse
 from fxprune.cli.output import Subparsers
+from fxprune.training.data.sources import usual_validation
 from fxprune.training.schedules import SCHEDULES
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ and `compiled.pt` for `fxprune.load`.
 """
 EXAMPLES = """\
 examples:
-  fxprune train digits_resnet --data digits --validation 200 --epochs 8 --lr 0.1 --output runs/digits
+  fxprune train digits_resnet --data digits --epochs 8 --lr 0.1 --output runs/digits
   fxprune train resnet20 --weights resnet20.th --data cifar10:DIR --ratio 0.5 --calibration-images 512 --epochs 5 \\
       --output runs/resnet20
   fxprune train resnet18 --weights resnet18.pth --data folder:DIR --macs 0.5 --epochs 10 --amp bf16 --output runs/photos
@@ -63,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, required=True, metavar="DIR", help="where log, checkpoint and networks go")
     add("--resume", action="store_true", help="go on from DIR/checkpoint.pt if it is there")
     add("--checkpoint-every", type=values.count, metavar="STEPS", help="save within epochs too")
-    add("--validation", type=int, default=5000, metavar="N", help="training images to hold back (default: %(default)s)")
+    add("--validation", type=int, metavar="N", help="training images to hold back (default: 5000, of the digits 200)")
     add("--test-each-epoch", action="store_true", help="record the test accuracy of every epoch; it chooses nothing")
     add("--seed", type=int, default=0, help="of weights, plan, order and augmentation (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -136,7 +137,7 @@ def request_of(options: argparse.Namespace) -> "TrainingRequest":
         recipe=recipe_of(options),
         weights=options.weights,
         pruning=pruning,
-        validation=options.validation,
+        validation=usual_validation(options.data) if options.validation is None else options.validation,
         seed=options.seed,
         device=options.device,
         amp=options.amp,

@@ -112,13 +112,13 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
         TraceError: the top-level forward cannot be traced; the message names the submodules that can. Or a lazy module
             has no parameters yet.
     """
+    if said := _why_no_model(model):
+        raise TraceError(said)
     for name, layer in model.named_modules():
         if any(is_lazy(parameter) for parameter in layer.parameters(recurse=False)):
             raise TraceError(
                 f"{name or 'the model'}: {type(layer).__name__} is not initialized yet; run the model once first"
             )
-    if said := _why_no_model(model):
-        raise TraceError(f"{type(model).__name__} {said}")
     examples = None if example_inputs is None else as_inputs(example_inputs, model)
     fixed = _fixed_arguments(model, examples)
     tensors = _tensor_arguments(model, examples)
@@ -307,14 +307,18 @@ def _fixed_arguments(model: nn.Module, examples: tuple[Any, ...] | None) -> dict
     return {p.name: p.default for p in (*parameters[given:], *keywords) if p.default is not p.empty}
 
 
-def _why_no_model(model: nn.Module) -> str:
-    """Why what was passed is no model to trace but something around or made from one."""
+def _why_no_model(model: object) -> str:
+    """Why what was passed is no model to trace but something around it, or that it was made from; else nothing."""
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        made = "call it first" if callable(model) else "pass a torch.nn.Module"
+        return f"the model is a {name} and no module; {made}"
     if isinstance(model, torch.jit.ScriptModule):
-        return "is TorchScript, which has no Python forward to trace; pass the model that it was made from"
+        return f"{name} is TorchScript, which has no Python forward to trace; pass the model that it was made from"
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return "runs a model on several devices; pass the model inside, which is its attribute `module`"
+        return f"{name} runs a model on several devices; pass the model inside, which is its attribute `module`"
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        return "is what torch.compile made; pass the model inside, which is its attribute `_orig_mod`"
+        return f"{name} is what torch.compile made; pass the model inside, which is its attribute `_orig_mod`"
     return ""
 
 

@@ -796,3 +796,16 @@ def scripted(model: nn.Module) -> Any:
 def test_what_is_around_a_model_is_no_model(wrap: Any, message: str) -> None:
     with pytest.raises(TraceError, match=message):
         fxprune.compile(wrap(Net().eval()), 0.5, example_inputs=image())
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (Net, "the model is a type and no module; call it first"),
+        ("resnet18", "the model is a str and no module; pass a"),
+    ],
+)
+def test_what_is_no_module_at_all(given: Any, message: str) -> None:
+    for call in (fxprune.compile, fxprune.analyze, fxprune.make_plan):
+        with pytest.raises(TraceError, match=message):
+            call(given, example_inputs=image())

@@ -119,6 +119,11 @@ class Data:
         return self.normalize(pictures.read(chosen)), pictures.labels[chosen]
 
 
+def usual_validation(source: str) -> int:
+    """How many images of a source are held back if nobody says it: 5,000, of the digits 200."""
+    return 200 if source == "digits" else 5000
+
+
 def open_data(
     source: str, *, validation: int, seed: int = 0, augment: bool = True, normalize: Normalization | None = None
 ) -> Data:
@@ -168,7 +173,10 @@ def _split(labels: Tensor, count: int, what: str) -> tuple[Tensor, Tensor]:
     try:
         parts = train_test_split(every.numpy(), test_size=count, random_state=SPLIT_SEED, stratify=labels.numpy())
     except ValueError as error:  # a class would have no image in one of the parts
-        raise DataError(f"{what} of {len(labels)}: {error}; ask for another number, or for 0") from error
+        raise DataError(
+            f"{what} of {len(labels)}: each class must have images in both parts; ask for another number with "
+            "--validation, or for 0"
+        ) from error
     rest, drawn = (torch.from_numpy(part).sort().values for part in parts)
     return rest, drawn
 
