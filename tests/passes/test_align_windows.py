@@ -109,6 +109,7 @@ def test_filters_stay_in_their_group() -> None:
         assert torch.equal(ours.flatten().sort()[0], theirs.flatten().sort()[0])
 
 
+@pytest.mark.slow
 def test_every_3x3_of_a_bottleneck_resnet_reads_two_windows() -> None:
     model, x = load_model("resnet50"), torch.zeros(1, 3, 64, 64)
     ratio = {
