@@ -164,8 +164,6 @@ FAST = {
 }
 # The quickest of each way to join branches: addition, gates, concatenation, shuffle, and of what timm adds.
 FIRST = {
-    "torchvision:mobilenet_v3_small",
-    "torchvision:resnet18",
     "torchvision:shufflenet_v2_x0_5",
     "torchvision:squeezenet1_1",
     "timm:convnextv2_atto",

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from equality import assert_same_function, masked_by_hand, randomize
+from products_harness import in_turns
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -447,9 +448,9 @@ CALIBRATIONS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", CALIBRATIONS)
-@pytest.mark.parametrize("budget", [{}, {"macs": 0.7}], ids=["ratio", "macs"])
-def test_calibration_data_that_make_no_sense(name: str, budget: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name, macs", in_turns(CALIBRATIONS, (None, 0.7)))
+def test_calibration_data_that_make_no_sense(name: str, macs: float | None) -> None:
+    budget = {} if macs is None else {"macs": macs}
     make, match = CALIBRATIONS[name]
     refuse(net(), CalibrationError, match, calibration=make(image(batch=8)), **budget)
     if not budget:
@@ -457,22 +458,20 @@ def test_calibration_data_that_make_no_sense(name: str, budget: dict[str, Any]) 
             fxprune.mask(net(), fxprune.make_plan(net()), make(image(batch=8)))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda x: x[:1],
-        lambda x: x[:1, :, :1, :1],
-        lambda x: [x[:1], x[1:]],
-        lambda x: [x, x[:, :, :5, 2:]],
-        lambda x: torch.zeros_like(x),
-        lambda x: x[:1].expand(8, -1, -1, -1),
-        lambda x: [(x, None, "label")],
-    ],
-    ids=["one image", "one pixel", "batches of 1 and 7", "two sizes", "zeros", "one image eight times", "labels"],
-)
-@pytest.mark.parametrize("form", ["partition", "overlap"])
-def test_poor_calibration_data_are_taken(make: Callable[[Tensor], Any], form: str) -> None:
-    model, data = net(), make(image(batch=8))
+POOR: dict[str, Callable[[Tensor], Any]] = {
+    "one image": lambda x: x[:1],
+    "one pixel": lambda x: x[:1, :, :1, :1],
+    "batches of 1 and 7": lambda x: [x[:1], x[1:]],
+    "two sizes": lambda x: [x, x[:, :, :5, 2:]],
+    "zeros": torch.zeros_like,
+    "one image eight times": lambda x: x[:1].expand(8, -1, -1, -1),
+    "labels": lambda x: [(x, None, "label")],
+}
+
+
+@pytest.mark.parametrize("name, form", in_turns(POOR, ("partition", "overlap")))
+def test_poor_calibration_data_are_taken(name: str, form: str) -> None:
+    model, data = net(), POOR[name](image(batch=8))
     pruned = fxprune.compile(model, calibration=data, form=form, verify=True, example_inputs=image())
     assert grouped(pruned) == ["conv1", "conv2"]
     assert_sound(pruned, model)
@@ -556,12 +555,14 @@ class Silent(Repeated):
         return 0 * x
 
 
-@pytest.mark.parametrize("kind", [Repeated, Constant, Silent])
-@pytest.mark.parametrize(
-    "options", [{}, {"method": "cocluster"}, {"variety": "soft"}, {"criterion": "activation"}], ids=str
-)
-@pytest.mark.parametrize("form", ["partition", "overlap"])
-def test_singular_gram_matrices(kind: type[Net], options: dict[str, Any], form: str) -> None:
+KINDS: dict[str, type[Net]] = {"Repeated": Repeated, "Constant": Constant, "Silent": Silent}
+CHOSEN_BY: tuple[dict[str, Any], ...] = ({}, {"method": "cocluster"}, {"variety": "soft"}, {"criterion": "activation"})
+
+
+# From turn 1 on, so that by default every kind and both forms occur.
+@pytest.mark.parametrize("options, form, name", in_turns(CHOSEN_BY, ("partition", "overlap"), KINDS, start=1))
+def test_singular_gram_matrices(options: dict[str, Any], form: str, name: str) -> None:
+    kind = KINDS[name]
     model = randomize(kind()).eval()
     data = image(batch=8)
     pruned = fxprune.compile(model, calibration=data, form=form, verify=True, example_inputs=data, **options)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from equality import randomize
+from products_harness import in_turns, one_in
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from zoo import CASES, Case
@@ -54,7 +55,7 @@ def each_step(model: nn.Module, x: tuple[Tensor, ...]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::fxprune.NothingRewrittenWarning")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", one_in(5, CASES))
 def test_the_zoo_is_untouched(case: Case) -> None:
     torch.manual_seed(0)
     model = randomize(case.build().double())
@@ -147,9 +148,8 @@ CALLS: dict[str, Callable[[nn.Module], object]] = {
 
 
 @pytest.mark.filterwarnings("ignore::fxprune.NothingRewrittenWarning")
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("build", [counts, counts_inside, pruned_by_torch])
+@pytest.mark.parametrize("call, training", in_turns(CALLS, (False, True)))
 def test_models_that_change_as_they_run(build: Callable[[], nn.Module], call: str, training: bool) -> None:
     torch.manual_seed(0)
     model = build().train(training)

@@ -390,7 +390,7 @@ def test_runs_of_every_variant_with_every_seed(variants: Sequence[planning.Varia
 
     def sources(seed: int) -> tuple[Images, Images]:
         drawn.append(seed)
-        pixels = torch.rand(12, 3, 224, 224, generator=torch.Generator().manual_seed(seed))
+        pixels = torch.rand(12, 3, 84, 84, generator=torch.Generator().manual_seed(seed))
         images = Images(12, lambda chosen: (pixels[list(chosen)], torch.zeros(len(chosen), dtype=torch.int64)))
         return images.take(range(4)), images.take(range(4, 12))
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from equality import randomize
-from products_harness import one_in
+from products_harness import in_turns, one_in
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from zoo import CASES, Case, conv3
@@ -92,7 +92,7 @@ def first_difference(pair: Networks, batches: Sequence[Batch], memory_limit: int
     return None
 
 
-@pytest.mark.parametrize("case", one_in(4, CASES, start=3))
+@pytest.mark.parametrize("case", one_in(8, CASES, start=3))
 def test_each_node_reads_what_it_reads_in_a_plain_forward(case: Case) -> None:
     pair, batches = of(case)
     before = cloned(batches)
@@ -138,9 +138,8 @@ def feature_map(count: int = 2) -> Batch:
     return (torch.randn(count, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(count)),)
 
 
-@pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("pauses", [1, 2, 5])
 @pytest.mark.parametrize("net", [WritesIntoItsInput, WritesIntoAView])
+@pytest.mark.parametrize("pauses, limit", in_turns([1, 2, 5], LIMITS))
 def test_networks_that_write_into_views_stay_right(net: type[nn.Module], pauses: int, limit: str) -> None:
     batches = [feature_map(), feature_map(3)]
     before = cloned(batches)
@@ -156,8 +155,9 @@ def test_values_parted_from_their_aliases_are_seen(monkeypatch: pytest.MonkeyPat
     assert first_difference(pair, [feature_map()], LIMITS["in files"], pauses=5) is not None
 
 
-@pytest.mark.parametrize("name", ["ResidualAdd", "ChannelShuffle", *IN_PLACE])
-@pytest.mark.parametrize("limit", [*LIMITS.values(), 5_000, 20_000])
+@pytest.mark.parametrize(
+    "name, limit", in_turns(["ResidualAdd", "ChannelShuffle", *IN_PLACE], [*LIMITS.values(), 5_000, 20_000])
+)
 def test_any_number_of_pauses_and_any_limit_give_the_same(name: str, limit: int) -> None:
     pair, batches = of(BY_NAME[name])
     assert first_difference(pair, batches, limit, pauses=3) is None
@@ -218,8 +218,7 @@ def test_weights_may_change_at_a_pause() -> None:
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("name", ["ResidualChain", "DenseBlock", "C2f", "InPlaceUnusedResult"])
+@pytest.mark.parametrize("name, limit", in_turns(["ResidualChain", "DenseBlock", "C2f", "InPlaceUnusedResult"], LIMITS))
 def test_only_values_that_are_still_read_are_kept(name: str, limit: str) -> None:
     pair, batches = of(BY_NAME[name])
     order = list(pair[0].graph.nodes)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from products_harness import in_turns
 from torch import Tensor, fx, nn
 
 import fxprune
@@ -74,8 +75,7 @@ def parts(output: Any) -> list[Tensor]:
     return tensors_in(output)
 
 
-@pytest.mark.parametrize("granularity", ["kernel", "filter"])
-@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("container, granularity", in_turns(CONTAINERS, ["kernel", "filter"]))
 def test_outputs_keep_type_order_and_number(container: str, granularity: str) -> None:
     model = Returns(container).eval()
     pruned = fxprune.compile(model, 0.5, example_inputs=X, granularity=granularity)

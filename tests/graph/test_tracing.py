@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equality import assert_same_function, randomize
+from products_harness import in_turns
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import StochasticDepth, stochastic_depth
@@ -319,8 +320,7 @@ def distinct_outputs(model: nn.Module, x: Tensor, times: int = 12) -> int:
         return len({tuple(model(x).flatten().tolist()) for _ in range(times)})
 
 
-@pytest.mark.parametrize("compiled_in_training", [False, True])
-@pytest.mark.parametrize("net", MODAL)
+@pytest.mark.parametrize("net, compiled_in_training", in_turns(MODAL, [False, True]))
 def test_randomness_follows_the_mode(net: type[Net], compiled_in_training: bool) -> None:
     model = net().train(compiled_in_training)
     pruned = fxprune.compile(model, example_inputs=image(4))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equality import randomize
+from products_harness import in_turns
 from torch import Tensor, fx, nn
 
 import fxprune
@@ -150,8 +151,9 @@ def test_a_pruned_model_computes_the_same(form: str) -> None:
     assert not [module for module in fast.modules() if isinstance(module, nn.BatchNorm2d | nn.Conv2d)]
 
 
-@pytest.mark.parametrize("engine", [engine.name for engine in ENGINES])
-@pytest.mark.parametrize("memory_format", ["channels_last", "contiguous"])
+@pytest.mark.parametrize(
+    "engine, memory_format", in_turns([engine.name for engine in ENGINES], ["channels_last", "contiguous"])
+)
 def test_every_engine_in_every_format(engine: str, memory_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     take_times(monkeypatch, lambda name: 1 + (engine not in name) + (f"pruned {memory_format}" not in name) / 2)
     monkeypatch.setattr(acceleration, "MARGIN", 9)

@@ -276,11 +276,14 @@ def test_they_compile_and_export() -> None:
             torch.testing.assert_close(exported(x, residual), expected, rtol=0, atol=1e-5)
 
 
-def test_a_fresh_process_unpickles_them(tmp_path: Path) -> None:
+def test_a_fresh_process_without_triton_unpickles_them(tmp_path: Path) -> None:
     made = list(layers(order=False))
     torch.save([(layer, x, residual, layer(x, residual)) for layer, x, residual in made], tmp_path / "layers.pt")
     program = (
-        "import sys, torch; torch.set_num_threads(1)\n"
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "from fxprune.inference.kernels import gather_conv2d\n"
+        "assert gather_conv2d(torch.ones(1, 2, 1, 1), torch.ones(1, 2, 1, 1), None, torch.arange(2)).item() == 2\n"
         "for layer, x, residual, expected in torch.load(sys.argv[1], weights_only=False):\n"
         "    assert torch.equal(layer(x, residual), expected)\n"
         "    print(layer.engine.name)\n"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from products_harness import fewer
 from torch import Tensor, nn
 from torch.testing._internal.optests.generate_tests import OpCheckError
 
@@ -271,7 +272,7 @@ def test_control_a_wrong_gather_in_the_gradient_is_seen(monkeypatch: pytest.Monk
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of the check itself
-@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("number", fewer([0, 3], [3]))
 def test_torch_accepts_the_operator(number: int) -> None:
     """Its schema, its fake kernel (shapes, strides), its gradient, and all of it with symbolic sizes."""
     checks = torch.library.opcheck(operator, tuple(with_gradients(CASES[number]).values()))
@@ -353,6 +354,7 @@ def test_why_a_device_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton_conv.missing(cuda) == ""
 
 
+@pytest.mark.slow  # by default the fresh process of `test_engines` imports it without Triton
 def test_importing_needs_no_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None; import torch; from fxprune.inference.kernels import gather_conv2d;"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from products_harness import fewer, in_turns
 from reconstruction_harness import Problem, area_of, columns_of, problem, ridge_error
 from torch import Tensor
 
@@ -122,7 +123,7 @@ def is_partition(alive: Mask, kept: int) -> bool:
     return bool((alive.sum(0) == 1).all() and (alive.sum(1) == kept).all())
 
 
-@pytest.mark.parametrize("groups", range(2, 9))
+@pytest.mark.parametrize("groups", fewer(range(2, 9), [2, 3, 5]))
 def test_channels_are_dealt_out_once_each(groups: int) -> None:
     for seed in range(3):
         for kept in (1, 2, 3):
@@ -130,7 +131,7 @@ def test_channels_are_dealt_out_once_each(groups: int) -> None:
             assert is_partition(_deal(eliminations(given, groups), kept), kept)
 
 
-@pytest.mark.parametrize("groups", range(3, 9))
+@pytest.mark.parametrize("groups", fewer(range(3, 9), [3, 4, 5]))
 def test_groups_that_block_each_other_are_freed(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assigned: list[Matrix] = []
 
@@ -173,11 +174,9 @@ SHAPES: list[tuple[int, int, int, int, Form]] = [
 ]
 
 
-@pytest.mark.parametrize("filters, channels, groups, kept, form", SHAPES)
-@pytest.mark.parametrize("area", [1, 2])
-def test_the_result_is_legal_and_better_than_its_start(
-    filters: int, channels: int, groups: int, kept: int, form: Form, area: int
-) -> None:
+@pytest.mark.parametrize("shape, area", in_turns(SHAPES, [1, 2]))
+def test_the_result_is_legal_and_better_than_its_start(shape: tuple[int, int, int, int, Form], area: int) -> None:
+    filters, channels, groups, kept, form = shape
     given = problem(filters, channels, area)
     result = given.solve(groups, kept, form)
     kernels = GroupedKernels(result.out_order, result.kept, channels, 0.5)

@@ -104,7 +104,7 @@ def test_alignment_is_the_largest_block_that_fits(starts: list[int], length: int
 # --- whole networks ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case, form", in_turns(CASES[::3], ["partition", "overlap"], step=2))
+@pytest.mark.parametrize("case, form", in_turns(CASES[::3], ["partition", "overlap"], step=4))
 def test_the_zoo_reads_the_blocks_of_the_plan(case: Case, form: str) -> None:
     model = randomize(case.build().double()).eval()
     plan = fxprune.make_plan(model, 0.5, form=form, block=4, example_inputs=case.inputs())

@@ -347,7 +347,7 @@ def fused_zoo(model: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule:
     return gm
 
 
-@pytest.mark.parametrize("case", one_in(3, CASES, start=1))
+@pytest.mark.parametrize("case", one_in(6, CASES, start=1))
 def test_the_zoo_keeps_its_functions(case: Case) -> None:
     model, inputs = prepared(case.build()), case.inputs()
     gm = trace(model, inputs).module.eval()
@@ -361,7 +361,7 @@ def test_the_zoo_keeps_its_functions(case: Case) -> None:
 
 @pytest.mark.parametrize(
     "case, form",
-    in_turns(CASES, ["partition", "overlap"], step=5),
+    in_turns(CASES, ["partition", "overlap"], step=9),
 )
 def test_the_zoo_keeps_its_functions_when_compiled(case: Case, form: str) -> None:
     inputs = case.inputs()

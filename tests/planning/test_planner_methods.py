@@ -123,8 +123,15 @@ def test_shapes(method: str, half: dict[str, Any], less: dict[str, Any]) -> None
     assert PrunePlan.from_json(plan.to_json()) == plan
 
 
+# By default the methods without a refit that need no data, and the others with one.
 @pytest.mark.parametrize(
-    "method, calibrated", [(m, c) for m in METHODS for c in (False, True) if (m, c) != ("tmi", False)]
+    "method, calibrated",
+    [
+        pytest.param(method, calibrated, marks=[pytest.mark.slow] * (calibrated is (method in ("cocluster", "srgkp"))))
+        for method in METHODS
+        for calibrated in (False, True)
+        if (method, calibrated) != ("tmi", False)
+    ],
 )
 def test_every_method_compiles_exactly_with_and_without_a_refit(method: str, calibrated: bool) -> None:
     model = net().double()

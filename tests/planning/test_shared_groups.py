@@ -172,12 +172,12 @@ def test_a_target_shares_by_default(net: nn.Module) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"calibration": X},
+        pytest.param({"calibration": X}, marks=pytest.mark.slow),
         {"calibration": X, "criterion": "activation"},
         {"calibration": X, "form": "overlap"},
         {"variety": "soft", "form": "overlap"},
         {"block": 4},
-        {"block": 4, "calibration": X, "form": "overlap"},
+        pytest.param({"block": 4, "calibration": X, "form": "overlap"}, marks=pytest.mark.slow),
         {"macs": 0.5},
     ],
     ids=lambda options: "-".join(options),
@@ -248,11 +248,7 @@ SIXTY_FOUR = (torch.zeros(2, 3, 64, 64),)
 
 @pytest.mark.parametrize(
     "name, form",
-    [
-        pytest.param(name, form, marks=[] if (name, form) == ("resnet18", "partition") else pytest.mark.slow)
-        for name in ("resnet18", "resnet50")
-        for form in FORMS
-    ],
+    [pytest.param(name, form, marks=pytest.mark.slow) for name in ("resnet18", "resnet50") for form in FORMS],
 )
 def test_residual_networks(name: str, form: str) -> None:
     model = torchvision.models.get_model(name).eval()
@@ -305,7 +301,7 @@ def test_it_is_declared_which_nets_of_the_zoo_share(case: Case) -> None:
     assert bool(writers_of(double(case), case.inputs())) == (case.name in SHARING)
 
 
-@pytest.mark.parametrize("case, form", in_turns([case for case in CASES if case.name in SHARING], FORMS, step=2))
+@pytest.mark.parametrize("case, form", in_turns([case for case in CASES if case.name in SHARING], FORMS, step=4))
 def test_the_zoo_is_exact_and_gathers_no_more(case: Case, form: str) -> None:
     model, inputs = double(case), case.inputs()
     shared, plan = compiled(model, inputs, form, True)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from products_harness import in_turns
+from products_harness import fewer, in_turns
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
@@ -76,8 +76,7 @@ def revived(model: nn.Module, plan: PrunePlan) -> int:
 # --- zeros ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hooked", [True, False], ids=["hook", "step"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name, hooked", in_turns(OPTIMIZERS, [True, False]))
 def test_what_is_pruned_is_zero_after_every_step(name: str, hooked: bool) -> None:
     model = net()
     optimizer = OPTIMIZERS[name](model.parameters())
@@ -307,8 +306,7 @@ def test_making_a_sparsifier_changes_nothing() -> None:
 # --- rewriting ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("granularity", ["kernel", "filter"])
-@pytest.mark.parametrize("schedule", ["one-shot", "agp"])
+@pytest.mark.parametrize("schedule, granularity", in_turns(["one-shot", "agp"], ["kernel", "filter"]))
 def test_the_rewritten_network_computes_what_the_trained_one_does(schedule: str, granularity: Any) -> None:
     model, images = ResidualAdd(), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     optimizer = sgd(model)
@@ -377,7 +375,7 @@ def run(schedule: str, stop: int | None, early_weights: bool = True, forget: boo
     return dict(model.state_dict())
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", fewer(SCHEDULES, ["agp", "one-shot"]))
 def test_a_resumed_training_is_the_uninterrupted_one(schedule: str) -> None:
     whole = run(schedule, None)
     for stop, early_weights in ((0, True), (5, True), (5, False), (11, True)):
