@@ -6,7 +6,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,16 +102,7 @@ def test_with_a_cache_that_cannot_be_written(fresh: Path, monkeypatch: pytest.Mo
     assert "set CXX or FXPRUNE_CACHE" in native.obstacle()
 
 
-def test_a_model_is_accelerated_with_what_is_no_library(
-    fake_compiler: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.ops, "fxprune_native", SimpleNamespace())  # nothing is registered yet
-    exec(PROGRAM, {})
-    assert "cannot be loaded" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_so_it_is_in_a_fresh_process(fake_compiler: Path) -> None:
+def test_a_model_is_accelerated_with_what_is_no_library(fake_compiler: Path) -> None:
     assert "cannot be loaded" in child()
 
 
