@@ -4,7 +4,7 @@
 # Every target sets up .venv by itself, once: the stamp files below make a second run free.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n auto --dist loadfile
+PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
 SETUP := requirements-dev.txt setup.cfg pyproject.toml
 

@@ -35,3 +35,11 @@ def pytest_runtestloop() -> Iterator[None]:
 def seeded() -> None:
     """No test depends on those before it."""
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What forks comes first: torch refuses to differentiate in a fork of a process in which its autograd has threads,
+    as it has after the first `torch.compile`.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("forks") is None)

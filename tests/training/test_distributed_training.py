@@ -25,7 +25,10 @@ from fxprune.training.processes import Group
 ROOT = Path(__file__).parents[2]
 STEPS = 17  # of an epoch: 1,237 images, 77 at a time, of which each of two processes gets 38 or 39
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that may have used CUDA cannot fork")
+pytestmark = [
+    pytest.mark.forks,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a process that may have used CUDA cannot fork"),
+]
 
 
 def plain() -> nn.Sequential:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from fxprune.models import load_model
 from fxprune.training.data import DataError
 from fxprune.training.data.sources import Data
 from fxprune.training.loop import Trainer
+
+pytestmark = pytest.mark.forks
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20  # of an epoch: 1,237 images, 64 at a time
@@ -147,6 +150,9 @@ def in_child(act: Callable[[], int]) -> int:
         signal.alarm(60)  # should it hang
         try:
             os._exit(act())
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
         finally:
             os._exit(70)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
