@@ -24,7 +24,7 @@ class Record:
     Attributes:
         plan: the plan that was applied.
         report: the account of the result.
-        inputs: arguments of forward as meta tensors, as the shapes were known at compile time.
+        inputs: arguments of forward as the shapes were known at compile time, see `fxprune.graph.tracing.Trace`.
         modes: modes in which the graph follows the model.
         options: how the passes were configured.
         rounding: relative step of the weights' type if a pass rounded weights anew (folded BatchNorm), else 0.

@@ -13,6 +13,7 @@ from fxprune.errors import FxpruneError, StorageError
 from fxprune.exact.record import record_of
 from fxprune.exact.rewriting import rewrite
 from fxprune.files import write_whole
+from fxprune.graph.containers import tensors_in
 from fxprune.plans import PrunePlan
 from fxprune.plans.masking import masked_copy
 
@@ -33,7 +34,12 @@ def save(pruned: nn.Module, path: str | os.PathLike[str]) -> None:
     record = record_of(pruned)
     state = {name: tensor.detach().cpu() for name, tensor in pruned.state_dict().items()}
     header = json.dumps(
-        {"plan": record.plan.to_json(), "inputs": _describe(record.inputs), "options": dict(record.options)}
+        {
+            "plan": record.plan.to_json(),
+            "inputs": _describe(record.inputs),
+            "run": any(not tensor.is_meta for tensor in tensors_in(record.inputs)),
+            "options": dict(record.options),
+        }
     )
     content = {"format": FORMAT, "version": VERSION, "header": header, "state": state, "digest": _digest(header, state)}
     target = Path(path)
@@ -58,7 +64,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
         blank = masked_copy(model, plan)
         for name in plan.layers:  # any weights will do, but the dropped kernels must be zero, and zero times NaN is NaN
             nn.init.zeros_(blank.get_parameter(f"{name}.weight"))
-        inputs = _meta(header["inputs"])
+        inputs = _made_up(header["inputs"], _device_of(model) if header.get("run") else torch.device("meta"))
         pruned = rewrite(blank, plan, inputs or None, **header["options"])
     except FxpruneError as error:
         raise StorageError(f"{path} does not fit {type(model).__name__}: {error}") from error
@@ -127,18 +133,24 @@ def _describe(value: Any) -> Any:
     )
 
 
-def _meta(description: Any) -> Any:
-    """Undo `_describe`, with meta tensors."""
+def _made_up(description: Any, device: torch.device) -> Any:
+    """Undo `_describe`, with tensors of ones: what replaying a plan asks of them is their shape. Where forward reads
+    data, shapes were found by a run, and are again.
+    """
     ((kind, content),) = description.items()
     if kind == "tensor":
         shape, dtype = content
-        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+        return torch.ones(shape, dtype=getattr(torch, dtype), device=device)
     if kind == "dict":
-        return {name: _meta(item) for name, item in content.items()}
+        return {name: _made_up(item, device) for name, item in content.items()}
     if kind in ("list", "tuple"):
-        items = [_meta(item) for item in content]
+        items = [_made_up(item, device) for item in content]
         return items if kind == "list" else tuple(items)
     return content
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _digest(header: str, state: dict[str, Tensor]) -> str:

@@ -42,7 +42,8 @@ class Trace:
         module: the graph with its own module tree. Parameters and buffers are *shared* with the traced model.
         values: what each node gives for `inputs`: meta tensors in place of tensors, otherwise plain values. A node
             whose value is unknown is absent.
-        inputs: the arguments of forward as meta tensors, from the example or from a probe; empty if no probe fits.
+        inputs: the arguments of forward, from the example or from a probe: meta tensors, or copies of the real ones
+            where forward reads data; empty if no probe fits.
         probed: True if no example was given and `inputs` was found by trying.
         opaque: modules that could not be traced and stay whole, with the reason.
         modes: `("eval", "train")`, or `("eval",)` if the forward differs in structure between the modes; the graph then

@@ -1,5 +1,6 @@
 """Everything that multiplies is counted, each convolution has a row, and reasons are true."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,7 +96,7 @@ def test_reasons_name_modules_and_what_is_true() -> None:
     assert not any("the model never calls it" in reason for reason in reasons.values())
 
 
-def test_shapes_come_from_a_real_run_where_forward_reads_data() -> None:
+def test_shapes_come_from_a_real_run_where_forward_reads_data(tmp_path: Path) -> None:
     class Resize(nn.Module):
         def forward(self, x: Tensor, scales: Tensor) -> Tensor:
             return nn.functional.interpolate(x, scale_factor=scales.tolist()[2:])
@@ -119,3 +120,6 @@ def test_shapes_come_from_a_real_run_where_forward_reads_data() -> None:
         assert report.macs_dense == true_macs(model)
         assert report.macs_pruned == true_macs(pruned)
         assert report.rewritten > 0
+        fxprune.save(pruned, tmp_path / "saved.pt")
+        loaded = fxprune.load(tmp_path / "saved.pt", Resizes()).eval()  # finds the same shapes, by a run of its own
+        torch.testing.assert_close(loaded(X), pruned(X))
