@@ -33,14 +33,10 @@ def save(pruned: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     record = record_of(pruned)
     state = {name: tensor.detach().cpu() for name, tensor in pruned.state_dict().items()}
-    header = json.dumps(
-        {
-            "plan": record.plan.to_json(),
-            "inputs": _describe(record.inputs),
-            "run": any(not tensor.is_meta for tensor in tensors_in(record.inputs)),
-            "options": dict(record.options),
-        }
-    )
+    described = {"plan": record.plan.to_json(), "inputs": _describe(record.inputs), "options": dict(record.options)}
+    if any(not tensor.is_meta for tensor in tensors_in(record.inputs)):
+        described["run"] = True  # shapes were found by a run, and must be again
+    header = json.dumps(described)
     content = {"format": FORMAT, "version": VERSION, "header": header, "state": state, "digest": _digest(header, state)}
     target = Path(path)
     try:
