@@ -1,6 +1,5 @@
 """A model that is to be pruned, with its trace, and the inputs that were given with it."""
 
-import inspect
 from collections.abc import Collection, Mapping
 from functools import cached_property
 
@@ -11,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct
 from fxprune.errors import CalibrationError, TraceError
 from fxprune.graph.costs import layer_costs
-from fxprune.graph.tracing import Inputs, as_inputs, trace
+from fxprune.graph.tracing import Inputs, as_inputs, positional_parameters, trace
 from fxprune.plans import GroupedKernels
 from fxprune.plans.eligibility import find_obstacles
 
@@ -66,8 +65,7 @@ class Subject:
 
 def _arguments_needed(model: nn.Module) -> int:
     """How many positional arguments of forward have no default."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters)
+    return sum(p.default is p.empty for p in positional_parameters(model))
 
 
 def _first_two(batch: Batch) -> Batch:

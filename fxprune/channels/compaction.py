@@ -22,7 +22,8 @@ from fxprune.channels.analysis import family_of, reads_values
 from fxprune.channels.atoms import UNLABELLED
 from fxprune.channels.interpreter import varying
 from fxprune.errors import PassError
-from fxprune.graph.editing import holds_tensor, label, new_gather, tensor_sources
+from fxprune.graph.containers import holds_tensor
+from fxprune.graph.editing import label, new_gather, tensor_sources
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.memory import is_mutating, storage_roots
 

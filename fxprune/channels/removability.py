@@ -29,7 +29,8 @@ from fxprune.channels import ChannelAnalysis
 from fxprune.channels.analysis import family_of
 from fxprune.channels.atoms import UNLABELLED
 from fxprune.channels.interpreter import varying
-from fxprune.graph.editing import called_module, holds_tensor, label, tensor_sources
+from fxprune.graph.containers import holds_tensor
+from fxprune.graph.editing import called_module, label, tensor_sources
 from fxprune.graph.layers import TrainingFlag
 from fxprune.graph.memory import is_mutating
 from fxprune.plans.eligibility import computes_its_own_forward

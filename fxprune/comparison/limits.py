@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fxprune.exact import verification
+from fxprune.graph.containers import tensors_in
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """Largest difference from the oracle in float32, relative to its largest output, by the type a network runs in: two to
@@ -52,4 +52,4 @@ def difference(found: Any, expected: Any) -> float:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    return [leaf.detach().float().cpu() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [tensor.detach().float().cpu() for tensor in tensors_in(output)]

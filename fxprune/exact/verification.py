@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import FxpruneError, VerificationError
-from fxprune.exact.precision import Precision, forward_of, in_double, in_own
+from fxprune.exact.precision import Precision, in_double, in_own
 from fxprune.exact.record import RECORD
 from fxprune.graph.containers import convert_tensors, tensors_in
 from fxprune.graph.copying import share_tensors
@@ -229,7 +229,7 @@ def _compare(
 
 def evaluate(model: nn.Module, inputs: tuple[Any, ...], mode: str, precision: Precision = in_double) -> Run:
     """Run a copy of `model` in `mode`; neither the model nor the inputs are changed."""
-    output, copy = precision(model, inputs, mode, forward_of)
+    output, copy = precision(model, inputs, mode)
     before = dict(model.named_buffers())
     changed = {
         name: buffer

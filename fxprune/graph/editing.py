@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch import fx, nn
 
+from fxprune.graph.containers import holds_tensor
 from fxprune.graph.layers import ChannelGather
 
 M = TypeVar("M", bound=nn.Module)
@@ -43,11 +43,6 @@ class Pass(Protocol):
     """A rewrite: changes the graph module in place, keeps the function it computes, and says what it did."""
 
     def __call__(self, gm: fx.GraphModule) -> Outcome: ...
-
-
-def holds_tensor(value: Any) -> bool:
-    """Whether a value is a tensor, or a list, tuple or dict that holds one."""
-    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
 
 
 def tensor_sources(node: fx.Node, values: Mapping[fx.Node, Any]) -> list[fx.Node]:

@@ -153,8 +153,6 @@ class Tracer(fx.Tracer):
         takes = any(source in self._known for source in node.all_input_nodes)
         if name == "getattr":
             return takes and node.args[1] in ("T", "mT", "H", "mH", "data", "real", "imag")
-        if name == "getitem":
-            return node.args[0] in self._known
-        if node.op == "call_method":
+        if name == "getitem" or node.op == "call_method":
             return node.args[0] in self._known
         return takes and str(getattr(node.target, "__module__", None) or "torch").startswith(("torch", "_operator"))

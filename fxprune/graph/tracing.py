@@ -78,13 +78,18 @@ def as_inputs(example_inputs: Inputs, model: nn.Module | None = None) -> tuple[A
     return convert_tensors(given, Tensor.detach) if any(t.grad_fn is not None for t in tensors_in(given)) else given
 
 
+def positional_parameters(model: nn.Module) -> list[inspect.Parameter]:
+    """What forward takes by position, in order."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
 def _in_order(named: Mapping[str, Any], model: nn.Module | None) -> tuple[Any, ...]:
     """Arguments that are given by name, in the order in which forward takes them."""
     if model is None:
         raise TraceError(f"the inputs are a dict of {', '.join(map(repr, named))}; pass a tuple in forward's order")
     who = f"{type(model).__name__}.forward"
-    parameters = inspect.signature(model.forward).parameters.values()
-    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    positional = [p.name for p in positional_parameters(model)]
     unknown = [name for name in named if name not in positional]
     if unknown:
         raise TraceError(
@@ -291,7 +296,7 @@ def _is_traceable(module: nn.Module) -> bool:
 def _fixed_arguments(model: nn.Module, examples: tuple[Any, ...] | None) -> dict[str, Any]:
     """Arguments of forward that keep their default value: all that have one, except those the example fills."""
     signature = inspect.signature(model.forward).parameters.values()
-    parameters = [p for p in signature if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    parameters = positional_parameters(model)
     keywords = [p for p in signature if p.kind is p.KEYWORD_ONLY]
     given = 0 if examples is None else len(examples)
     if given > len(parameters) and not any(p.kind is p.VAR_POSITIONAL for p in signature):
@@ -325,11 +330,7 @@ def _why_no_model(model: object) -> str:
 
 def _tensor_arguments(model: nn.Module, examples: tuple[Any, ...] | None) -> frozenset[str]:
     """Names of the arguments of forward that are tensors: by the example, or else all without a default."""
-    parameters = [
-        p
-        for p in inspect.signature(model.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    parameters = positional_parameters(model)
     if examples is None:
         return frozenset(p.name for p in parameters if p.default is p.empty)
     return frozenset(p.name for p, value in zip(parameters, examples, strict=False) if isinstance(value, Tensor))

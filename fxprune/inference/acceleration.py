@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from fxprune.errors import AccelerationError, VerificationError
 from fxprune.exact.record import ACCELERATION, RECORD
 from fxprune.exact.verification import difference
+from fxprune.graph.containers import tensors_in
 from fxprune.graph.editing import calls
 from fxprune.graph.fused import FusedConv2d
 from fxprune.graph.tracing import Inputs, as_inputs
@@ -72,7 +73,7 @@ def accelerate(
         raise AccelerationError("the model is accelerated already; pass what it was made from")
     device, dtype = _place(model, inputs)
     original = copy.deepcopy(model).eval()
-    reference = [leaf for leaf in tree_leaves(original(*inputs)) if isinstance(leaf, Tensor)]
+    reference = tensors_in(original(*inputs))
     graph, skipped = fused_graph(model, inputs)
     formats = FORMATS if any(value == 4 for value in _dimensions(inputs)) else {"contiguous": torch.contiguous_format}
     stopwatch = Stopwatch(device, remember)
@@ -129,7 +130,7 @@ def acceleration_report(accelerated: nn.Module) -> AccelerationReport:
 
 def _place(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.device, torch.dtype]:
     """Device and floating-point type of model and inputs."""
-    given = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    given = tensors_in(inputs)
     tensors = [*model.parameters(), *model.buffers(), *given]
     devices = {tensor.device for tensor in tensors}
     dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
@@ -142,7 +143,7 @@ def _place(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.device, tor
 
 
 def _dimensions(inputs: tuple[Any, ...]) -> list[int]:
-    return [leaf.dim() for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    return [tensor.dim() for tensor in tensors_in(inputs)]
 
 
 def _candidates(
@@ -186,13 +187,13 @@ def _check(
     Raises:
         VerificationError: it is more than rounding.
     """
-    found = [leaf for leaf in tree_leaves(accelerated(*inputs)) if isinstance(leaf, Tensor)]
+    found = tensors_in(accelerated(*inputs))
     gap = difference(found, expected)[1]
     is_cuda = any(tensor.is_cuda for tensor in expected)
     limit = TF32_TOLERANCE if is_cuda and dtype == torch.float32 else TOLERANCES.get(dtype, LARGEST_LIMIT)
     if gap > limit:
         shaken = tree_map(lambda leaf: _shaken(leaf, limit / NOISE_MARGIN), inputs)
-        moved = [leaf for leaf in tree_leaves(original(*shaken)) if isinstance(leaf, Tensor)]
+        moved = tensors_in(original(*shaken))
         limit = max(limit, min(LARGEST_LIMIT, NOISE_MARGIN * difference(moved, expected)[1]))
     if not gap <= limit:
         raise VerificationError(
