@@ -1,6 +1,6 @@
 """A model that is to be pruned, with its trace, and the inputs that were given with it."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from functools import cached_property
 
 import torch
@@ -20,11 +20,11 @@ class Subject:
 
     def __init__(self, model: nn.Module, example_inputs: Inputs | None, calibration: Calibration | None) -> None:
         self.model = model
-        if isinstance(example_inputs, Mapping):
+        if example_inputs is not None:
             example_inputs = as_inputs(example_inputs, model)
         self.batches, self._inputs, self.example_inputs = None, example_inputs, example_inputs
         if calibration is not None:
-            given = _arguments_needed(model) if example_inputs is None else len(as_inputs(example_inputs))
+            given = _arguments_needed(model) if example_inputs is None else len(example_inputs)
             self.batches = read_batches(calibration, given)
             if example_inputs is None:
                 self._inputs, self.example_inputs = self.batches[0], _first_two(self.batches[0])

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.graph.containers import convert_tensors
-from fxprune.graph.contexts import contexts_restored
+from fxprune.graph.contexts import undisturbed
 from fxprune.graph.copying import share_tensors
 
 Call = Callable[[nn.Module, tuple[Any, ...]], Any]
@@ -48,7 +48,7 @@ def in_double(model: nn.Module, inputs: tuple[Any, ...], mode: str, call: Call =
 def in_own(model: nn.Module, inputs: tuple[Any, ...], mode: str, call: Call = forward_of) -> tuple[Any, nn.Module]:
     """In the precision of the model."""
     copy = _in_mode(share_tensors(model, _owned), mode)
-    with torch.no_grad(), contexts_restored(), torch.random.fork_rng():
+    with undisturbed():
         return call(copy, convert_tensors(inputs, lambda tensor: tensor.detach().clone())), copy
 
 
@@ -56,7 +56,7 @@ def _run_double(
     model: nn.Module, inputs: tuple[Any, ...], mode: str, call: Call, lazily: bool
 ) -> tuple[Any, nn.Module]:
     copy = _double_copy(model, mode, lazily)
-    with torch.no_grad(), contexts_restored(), torch.random.fork_rng(), _Doubled():  # type: ignore[no-untyped-call]
+    with undisturbed(), _Doubled():  # type: ignore[no-untyped-call]
         return call(copy, convert_tensors(inputs, _double)), copy
 
 

@@ -68,6 +68,14 @@ def autocast_recorded(tracer: fx.Tracer) -> Iterator[None]:
 
 
 @contextmanager
+def undisturbed() -> Iterator[None]:
+    """No gradients; and afterwards contexts and random numbers are what they were."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.no_grad(), contexts_restored(), torch.random.fork_rng(devices):
+        yield
+
+
+@contextmanager
 def contexts_restored() -> Iterator[None]:
     """Leave no context behind, also where a graph fails between its beginning and its end."""
     devices = [name for name in ("cpu", "cuda") if name == "cpu" or torch.cuda.is_available()]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.graph.containers import convert_tensors, tensors_in
-from fxprune.graph.contexts import contexts_restored
+from fxprune.graph.contexts import undisturbed
 from fxprune.graph.copying import share_tensors
 from fxprune.graph.editing import calls
 
@@ -65,7 +65,7 @@ def _run_inside(node: fx.Node, module: nn.Module, values: Mapping[fx.Node, Any])
             if isinstance(layer, LAYERS):
                 layer.register_forward_hook(_counting(path, counts))
         try:
-            with torch.no_grad(), contexts_restored(), torch.random.fork_rng():
+            with undisturbed():
                 copied(*convert_tensors(args, convert), **convert_tensors(kwargs, convert))
         except Exception:  # user code may raise anything
             continue

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.errors import TraceError
 from fxprune.graph.containers import convert_tensors, tensors_in
-from fxprune.graph.contexts import contexts_restored
+from fxprune.graph.contexts import undisturbed
 from fxprune.graph.copying import share_tensors
 from fxprune.graph.editing import called_module
 from fxprune.graph.layers import ChannelGather
@@ -99,7 +99,7 @@ def meta_values(module: fx.GraphModule, inputs: tuple[Any, ...]) -> tuple[dict[f
     tree._modules, tree._parameters, tree._buffers = module._modules, module._parameters, module._buffers
     interpreter = _ValueInterpreter(share_tensors(tree, convert).eval(), module.graph, is_real)
     try:
-        with torch.no_grad(), contexts_restored(), torch.random.fork_rng(enabled=is_real):
+        with undisturbed():
             interpreter.run(*convert_tensors(inputs, lambda tensor: tensor.clone()))
     except Exception as error:  # user code may raise anything; the caller decides what it means
         return interpreter.values, error
