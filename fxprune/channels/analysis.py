@@ -20,6 +20,7 @@ from fxprune.channels.rules import Rule, item
 from fxprune.graph.containers import is_plain
 from fxprune.graph.editing import called_module, label
 from fxprune.graph.memory import written_attributes
+from fxprune.graph.tracer import METADATA
 from fxprune.graph.tracing import is_hooked, trace_leaf
 
 logger = logging.getLogger("fxprune")
@@ -129,17 +130,14 @@ class ChannelAnalysis:
         return "\n".join(line.rstrip() for line in lines)
 
 
-METADATA = frozenset(
-    "size shape dim ndim ndimension numel nelement dtype device layout stride storage_offset element_size itemsize "
-    "nbytes requires_grad get_device type len result_type broadcast_shapes _assert".split()
-)
-"""What tells of a tensor, but not of its values."""
+BLIND = METADATA | {"type", "len", "broadcast_shapes", "_assert"}
+"""What is given tensors, gives none, and does not look at their values."""
 
 
 def reads_values(node: fx.Node) -> bool:
     """Whether a node that gives no tensor but is given some looks at their values: `item()`, and not `size()`."""
     asked = node.args[1] if node.target is getattr else getattr(node.target, "__name__", node.target)
-    return str(asked) not in METADATA and not str(asked).startswith("is_")
+    return str(asked) not in BLIND and not str(asked).startswith("is_")
 
 
 def analyze_channels(module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> ChannelAnalysis:

@@ -26,12 +26,15 @@ LEAVES: tuple[type[nn.Module], ...] = (
     TrainingFlag,
 )
 
-NO_TENSORS = frozenset(
-    "size dim ndimension numel nelement stride storage_offset element_size is_floating_point is_complex is_contiguous "
-    "get_device shape dtype device layout ndim is_cuda requires_grad grad_fn itemsize nbytes item tolist "
+METADATA = frozenset(
+    "size shape dim ndim ndimension numel nelement dtype device layout stride storage_offset element_size itemsize "
+    "nbytes requires_grad get_device result_type".split()
+)
+"""What tells of a tensor, but not of its values; and so does all whose name begins with `is_`."""
+NO_TENSORS = METADATA | frozenset(
+    "grad_fn item tolist data_ptr numpy register_hook retain_grad backward finfo iinfo "
     "chunk split split_with_sizes tensor_split unbind hsplit vsplit dsplit unsafe_chunk unsafe_split meshgrid "
-    "broadcast_tensors max min median mode kthvalue topk sort cummax cummin aminmax svd qr eigh eig lu slogdet "
-    "register_hook retain_grad backward data_ptr numpy is_grad_enabled result_type finfo iinfo".split()
+    "broadcast_tensors max min median mode kthvalue topk sort cummax cummin aminmax svd qr eigh eig lu slogdet".split()
 )
 """Attributes, methods and functions that give, or may give, something else than a tensor."""
 SEVERAL = (nn.RNNBase, nn.MultiheadAttention, nn.AdaptiveLogSoftmaxWithLoss)
