@@ -17,7 +17,8 @@ from fxprune.exact.record import ACCELERATION, record_of
 from fxprune.exact.reporting import Report
 from fxprune.exact.rewriting import rewrite
 from fxprune.exact.verification import verify as verify_models
-from fxprune.graph.tracing import Inputs, as_inputs, trace
+from fxprune.graph.examples import Inputs, as_inputs
+from fxprune.graph.tracing import trace
 from fxprune.inference.acceleration import accelerate, acceleration_report
 from fxprune.planning.kernels import sensitivity_of
 from fxprune.planning.latency_budget import check_target, group_counts

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct
 from fxprune.errors import CalibrationError, TraceError
 from fxprune.graph.costs import layer_costs
-from fxprune.graph.tracing import Inputs, as_inputs, positional_parameters, trace
+from fxprune.graph.examples import Inputs, as_inputs, positional_parameters
+from fxprune.graph.tracing import trace
 from fxprune.plans import GroupedKernels
 from fxprune.plans.eligibility import find_obstacles
 

@@ -13,7 +13,8 @@ from fxprune.exact.record import RECORD, Record
 from fxprune.exact.reporting import make_report
 from fxprune.graph.copying import own_tensors
 from fxprune.graph.costs import layer_costs
-from fxprune.graph.tracing import Inputs, trace
+from fxprune.graph.examples import Inputs
+from fxprune.graph.tracing import trace
 from fxprune.graph.values import CarriedValues
 from fxprune.plans import PrunePlan
 

@@ -22,7 +22,8 @@ from fxprune.exact.precision import Precision, in_double, in_own
 from fxprune.exact.record import RECORD
 from fxprune.graph.containers import convert_tensors, tensors_in
 from fxprune.graph.copying import share_tensors
-from fxprune.graph.tracing import Inputs, as_inputs, trace
+from fxprune.graph.examples import Inputs, as_inputs
+from fxprune.graph.tracing import trace
 from fxprune.plans.masking import remaining
 
 # Share of the largest output (design, section 5), and how far beyond its own response to rounding a model may go.

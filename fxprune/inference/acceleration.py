@@ -22,8 +22,8 @@ from fxprune.exact.record import ACCELERATION, RECORD
 from fxprune.exact.verification import difference
 from fxprune.graph.containers import tensors_in
 from fxprune.graph.editing import calls
+from fxprune.graph.examples import Inputs, as_inputs
 from fxprune.graph.fused import FusedConv2d
-from fxprune.graph.tracing import Inputs, as_inputs
 from fxprune.inference.engines import Engine
 from fxprune.inference.forms import Choices, all_forms, operand_shapes, time_forms
 from fxprune.inference.fused_graph import FormatKeepingGather, fused_graph, with_engines

@@ -9,7 +9,8 @@ from fxprune.calibration import FITS, Calibration
 from fxprune.calibration.subject import Subject
 from fxprune.exact.pipeline import run
 from fxprune.graph.copying import copied, own_tensors
-from fxprune.graph.tracing import Inputs, trace
+from fxprune.graph.examples import Inputs
+from fxprune.graph.tracing import trace
 from fxprune.graph.values import CarriedValues
 from fxprune.passes import RemoveChannels
 from fxprune.plans import GroupedKernels, PrunePlan
