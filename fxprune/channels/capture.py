@@ -47,9 +47,7 @@ def capture(model: nn.Module, examples: Sequence[Example], output: Output) -> Tr
     """
     if output == "module":
         if not examples:
-            raise TraceError(
-                "output='module' records the model while it runs, so it needs inputs; pass example_inputs or calibration"
-            )
+            raise TraceError("output='module' records the model while it runs, so it needs inputs; pass example_inputs")
         return recorded(model, examples)
     if not examples or not all(map(_is_real, examples)):
         return trace(model, in_order(examples[0], model) if examples else None)

@@ -192,7 +192,7 @@ class _Placements:
         return seen[0]
 
     def _ends(self, node: fx.Node, order: Order) -> Iterator[_End]:
-        """Readers of a value behind all chains of gathers; `node` is the value, or a gather that gives it in `order`."""
+        """Readers of a value behind chains of gathers; `node` is the value, or a gather that gives it in `order`."""
         for user in node.users:
             if self._is_gather(user):
                 gather = called_module(self.gm, user)

@@ -80,21 +80,23 @@ def in_order(example: Example, model: nn.Module) -> tuple[Any, ...]:
     if example.kwargs:
         name = next(iter(example.kwargs))
         raise TraceError(
-            f"{type(model).__name__}.forward takes {name!r} by name only, or others before it are left out, and a graph "
-            "takes arguments by position; give them all in forward's order, or compile with output='module'"
+            f"{type(model).__name__}.forward takes {name!r} by name only, or others before it are left out, and a "
+            "graph takes arguments by position; give them all in forward's order, or compile with output='module'"
         )
     return example.args
 
 
 def _is_one(given: list[Any], model: nn.Module) -> bool:
     """Whether a list is the arguments of one call, not several examples."""
-    if not all(isinstance(part, Tensor | tuple | Mapping) for part in given):
+    if not all(isinstance(part, Tensor | tuple | Mapping | Example) for part in given):
         return True
     needed = sum(p.default is p.empty for p in positional_parameters(model))
     return all(isinstance(part, Tensor) for part in given) and len(given) == needed
 
 
-def _example(given: Inputs, model: nn.Module) -> Example:
+def _example(given: Inputs | Example, model: nn.Module) -> Example:
+    if isinstance(given, Example):
+        return given
     if isinstance(given, Mapping):
         args, kwargs = _by_name(given, model)
     else:

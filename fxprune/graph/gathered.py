@@ -3,8 +3,8 @@ sees.
 
 The class of a layer is changed in place, so that every reference to it (a plain list, several parents) sees the same
 object, and its parameters keep their names. `weight` and `bias` stay in the order in which filters are given: code that
-scales them, folds BatchNorm into them, or looks at them is right. Code that builds a convolution anew from `in_channels`
-would forget the gathers, so there is no such attribute: it fails and says why.
+scales them, folds BatchNorm into them, or looks at them is right. Code that builds a convolution anew from
+`in_channels` would forget the gathers, so there is no such attribute: it fails and says why.
 """
 
 from typing import Any
@@ -69,22 +69,27 @@ class _Plain(GatheredLayer):
         return output
 
 
+def _constants(base: type[nn.modules.conv._ConvNd]) -> list[str]:
+    """What TorchScript looks for."""
+    return [name for name in base.__constants__ if name != "in_channels"]
+
+
 class GatheredConv1d(_Plain, nn.Conv1d):
     """A `Conv1d` with gathers in it."""
 
-    __constants__ = [name for name in nn.Conv1d.__constants__ if name != "in_channels"]
+    __constants__ = _constants(nn.Conv1d)
 
 
 class GatheredConv2d(_Plain, nn.Conv2d):
     """A `Conv2d` with gathers in it."""
 
-    __constants__ = [name for name in nn.Conv2d.__constants__ if name != "in_channels"]
+    __constants__ = _constants(nn.Conv2d)
 
 
 class GatheredConv3d(_Plain, nn.Conv3d):
     """A `Conv3d` with gathers in it."""
 
-    __constants__ = [name for name in nn.Conv3d.__constants__ if name != "in_channels"]
+    __constants__ = _constants(nn.Conv3d)
 
 
 class _Around(GatheredLayer):
@@ -128,7 +133,8 @@ def can_give_in_order(layer: nn.Module) -> bool:
 def gathered_kind(base: type[nn.Module]) -> type[GatheredLayer]:
     """The class of gathered layers for a class of convolutions, always the same."""
     if base not in _KINDS:
-        _KINDS[base] = type(f"Gathered{base.__name__}", (_Around, base), {"__module__": __name__, "__doc__": base.__doc__})
+        about = {"__module__": __name__, "__doc__": base.__doc__}
+        _KINDS[base] = type(f"Gathered{base.__name__}", (_Around, base), about)
     return _KINDS[base]
 
 

@@ -6,7 +6,7 @@ the ground for operating on the user's module, not for replacing its forward.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,26 @@ class RecordedGraph(fx.GraphModule):
         return fx.Interpreter(self, garbage_collect_values=True).run(*args)
 
 
+def like(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """The modules of a graph module with another graph; one that is recorded is interpreted too."""
+    kind = RecordedGraph if isinstance(module, RecordedGraph) else fx.GraphModule
+    return kind(module, graph)
+
+
+class RunError(TraceError):
+    """A model does not run on an example.
+
+    Attributes:
+        cause: what it said.
+        steps: names of the nodes that were recorded before.
+    """
+
+    def __init__(self, model: nn.Module, example: Example, cause: str, steps: frozenset[str]) -> None:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in example.tensors)
+        super().__init__(f"{type(model).__name__} does not run on example inputs of shape {shapes}: {cause}")
+        self.cause, self.steps = cause, steps
+
+
 @dataclass(frozen=True)
 class Recording(Trace):
     """A model as it was seen running: a trace whose graph computes, from the tensors of all runs in turn, the tensors
@@ -47,11 +67,13 @@ class Recording(Trace):
             are plain ones. Parameters are shared with the model.
         results: what each run returned.
         runs: example and mode of each run.
+        examples: what was asked for; a run in training mode may have had two samples in place of one.
     """
 
-    layers: nn.Module = nn.Identity()
+    layers: nn.Module = field(default_factory=nn.Module)
     results: tuple[Any, ...] = ()
     runs: tuple[tuple[Example, str], ...] = ()
+    examples: tuple[Example, ...] = ()
 
 
 def record(
@@ -72,7 +94,7 @@ def record(
         whole: whether a layer with a forward of its own is one node.
 
     Raises:
-        TraceError: the model does not run on an example.
+        RunError: the model does not run on an example.
     """
     check_is_model(model)
     recorder = Recorder(whole)
@@ -84,14 +106,10 @@ def record(
         for example in examples:
             try:
                 given, result, found = _run(recorder, model, example, mode)
-            except Exception as error:  # user code may raise anything
-                recorder.forget_run()
+            except RunError as error:
                 if mode == "eval" or len(modes) == 1:
-                    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in example.tensors)
-                    raise TraceError(
-                        f"{type(model).__name__} does not run on example inputs of shape {shapes}: {first_line(error)}"
-                    ) from error
-                notes.append(f"training mode was not recorded, for the model does not run in it: {first_line(error)}")
+                    raise
+                notes.append(f"training mode was not recorded, for the model does not run in it: {error.cause}")
                 continue
             runs.append((given, mode))
             results.append(convert_tensors(result, Tensor.detach))
@@ -119,12 +137,11 @@ def record(
         layers=layers,
         results=tuple(results),
         runs=tuple(runs),
+        examples=tuple(examples),
     )
 
 
-def _run(
-    recorder: Recorder, model: nn.Module, example: Example, mode: str
-) -> tuple[Example, Any, list[fx.Node]]:
+def _run(recorder: Recorder, model: nn.Module, example: Example, mode: str) -> tuple[Example, Any, list[fx.Node]]:
     """One run: the example as it was given to forward, what it returned, and the nodes of all that can be seen of it.
 
     In training mode a batch of one is taken twice where batch statistics need it.
@@ -132,7 +149,7 @@ def _run(
     candidates = [example]
     if mode == "train" and (twice := doubled(example)) is not None:
         candidates.append(twice)
-    failure: Exception | None = None
+    failure: RunError | None = None
     for given in candidates:
         copied = share_tensors(model, lambda t: t if isinstance(t, nn.Parameter) else t.detach().clone())
         copied.train(mode == "train")
@@ -141,7 +158,9 @@ def _run(
             with undisturbed(), recorder.run(copied, called.tensors):
                 result = called.call(copied)
         except Exception as error:  # user code may raise anything
-            failure = failure or error
+            steps = frozenset(node.name for node in recorder.graph.nodes)
+            failure = failure or RunError(model, given, first_line(error), steps)
+            failure.__cause__ = error
             recorder.forget_run()
             continue
         seen = [recorder.node_of(tensor) for tensor in tensors_in(result)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxprune.errors import TraceError
 from fxprune.graph.contexts import GradMode, autocast_recorded
