@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
 SETUP := requirements-dev.txt setup.cfg pyproject.toml
 
-.PHONY: help demo install test test-all check bench clean
+.PHONY: help demo install test test-all test-wild check bench clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -23,7 +23,10 @@ test: .venv/.installed-dev ## run the tests that a change must pass
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-all: .venv/.installed-dev ## run every test, slow ones too
-	$(BIN)/python -m pytest -m "not huge" --hypothesis-profile=thorough $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not huge and not wild" --hypothesis-profile=thorough $(PYTEST_ARGS)
+
+test-wild: .venv-wild/.installed ## compile the networks of other libraries, which it installs into .venv-wild
+	.venv-wild/bin/python -m pytest -m wild $(PYTEST_ARGS) tests/wild
 
 check: .venv/.installed-dev ## ruff and mypy
 	$(BIN)/ruff check .
@@ -34,12 +37,12 @@ bench: .venv/.installed-dev ## measure compile times and memory (several minutes
 	$(BIN)/python -m benchmarks.compile_time --scaling
 
 clean: ## remove .venv, caches and build products
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-wild build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/bin/python:
+.venv/bin/python .venv-wild/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fxprune needs Python >= 3.11; try: make PYTHON=python3.11")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(@D:/bin=)
 
 .venv/.installed: $(SETUP) | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt -e .
@@ -47,4 +50,8 @@ clean: ## remove .venv, caches and build products
 
 .venv/.installed-dev: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt -e '.[dev]'
+	touch $@
+
+.venv-wild/.installed: $(SETUP) tests/wild/requirements.txt | .venv-wild/bin/python
+	.venv-wild/bin/python -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt -r tests/wild/requirements.txt -e '.[test,onnx]'
 	touch $@
