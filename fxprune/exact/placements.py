@@ -1,8 +1,7 @@
 """Which layer each gather of a recording belongs to, once the passes have run.
 
 A value that the model's own code sees is what a layer writes, or that behind one permutation, which then belongs to the
-layer that writes it. All other gathers belong to the layers that read. Where a layer is called at several places and
-would read in different orders there (a head on all levels of a pyramid), the writers give in the order of the first.
+layer that writes it. All other gathers belong to the layers that read.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,9 +80,10 @@ class _Placements:
         nodes = [node for node in self.gm.graph.nodes if not self._is_gather(node)]
         self.ends = {node: tuple(self._ends(node, None)) for node in nodes}
         self.gives = {node: self._given(node) for node in nodes}
-        for path, sites in self._reads().items():
+        for sites in self._reads().values():
             if not _agree([order for _, order in sites]):
-                self._adjust(path, sites)
+                for node, _ in sites:
+                    self.gives[node] = self.gives[node] if self.gives[node] is not None else self._next(node)
         gives: dict[str, list[Order]] = {}
         for node, give in self.gives.items():
             if self._is_layer(node):
@@ -91,14 +91,23 @@ class _Placements:
         reads = {path: [order for _, order in sites] for path, sites in self._reads().items()}
         placed = {}
         for path in reads.keys() | gives.keys():
-            read, give = reads.get(path, [None]), gives.get(path, [None])
-            if not _agree(read) or not _agree(give):
+            asked, given = reads.get(path, [None]), gives.get(path, [None])
+            if not _agree(asked) or not _agree(given):
                 self.wrong.setdefault(path, "its calls ask for different orders")
-            if read[0] is not None or give[0] is not None:
-                placed[path] = read[0], give[0]
+            if asked[0] is not None or given[0] is not None:
+                placed[path] = asked[0], given[0]
         if self.wrong:
             raise PlacementError(self.wrong)
         return placed
+
+    def _next(self, node: fx.Node) -> Order:
+        """The order of the gather through which alone a layer's result is read, as `AgreeReads` leaves it."""
+        users = list(node.users)
+        if len(users) != 1 or not self._is_layer(node) or not self._is_gather(users[0]):
+            return None
+        gather = called_module(self.gm, users[0])
+        assert isinstance(gather, ChannelGather)
+        return gather.index if gather.is_permutation and not gather.is_identity else None
 
     def _reads(self) -> dict[str, list[tuple[fx.Node, Order]]]:
         """For each layer what its calls read: the value, and the order in which they have to see it as it is given."""
@@ -122,31 +131,22 @@ class _Placements:
             self.wrong[where] = "its result is seen in two orders"
         elif not self._is_layer(node):
             self.wrong[where] = f"a gather would stand behind {label(node)}, in the model's own code"
-        elif not self._can_give(node):
+        elif getattr(self.layers[where], "transposed", True):
             self.wrong[where] = "its result is seen in an order in which it cannot give it"
         return seen[0]
 
-    def _adjust(self, path: str, sites: Sequence[tuple[fx.Node, Order]]) -> None:
-        """Make the writers of what a layer reads give it so that all calls read in the order of the first."""
-        first = sites[0][1]
-        for node, order in sites[1:]:
-            if _same(order, first) or not self._can_give(node) or self.gives[node] is not None:
-                continue
-            if not all(self._takes_gather(end) for end in self.ends[node]):
-                continue  # the model's own code sees it too
-            weight = self.layers[str(node.target)].weight
-            assert isinstance(weight, Tensor)
-            self.gives[node] = _moving(first, order, weight.shape[0])
-
-    def _ends(self, node: fx.Node, order: Order) -> Iterator[_End]:
-        """Readers of a value behind chains of gathers; `node` is the value, or a gather that gives it in `order`."""
+    def _ends(self, node: fx.Node, order: Order, channels: int = 0) -> Iterator[_End]:
+        """Readers of a value behind chains of gathers; `node` is the value, of so many channels if that is known, or a
+        gather that gives it in `order`.
+        """
         for user in node.users:
             if self._is_gather(user):
                 gather = called_module(self.gm, user)
                 assert isinstance(gather, ChannelGather)
-                yield from self._ends(user, gather.index if order is None else order[gather.index])
+                index = gather.index if order is None else order[gather.index]
+                yield from self._ends(user, index, channels or gather.in_channels)
             else:
-                yield _End(user, order, node)
+                yield _End(user, _tidy(order, channels), node)
 
     def _takes_gather(self, end: _End) -> bool:
         return self._is_layer(end.node) and end.node.all_input_nodes == [end.source]
@@ -158,28 +158,6 @@ class _Placements:
         kinds = nn.modules.conv._ConvNd | nn.Linear
         return node.op == "call_module" and isinstance(called_module(self.gm, node), kinds)
 
-    def _can_give(self, node: fx.Node) -> bool:
-        layer = self.layers.get(str(node.target)) if node.op == "call_module" else None
-        return isinstance(layer, nn.modules.conv._ConvNd) and not layer.transposed
-
-
-def _moving(wanted: Order, order: Order, channels: int) -> Order:
-    """The order `p` in which a value of so many channels has to be given so that who reads `wanted` of it reads
-    `order` of the value itself, `p[wanted] == order`; None if there is none.
-    """
-    whole = torch.arange(channels)
-    a, b = (whole if o is None else o.cpu() for o in (wanted, order))
-    pairs = torch.unique(torch.stack([a, b]), dim=1) if a.shape == b.shape else torch.zeros(2, 0, dtype=torch.int64)
-    sources, targets = pairs
-    if not len(sources) or len(sources.unique()) < len(sources) or len(targets.unique()) < len(targets):
-        return None
-    p = torch.empty_like(whole)
-    free, left = torch.ones(2, channels, dtype=torch.bool)
-    free[sources], left[targets] = False, False
-    p[sources], p[free] = targets, whole[left]
-    device = next((o.device for o in (order, wanted) if o is not None), p.device)
-    return p.to(device)
-
 
 def _relative(order: Order, give: Order) -> Order:
     """What a reader that is given channels in the order `give` has to read to see them in `order`."""
@@ -188,8 +166,14 @@ def _relative(order: Order, give: Order) -> Order:
     back = give.argsort()
     if order is None:
         return back
-    read = back[order]
-    return None if torch.equal(read, torch.arange(give.numel(), device=read.device)) else read
+    return _tidy(back[order], give.numel())
+
+
+def _tidy(order: Order, channels: int) -> Order:
+    """The same, with None for all channels as they come."""
+    if order is None or torch.equal(order, torch.arange(channels, device=order.device)):
+        return None
+    return order
 
 
 def _agree(orders: Sequence[Order]) -> bool:

@@ -126,7 +126,7 @@ def _operated(
     kernels = replace(plan, removed={})
     while True:
         carried = CarriedValues(recording.inputs, recording.values)
-        run(recording.module, default_pipeline(kernels, carried), recording.inputs)
+        run(recording.module, default_pipeline(kernels, carried, for_module=True), recording.inputs)
         try:
             result = operate(current, recording.module)
         except PlacementError as error:
