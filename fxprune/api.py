@@ -4,20 +4,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from fxprune.calibration import Calibration
 from fxprune.calibration.subject import Subject
 from fxprune.channels import ChannelAnalysis, analyze_channels
+from fxprune.channels.capture import Output, capture, check_output
 from fxprune.criteria import Criterion, ScoreFunction
 from fxprune.criteria.snapshots import Snapshot
 from fxprune.criteria.variety import Variety
 from fxprune.errors import FxpruneError
 from fxprune.exact.record import ACCELERATION, record_of
 from fxprune.exact.reporting import Report
-from fxprune.exact.rewriting import rewrite
+from fxprune.exact.rewriting import rewritten
 from fxprune.exact.verification import verify as verify_models
-from fxprune.graph.tracing import Inputs, as_inputs, trace
+from fxprune.graph.examples import Inputs, as_examples, as_inputs
 from fxprune.inference.acceleration import accelerate, acceleration_report
 from fxprune.planning.kernels import sensitivity_of
 from fxprune.planning.latency_budget import check_target, group_counts
@@ -59,14 +60,15 @@ def compile(
     progress: bool = False,
     verify: bool | None = None,
     fold_batch_norm: bool = False,
-) -> fx.GraphModule:
-    """Prune a trained model and rewrite it into a smaller graph that computes exactly what the masked model computes.
+    output: Output = "auto",
+) -> nn.Module:
+    """Prune a trained model and rewrite it into a smaller one that computes exactly what the masked model computes.
 
     The same as `make_plan`, `mask`, `rewrite` and `verify` in turn. The model is never changed; the result shares no
     memory with it.
 
     Args:
-        model: any traceable module, on any device, in any floating-point type.
+        model: any module that runs, on any device, in any floating-point type.
 
         *How much goes.* One of these; ratio 0.5 if none is given.
 
@@ -105,9 +107,9 @@ def compile(
 
         *Data.*
 
-        example_inputs: arguments of forward: a tensor, a tuple, or a dict by name. With them shapes and MACs are exact
-            and the result is verified; without, the first calibration batch serves, or else a usual image size is
-            probed.
+        example_inputs: arguments of forward: a tensor, a tuple by position, or a dict by name; their values may be of
+            any kind. A list of these is several examples. With them shapes and MACs are exact and the result is
+            verified; without, the first calibration batch serves, or else a usual image size is probed.
         calibration: a few hundred typical inputs: a tensor `(N, ...)`, a `DataLoader`, or any iterable of batches;
             labels are ignored. With it the kept weights are solved anew so that each layer gives what the dense one
             gave (`fxprune.calibration.refit`), which is worth far more than any choice of groups. It is read once.
@@ -127,13 +129,22 @@ def compile(
             accuracy. None is True with a target and channels kept one by one, else False.
         fold_batch_norm: fold BatchNorm into the convolutions; the result is then exact in evaluation mode only.
 
+        *Result.*
+
+        output: `"graph"` traces the model and gives a `GraphModule`. `"module"` records it while it runs on the
+            examples and gives a copy of the model, of its own class, with its attributes, its forward and the names of
+            its state dict, in which the pruned layers are smaller: for models that no graph can hold, and for code
+            that expects its own class. `"auto"` gives the graph where trace and recording agree, else the module, and
+            the report says why. Without examples there is only the graph.
+
         *Checks.*
 
         verify: check the result against the masked model in float64; by default if inputs are given.
         progress: show progress bars on stderr.
 
     Returns:
-        A `GraphModule`: it trains, scripts, exports, moves and copies as any module does. `fxprune.report` explains it.
+        A `GraphModule`, or a module of the model's class, see `output`: it trains, scripts, exports, moves and copies
+        as any module does. `fxprune.report` explains it.
         With `target`, an inference form for that device alone, which `fxprune.acceleration_report` explains as well.
 
     Raises:
@@ -149,15 +160,15 @@ def compile(
     request = _request(locals())
     if verify and example_inputs is None and calibration is None:
         raise FxpruneError("verify=True needs example_inputs to run the models on; pass them, or leave verify out")
+    check_output(output)
     check_target(model, target, example_inputs is not None or calibration is not None)
-    subject = Subject(model, example_inputs, calibration)
+    subject = Subject(model, example_inputs, calibration, output if target is None else "graph")
     plan, masked = plan_for(subject, request)
     if masked is None:
         masked = masked_by(subject, plan, progress=progress)
-    pruned = rewrite(masked, plan, subject.example_inputs, fold_batch_norm=fold_batch_norm)
-    if verify or (verify is None and subject.example_inputs is not None):
-        assert subject.example_inputs is not None
-        verify_models(pruned, masked, subject.example_inputs)
+    pruned = rewritten(masked, plan, subject.captured(masked), fold_batch_norm=fold_batch_norm)
+    if verify or (verify is None and subject.examples):
+        verify_models(pruned, masked, list(subject.examples))
     if target is None:
         return pruned
     assert subject.example_inputs is not None
@@ -196,6 +207,7 @@ def make_plan(
     seed: int = 0,
     progress: bool = False,
     after: PrunePlan | None = None,
+    output: Output = "auto",
 ) -> PrunePlan:
     """Choose which convolutions are pruned and how. Arguments and errors are those of `compile`; the model is only
     read. Equal arguments give equal plans.
@@ -208,7 +220,8 @@ def make_plan(
             schedules; `compile` has no such argument. The others are those of `compile`.
     """
     request = _request(locals())
-    return plan_for(Subject(model, example_inputs, calibration), request)[0]
+    check_output(output)
+    return plan_for(Subject(model, example_inputs, calibration, output if target is None else "graph"), request)[0]
 
 
 def measure_latency(
@@ -274,18 +287,23 @@ def measure_sensitivity(
         CalibrationError: the calibration data are malformed, or do not fit the model.
     """
     request = _request(locals())
-    return sensitivity_of(Subject(model, example_inputs, calibration), request)
+    return sensitivity_of(Subject(model, example_inputs, calibration, "auto"), request)
 
 
 def analyze(model: nn.Module, example_inputs: Inputs | None = None) -> ChannelAnalysis:
     """Find the channel spaces of a model: which channels share an order, what ties them, and why some may not move.
     `print` it.
 
+    Args:
+        model: any module that runs; it is not changed.
+        example_inputs: see `compile`. With them any model is recorded that cannot be traced; without, it is traced.
+
     Raises:
-        TraceError: the model cannot be traced.
+        TraceError: the model cannot be traced, and does not run on the example or has none.
     """
-    traced = trace(model, example_inputs)
-    return analyze_channels(traced.module, traced.values)
+    examples = () if example_inputs is None else as_examples(example_inputs, model)
+    captured = capture(model, examples, "auto")
+    return analyze_channels(captured.module, captured.values)
 
 
 def report(pruned: nn.Module) -> Report:

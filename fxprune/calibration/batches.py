@@ -16,14 +16,15 @@ BATCH_SIZE = 32
 """Images at a time where the calibration data is one tensor."""
 
 
-def read_batches(calibration: Calibration, arguments: int = 1) -> list[Batch]:
+def read_batches(calibration: Calibration, arguments: int = 1, names: Sequence[str] = ()) -> list[Batch]:
     """Read calibration data to its end.
 
     Args:
         calibration: a tensor `(N, ...)`, which is split into batches, or any iterable of batches, such as a
-            `DataLoader`. A batch is a tensor, or a sequence that begins with the arguments of forward; what follows
-            them, such as labels, is ignored.
+            `DataLoader`. A batch is a tensor, a sequence that begins with the arguments of forward, or a mapping that
+            has them by name; what else is there, such as labels, is ignored.
         arguments: how many arguments forward takes.
+        names: theirs, in order; a mapping needs them.
 
     Returns:
         The arguments of each batch. Tensors are those of `calibration`, not copies.
@@ -44,18 +45,26 @@ def read_batches(calibration: Calibration, arguments: int = 1) -> list[Batch]:
         )
     # Drawing from a loader advances the global generator, even where nothing is shuffled.
     with torch.random.fork_rng(devices=[]):
-        batches = [_arguments(f"calibration batch {i}", batch, arguments) for i, batch in enumerate(calibration)]
+        batches = [_arguments(f"calibration batch {i}", batch, arguments, names) for i, batch in enumerate(calibration)]
     if not batches:
         raise CalibrationError("calibration holds no batch; pass at least one (an iterator can be read only once)")
     return batches
 
 
-def _arguments(what: str, batch: object, arguments: int) -> Batch:
+def _arguments(what: str, batch: object, arguments: int, names: Sequence[str]) -> Batch:
     if isinstance(batch, Tensor):
         batch = (batch,)
+    if isinstance(batch, Mapping) and names:
+        if missing := [name for name in names if name not in batch]:
+            raise CalibrationError(
+                f"{what} has {', '.join(map(repr, batch))}, but forward takes {missing[0]!r}; rename the entry, "
+                "or pass example_inputs with the names that the batches have"
+            )
+        batch = tuple(batch[name] for name in names)
     if not isinstance(batch, Sequence) or isinstance(batch, (str, bytes)):
         raise CalibrationError(
-            f"{what} is a {type(batch).__name__}; it must be a tensor, or a tuple that begins with one"
+            f"{what} is a {type(batch).__name__}; it must be a tensor, or a tuple that begins with one, or a dict of "
+            "forward's arguments by name"
         )
     if len(batch) < arguments:
         raise CalibrationError(f"{what} has {len(batch)} entries, but forward takes {arguments} arguments")

@@ -1,44 +1,95 @@
-"""A model that is to be pruned, with its trace, and the inputs that were given with it."""
+"""A model that is to be pruned, with its trace or recording, and the inputs that were given with it."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct
+from fxprune.channels.capture import Output, capture, recorded
 from fxprune.errors import CalibrationError, TraceError
 from fxprune.graph.costs import layer_costs
-from fxprune.graph.tracing import Inputs, as_inputs, positional_parameters, trace
+from fxprune.graph.examples import Example, Inputs, as_examples, in_order, positional_parameters
+from fxprune.graph.recording import Recording
+from fxprune.graph.replaying import SIZES, free_batch
+from fxprune.graph.tracing import Trace, trace
 from fxprune.plans import GroupedKernels
 from fxprune.plans.eligibility import find_obstacles
 
 
 class Subject:
-    """The trace of a model, with the inputs that it was given: an example, calibration data, both or none."""
+    """The trace or recording of a model, with the inputs that it was given: examples, calibration data, both or none.
 
-    def __init__(self, model: nn.Module, example_inputs: Inputs | None, calibration: Calibration | None) -> None:
-        self.model = model
-        if example_inputs is not None:
-            example_inputs = as_inputs(example_inputs, model)
-        self.batches, self._inputs, self.example_inputs = None, example_inputs, example_inputs
+    Attributes:
+        model: the user's, only read.
+        examples: what forward is called with, from the examples or the first batch; none if neither was given.
+        batches: the arguments of each calibration batch; None without data.
+        trace: a `Recording` if the result is to be the user's own module.
+        counted: names of nodes of a recording whose channels have to stay, with the reason; planning finds them.
+
+    Raises:
+        TraceError: the model cannot be captured as asked for.
+        CalibrationError: the calibration data are malformed, or do not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Inputs | None,
+        calibration: Calibration | None,
+        output: Output = "graph",
+    ) -> None:
+        self.model, self.batches, self._names = model, None, ()
+        self.counted: dict[str, str] = {}
+        self.examples = () if example_inputs is None else as_examples(example_inputs, model)
+        if self.examples:
+            self._names = tuple(self.examples[0].kwargs)
         if calibration is not None:
-            given = _arguments_needed(model) if example_inputs is None else len(example_inputs)
-            self.batches = read_batches(calibration, given)
-            if example_inputs is None:
-                self._inputs, self.example_inputs = self.batches[0], _first_two(self.batches[0])
+            wanted = len(self.examples[0].args) if self.examples else _arguments_needed(model)
+            names = _named_arguments(model, wanted, self._names)
+            self.batches = read_batches(calibration, wanted + len(self._names), names)
+            if not self.examples:
+                self.examples = (self._example(_first(self.batches[0], 2)),)
         try:
-            self.trace = trace(model, self._inputs)
+            self.trace = capture(model, self.examples, output)
         except TraceError as error:
             if example_inputs is None and calibration is not None:
                 trace(model)  # it fails too if the model is at fault
                 raise CalibrationError(f"calibration batch 0 does not fit the model: {error}") from error
             raise
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the result is the user's own module, not a graph."""
+        return isinstance(self.trace, Recording)
+
+    @property
+    def layers(self) -> nn.Module:
+        """The model as planners see it: a convolution whose own forward only pads and convolves is a plain one."""
+        return self.trace.layers if isinstance(self.trace, Recording) else self.model
+
+    @property
+    def example_inputs(self) -> tuple[Any, ...] | None:
+        """The first example by position, which is what graphs are called with; None without examples."""
+        return in_order(self.examples[0], self.model) if self.examples else None
+
     def of(self, model: nn.Module) -> "Subject":
         """Another model with the same inputs."""
-        return Subject(model, self._inputs, self.batches)
+        other = object.__new__(Subject)
+        other.model, other.examples, other.batches, other._names = model, self.examples, self.batches, self._names
+        other.trace, other.counted = self.captured(model), {}
+        return other
+
+    def captured(self, model: nn.Module) -> Trace:
+        """Capture another model of the same structure in the same way."""
+        if isinstance(self.trace, Recording):
+            found = recorded(model, self.examples)
+            return replace(found, notes=tuple(dict.fromkeys((*self.trace.notes, *found.notes))))
+        return trace(model, self.example_inputs)
 
     @cached_property
     def obstacles(self) -> dict[str, str]:
@@ -50,28 +101,76 @@ class Subject:
         """Parameters and MACs of each layer, see `fxprune.graph.costs.layer_costs`."""
         return layer_costs(self.trace.module, self.trace.values)
 
+    @cached_property
+    def network(self) -> fx.GraphModule:
+        """The graph of the model that runs on calibration batches, see `runnable`."""
+        return self.runnable(self.model, self.trace)
+
+    @cached_property
+    def network_batches(self) -> list[Batch] | None:
+        """What `network` is called with for each batch; None without data."""
+        if self.batches is None or not self.is_recorded:
+            return self.batches
+        return [tuple(self._example(batch).tensors) for batch in self.batches]
+
+    def runnable(self, model: nn.Module, captured: Trace | None = None) -> fx.GraphModule:
+        """A graph of `model`, which has the structure of the subject, that runs on calibration batches.
+
+        Raises:
+            CalibrationError: the model treats its batches in a way that no graph can follow.
+        """
+        if not self.is_recorded:
+            return (self.captured(model) if captured is None else captured).module
+        assert self.batches is not None
+        batch = self.batches[0]
+        try:
+            small, large = (recorded(model, [self._example(_first(batch, size))], modes=("eval",)) for size in SIZES)
+            return free_batch(small, large)
+        except TraceError as error:
+            if len({_shapes(batch) for batch in self.batches}) > 1:
+                raise CalibrationError(
+                    f"the model cannot be followed over batches of different sizes: {error}; pass batches of one size"
+                ) from error
+        return recorded(model, [self._example(batch)], modes=("eval",)).module
+
     def reconstruct(
         self, masked: nn.Module, layers: Collection[str], choose: Choose, seed: int, progress: bool
     ) -> dict[str, GroupedKernels]:
         """Prune and refit `masked`, a copy of the model, in place."""
-        assert self.batches is not None
-        twin = trace(masked, self._inputs)
+        assert self.network_batches is not None
+        twin = self.runnable(masked)
         kernels, fits = reconstruct(
-            self.trace.module, twin.module, self.batches, layers, choose, seed=seed, progress=progress
+            self.network, twin, self.network_batches, layers, choose, seed=seed, progress=progress
         )
         setattr(masked, FITS, fits)
         return kernels
 
+    def _example(self, batch: Batch) -> Example:
+        """A batch as arguments of forward."""
+        count = len(batch) - len(self._names)
+        return Example(batch[:count], dict(zip(self._names, batch[count:], strict=True)))
+
 
 def _arguments_needed(model: nn.Module) -> int:
-    """How many positional arguments of forward have no default."""
-    return sum(p.default is p.empty for p in positional_parameters(model))
+    """How many positional arguments of forward have no default; one, if all have and there are any."""
+    parameters = positional_parameters(model)
+    return sum(p.default is p.empty for p in parameters) or min(1, len(parameters))
 
 
-def _first_two(batch: Batch) -> Batch:
-    """Two samples are enough of an example, where all tensors agree on what a sample is."""
+def _named_arguments(model: nn.Module, count: int, keywords: tuple[str, ...]) -> tuple[str, ...]:
+    """What the arguments in a batch are called: `count` by position, the others by name."""
+    return (*(p.name for p in positional_parameters(model)[:count]), *keywords)
+
+
+def _first(batch: Batch, count: int) -> Batch:
+    """Some samples of a batch, repeated if it has fewer, where all its tensors agree on what a sample is."""
     sizes = {leaf.shape[:1] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
     if len(sizes) != 1 or torch.Size() in sizes:
         return batch
-    first: Batch = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) else leaf, batch)
-    return first
+    (size,) = sizes.pop()
+    rows = [i % size for i in range(count)]
+    return tuple(tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) else leaf, batch))
+
+
+def _shapes(batch: Batch) -> tuple[torch.Size, ...]:
+    return tuple(leaf.shape for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))

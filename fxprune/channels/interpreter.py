@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.channels.atoms import UNLABELLED, Array, AtomTable
-from fxprune.graph.editing import label
+from fxprune.graph.editing import called_module, label
 
 # A parameter read with get_attr gets an atom for each element (a position embedding has 151 thousand); larger ones keep
 # their order.
@@ -62,6 +62,7 @@ class State:
     written: frozenset[fx.Node] = frozenset()  # parameters and buffers that the graph writes into
     node: fx.Node = field(init=False)
     _bound: dict[tuple[int, int | str], Array] = field(default_factory=dict)
+    _ruleless: dict[int, str] = field(default_factory=dict)  # tensors of modules that a boundary calls
 
     # ---- what the current node is given
 
@@ -107,6 +108,9 @@ class State:
     def boundary(self, reason: str) -> Any:
         """The current node has no rule: its inputs keep their order, and so does what it gives."""
         self.boundaries[self.node] = reason
+        if self.node.op == "call_module":
+            called = called_module(self.module, self.node)
+            self._ruleless |= {id(tensor): layer_name(self.node) for tensor in (*called.parameters(), *called.buffers())}
         for node in self.node.all_input_nodes:
             self.pin(self.labels.get(node), reason)
         return self.unlabelled(self.values.get(self.node))
@@ -187,7 +191,12 @@ class State:
         return torch.from_numpy(atoms).reshape(tensor.shape)
 
     def pin_parameters_read_twice(self) -> None:
-        """A parameter that a layer owns and the graph reads as well keeps its order: neither use sees the other."""
+        """A parameter that a layer owns and the graph reads as well keeps its order: neither use sees the other. So
+        does one that is used at a boundary too, be it that the same layer is called there.
+        """
+        for (key, _), atoms in self._bound.items():
+            if key in self._ruleless:
+                self.atoms.pin(atoms, f"{self._ruleless[key]} is called at a place without a rule too")
         direct = {key for key, use in self._bound if use == "elements"}
         layered = {key for key, use in self._bound if use != "elements"}
         for (key, _), atoms in self._bound.items():

@@ -14,6 +14,7 @@ from fxprune.channels.atoms import UNLABELLED
 from fxprune.channels.compaction import Classes, Compaction, StuckError
 from fxprune.channels.removability import irremovable
 from fxprune.channels.units import STAYS, ChannelUnits, Chosen, UnitLayer, Units
+from fxprune.graph.recording import like
 from fxprune.graph.tracing import is_hooked
 from fxprune.plans import RemovedChannels
 from fxprune.plans.eligibility import QUANTIZED_PACKAGES, parameters_of_several_modules
@@ -66,6 +67,7 @@ def find_removable(
     costs: Mapping[str, tuple[int, int | None]],
     ignore: Collection[str] = (),
     obstacles: Mapping[str, str] = MappingProxyType({}),
+    counted: Mapping[str, str] = MappingProxyType({}),
 ) -> Removable:
     """Find the units of a traced model.
 
@@ -75,10 +77,15 @@ def find_removable(
         costs: parameters and MACs of each layer by module path.
         ignore: module paths of convolutions whose filters stay.
         obstacles: layers whose filters have to stay for another reason, and why.
+        counted: nodes that stand for code in which the number of their channels, or of those they read, is written.
     """
     analysis = analyze_channels(module, values)
     classes = analysis.blocks.classes
     refused = irremovable(module, dict(values), analysis)
+    for node in module.graph.nodes:
+        if node.name in counted:
+            for c in {c for near in (node, *node.all_input_nodes) for c in _classes_in(analysis, near)} - {UNLABELLED}:
+                refused.setdefault(c, counted[node.name])
     writers = _writers(module, analysis)
     shared = parameters_of_several_modules(module)
     prunable = set()
@@ -226,7 +233,7 @@ def _stuck(
     known = {nodes[node]: value for node, value in values.items() if node in nodes}
     removed: Classes = np.append(goes, False)[unit_of]
     try:
-        Compaction(fx.GraphModule(module, graph), known, twin, removed).apply()
+        Compaction(like(module, graph), known, twin, removed).apply()
     except StuckError as error:
         return StuckError(next(node for node, copied in nodes.items() if copied is error.node), str(error))
     return None

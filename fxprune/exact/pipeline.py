@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from fxprune.errors import PassError, VerificationError
 from fxprune.exact.verification import TOLERANCE, difference, evaluate
 from fxprune.graph.editing import Outcome, Pass, calls
+from fxprune.graph.examples import Example
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.values import CarriedValues
 from fxprune.passes import (
@@ -77,7 +78,7 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], inputs: tuple[Any, ...]) -> 
             "FXPRUNE_VERIFY=1 needs inputs to run the graph on, and no usual size fits; pass example_inputs"
         )
     samples = _random_inputs(gm, inputs) if check else ()
-    reference = evaluate(gm, samples, "eval").tensors if check else []
+    reference = evaluate(gm, Example(samples), "eval").tensors if check else []
     outcomes: dict[str, Outcome] = {}
     _dump(directory, 0, "traced", gm)
     for number, rewrite in enumerate(passes, start=1):
@@ -86,7 +87,7 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], inputs: tuple[Any, ...]) -> 
         _check(gm, name)
         logger.info("%s rewrote %d nodes and left %d", name, len(outcome.rewritten), len(outcome.skipped))
         _dump(directory, number, name, gm)
-        if check and (worst := difference(evaluate(gm, samples, "eval").tensors, reference)[1]) > TOLERANCE:
+        if check and (worst := difference(evaluate(gm, Example(samples), "eval").tensors, reference)[1]) > TOLERANCE:
             raise VerificationError(f"pass {number} {name} changed the function by {worst:.1e} of the largest output")
     gm.recompile()
     return outcomes

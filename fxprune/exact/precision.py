@@ -1,6 +1,7 @@
 """Run a copy of a model in float64, whatever it casts to inside, or in its own precision."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -11,8 +12,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fxprune.graph.containers import convert_tensors
 from fxprune.graph.contexts import undisturbed
 from fxprune.graph.copying import share_tensors
+from fxprune.graph.examples import Example
 
-Call = Callable[[nn.Module, tuple[Any, ...]], Any]
+Call = Callable[[nn.Module, Example], Any]
 WIDER = {
     torch.float16: torch.float64,
     torch.bfloat16: torch.float64,
@@ -22,42 +24,40 @@ WIDER = {
 """What becomes of a type in float64."""
 
 
-def forward_of(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+def forward_of(model: nn.Module, example: Example) -> Any:
     """What a model returns."""
-    return model(*inputs)
+    return example.call(model)
 
 
 class Precision(Protocol):
     """A way to run a copy of a model: what `call` gives, and the copy as it is afterwards. Neither the model nor the
-    inputs are changed, and the state of random numbers is as before.
+    example are changed, and the state of random numbers is as before.
     """
 
     def __call__(
-        self, model: nn.Module, inputs: tuple[Any, ...], mode: str, call: Call = forward_of
+        self, model: nn.Module, example: Example, mode: str, call: Call = forward_of
     ) -> tuple[Any, nn.Module]: ...
 
 
-def in_double(model: nn.Module, inputs: tuple[Any, ...], mode: str, call: Call = forward_of) -> tuple[Any, nn.Module]:
+def in_double(model: nn.Module, example: Example, mode: str, call: Call = forward_of) -> tuple[Any, nn.Module]:
     """In float64. Large layers convert their weights only while they run, so that the copy needs little memory."""
     try:
-        return _run_double(model, inputs, mode, call, lazily=True)
+        return _run_double(model, example, mode, call, lazily=True)
     except RuntimeError:  # a layer's weight that another module uses directly is not converted in time
-        return _run_double(model, inputs, mode, call, lazily=False)
+        return _run_double(model, example, mode, call, lazily=False)
 
 
-def in_own(model: nn.Module, inputs: tuple[Any, ...], mode: str, call: Call = forward_of) -> tuple[Any, nn.Module]:
+def in_own(model: nn.Module, example: Example, mode: str, call: Call = forward_of) -> tuple[Any, nn.Module]:
     """In the precision of the model."""
     copy = _in_mode(share_tensors(model, _owned), mode)
-    with undisturbed():
-        return call(copy, convert_tensors(inputs, lambda tensor: tensor.detach().clone())), copy
+    with undisturbed(), without_dropout(mode):
+        return call(copy, convert_tensors(example, lambda tensor: tensor.detach().clone())), copy
 
 
-def _run_double(
-    model: nn.Module, inputs: tuple[Any, ...], mode: str, call: Call, lazily: bool
-) -> tuple[Any, nn.Module]:
+def _run_double(model: nn.Module, example: Example, mode: str, call: Call, lazily: bool) -> tuple[Any, nn.Module]:
     copy = _double_copy(model, mode, lazily)
-    with undisturbed(), _Doubled():  # type: ignore[no-untyped-call]
-        return call(copy, convert_tensors(inputs, _double)), copy
+    with undisturbed(), without_dropout(mode), _Doubled():  # type: ignore[no-untyped-call]
+        return call(copy, convert_tensors(example, _double)), copy
 
 
 class _Doubled(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__
@@ -114,7 +114,29 @@ def _double_copy(model: nn.Module, mode: str, lazily: bool) -> nn.Module:
     return copy
 
 
+TRAINING = "training"
+"""A mode: the model as `.train()` leaves it, but for dropout. `"train"` is evaluation with batch statistics."""
+
+
+class _KeepAll(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its __init_subclass__
+    """Dropout and its kin draw what is kept by position; here each draw gives its expected value, and nothing goes."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bernoulli_.float:
+            return args[0].fill_(args[1] if len(args) > 1 else 0.5)
+        if func is torch.ops.aten.native_dropout.default:
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        return func(*args, **(kwargs or {}))
+
+
+def without_dropout(mode: str) -> AbstractContextManager[object]:
+    """In training mode, dropout is off while the block runs."""
+    return _KeepAll() if mode == TRAINING else nullcontext()  # type: ignore[no-untyped-call]
+
+
 def _in_mode(model: nn.Module, mode: str) -> nn.Module:
+    if mode == TRAINING:
+        return model.train()
     model.eval()
     for module in model.modules():
         if mode == "train" and isinstance(module, nn.modules.batchnorm._NormBase):

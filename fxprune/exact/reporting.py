@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxprune.graph.costs import batch_size, known_sum, layer_costs, total_macs
-from fxprune.graph.editing import KEPT_BECAUSE, calls
+from fxprune.graph.editing import KEPT_BECAUSE, RUN, calls
 from fxprune.graph.layers import ChannelGather
 from fxprune.passes.align_windows import runs
 from fxprune.plans import PrunePlan, RemovedChannels
@@ -270,6 +270,7 @@ def _gathers(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> tuple[GatherR
         if not gather.is_permutation:
             reason = f"overlap form: the groups read {size} channels out of {gather.in_channels}"
         written = value.numel() * value.element_size() // batch if isinstance(value, Tensor) else None
+        written = written if node.meta.get(RUN, 0) == 0 else 0
         first = found.setdefault(name, GatherReport(name, size, reason, runs(gather.index), 0))
         found[name] = replace(first, bytes=known_sum((first.bytes, written)))
     return tuple(found.values())

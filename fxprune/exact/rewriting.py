@@ -1,57 +1,87 @@
-"""The steps that follow a plan: mask, the only one that changes the function, and rewrite, which is exact."""
+"""The step that follows a mask: the same function with smaller layers, as a graph or as the user's own module."""
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.calibration import FITS
-from fxprune.errors import NothingRewrittenWarning, TraceError
+from fxprune.channels.capture import Output, capture, check_output, recorded
+from fxprune.errors import NothingRewrittenWarning, PassError, TraceError
+from fxprune.exact.narrowing import narrow
+from fxprune.exact.operating import PlacementError, operate
 from fxprune.exact.pipeline import default_pipeline, run
-from fxprune.exact.record import RECORD, Record
+from fxprune.exact.record import Record, keep_record
 from fxprune.exact.reporting import make_report
 from fxprune.graph.copying import own_tensors
 from fxprune.graph.costs import layer_costs
-from fxprune.graph.tracing import Inputs, trace
+from fxprune.graph.examples import Inputs, as_examples
+from fxprune.graph.recording import Recording
+from fxprune.graph.tracing import Trace
 from fxprune.graph.values import CarriedValues
 from fxprune.plans import PrunePlan
 
 
 def rewrite(
-    masked: nn.Module, plan: PrunePlan, example_inputs: Inputs | None = None, *, fold_batch_norm: bool = False
-) -> fx.GraphModule:
+    masked: nn.Module,
+    plan: PrunePlan,
+    example_inputs: Inputs | None = None,
+    *,
+    output: Output = "auto",
+    fold_batch_norm: bool = False,
+) -> nn.Module:
     """Rewrite a masked model into grouped convolutions. Exact: the result computes what `masked` computes.
 
     Args:
         masked: what `mask` returned, perhaps trained further with its zeros kept. It is not changed.
         plan: the plan it was masked with.
-        example_inputs: positional arguments of forward, for shapes; probed if absent.
+        example_inputs: arguments of forward, see `compile`; for shapes and for recording.
+        output: see `compile`.
         fold_batch_norm: see `compile`.
 
     Raises:
-        PlanError: the plan was made for another model.
+        PlanError: the plan was made for another model, or `output` is unknown.
         PassError: a kernel that the plan drops is not zero.
         TraceError: the model cannot be traced, or no usual image size fits it and no example is given.
 
     Warns:
         NothingRewrittenWarning: the plan names no convolution.
     """
+    check_output(output)
     plan.check(masked)
-    traced = trace(masked, example_inputs)
-    if plan.removed and not traced.inputs:
+    examples = () if example_inputs is None else as_examples(example_inputs, masked)
+    return rewritten(masked, plan, capture(masked, examples, output), fold_batch_norm=fold_batch_norm)
+
+
+def rewritten(masked: nn.Module, plan: PrunePlan, captured: Trace, *, fold_batch_norm: bool = False) -> nn.Module:
+    """The same for a masked model that is traced or recorded already: a graph, or the user's own module."""
+    if isinstance(captured, Recording) and fold_batch_norm:
+        raise PassError(
+            "fold_batch_norm changes the graph, and the result is the model's own module; fold BatchNorm there with "
+            "torch.nn.utils.fuse_conv_bn_eval, or pass output='graph'"
+        )
+    if not isinstance(captured, Recording) and plan.removed and not captured.inputs:
         raise TraceError("removing channels needs the shapes of the model, and no usual size fits; pass example_inputs")
-    gm = traced.module
-    dense = layer_costs(gm, traced.values)
-    params_dense = sum(p.numel() for p in gm.parameters())  # auxiliary heads that are never called are not pruned away
-    values = CarriedValues(traced.inputs, traced.values)
-    run(gm, default_pipeline(plan, values, fold_batch_norm=fold_batch_norm), traced.inputs)
-    own_tensors(gm, masked)
-    notes = [*traced.notes, *(f"{name}: {note}" for name, note in plan.notes.items())]
-    if traced.probed:
+    dense = layer_costs(captured.module, captured.values)
+    params_dense = sum(p.numel() for p in captured.module.parameters())  # without heads that are never called
+    inputs = captured.inputs
+    notes = [*captured.notes, *(f"{name}: {note}" for name, note in plan.notes.items())]
+    if isinstance(captured, Recording):
+        result, graph, values, plan = _operated(masked, plan, captured)
+    else:
+        result = graph = captured.module
+        carried = CarriedValues(captured.inputs, captured.values)
+        run(graph, default_pipeline(plan, carried, fold_batch_norm=fold_batch_norm), captured.inputs)
+        own_tensors(graph, masked)
+        values = carried.of(graph)
+    if captured.probed:
         notes.append(
             "no example_inputs: MACs are for an assumed input size, and the result was not verified"
-            if traced.inputs
+            if captured.inputs
             else _NO_SHAPES
         )
     if fold_batch_norm:
@@ -59,17 +89,17 @@ def rewrite(
     report = make_report(
         plan,
         dense,
-        gm,
-        values.of(gm),
+        graph,
+        values,
         errors={name: fit.refitted for name, fit in getattr(masked, FITS, {}).items()},
         params_dense=params_dense,
-        input_shapes=tuple(tuple(leaf.shape) for leaf in tree_leaves(traced.inputs) if isinstance(leaf, Tensor)),
+        input_shapes=tuple(tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)),
         notes=tuple(notes),
     )
-    modes = ("eval",) if fold_batch_norm else traced.modes
-    rounding = max((torch.finfo(p.dtype).eps for p in gm.parameters() if p.is_floating_point()), default=0.0)
+    modes = ("eval",) if fold_batch_norm else captured.modes
+    rounding = max((torch.finfo(p.dtype).eps for p in result.parameters() if p.is_floating_point()), default=0.0)
     options = {"fold_batch_norm": fold_batch_norm}
-    gm.meta[RECORD] = Record(plan, report, traced.inputs, modes, options, rounding if fold_batch_norm else 0.0)
+    keep_record(result, Record(plan, report, inputs, modes, options, rounding if fold_batch_norm else 0.0))
     if not plan.layers and not plan.removed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:3])
         warnings.warn(
@@ -77,7 +107,40 @@ def rewrite(
             NothingRewrittenWarning,
             stacklevel=2,
         )
-    return gm
+    return result
+
+
+def _operated(
+    masked: nn.Module, plan: PrunePlan, recording: Recording
+) -> tuple[nn.Module, fx.GraphModule, Mapping[fx.Node, Any], PrunePlan]:
+    """A copy of the user's model with smaller layers; its graph and what that gives, for the report; and the plan as
+    far as it could be followed: a layer that would need gathers in the model's own code stays dense.
+    """
+    current = masked
+    if plan.removed:
+        current = narrow(masked, plan, recording)
+        recording = recorded(current, recording.examples)
+    kernels = replace(plan, removed={})
+    while True:
+        carried = CarriedValues(recording.inputs, recording.values)
+        run(recording.module, default_pipeline(kernels, carried), recording.inputs)
+        try:
+            result = operate(current, recording.module)
+        except PlacementError as error:
+            if error.layer not in kernels.layers:
+                raise PassError(
+                    f"{error.layer}: {error}; leave the layers before it dense with ignore=, or pass output='graph'"
+                ) from error
+            kernels = _without(kernels, error.layer, str(error))
+            recording = recorded(current, recording.examples)
+            continue
+        vars(result).pop(FITS, None)
+        return result, recording.module, carried.of(recording.module), replace(kernels, removed=plan.removed)
+
+
+def _without(plan: PrunePlan, layer: str, reason: str) -> PrunePlan:
+    kept = {name: kernels for name, kernels in plan.layers.items() if name != layer}
+    return replace(plan, layers=kept, skipped={**plan.skipped, layer: reason})
 
 
 _NO_SHAPES = (

@@ -6,7 +6,7 @@ leaving it). A model that amplifies such changes itself is measured: the limit g
 on the input. Where a model does not run in float64, it is checked in its own precision, against its own response to one
 rounding step in inputs and weights; the result says so.
 Training mode here means batch statistics in the normalisation layers; dropout and its kin stay off, for they draw by
-position.
+position. A user's own module is compared as `.train()` leaves it, but for dropout, if it then gives the same twice.
 """
 
 import math
@@ -18,11 +18,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import FxpruneError, VerificationError
-from fxprune.exact.precision import Precision, in_double, in_own
-from fxprune.exact.record import RECORD
+from fxprune.exact.precision import TRAINING, Precision, in_double, in_own
+from fxprune.exact.record import find_record
 from fxprune.graph.containers import convert_tensors, tensors_in
 from fxprune.graph.copying import share_tensors
-from fxprune.graph.tracing import Inputs, as_inputs, trace
+from fxprune.graph.examples import Example, Inputs, as_examples
+from fxprune.graph.recording import doubled
+from fxprune.graph.tracing import trace
+from fxprune.graph.witness import kind_of
 from fxprune.plans.masking import remaining
 
 # Share of the largest output (design, section 5), and how far beyond its own response to rounding a model may go.
@@ -77,8 +80,8 @@ def verify(
     Args:
         pruned: the rewritten model.
         masked: the oracle.
-        example_inputs: positional arguments of both, tensors on their device. A floating-point input without variation
-            is replaced by noise, for it could hide errors, if the model runs on that.
+        example_inputs: arguments of both, see `compile`, tensors on their device. A floating-point input without
+            variation is replaced by noise, for it could hide errors, if the model runs on that.
         modes: which modes to compare; by default those that the compilation of `pruned` keeps, else both. A model whose
             forward differs between modes in structure is compiled for evaluation only.
 
@@ -86,25 +89,25 @@ def verify(
         VerificationError: they differ, and the message names the first node of `pruned` where; or nothing could be
             compared.
     """
-    record = getattr(pruned, "meta", {}).get(RECORD)
+    record = find_record(pruned)
     if modes is None:
         modes = getattr(record, "modes", ("eval", "train"))
-    examples = as_inputs(example_inputs, masked)
+    examples = as_examples(example_inputs, masked)
     largest_abs = largest_rel = 0.0
     compared: list[str] = []
     notes: list[str] = []
     precision = "float64"
-    for mode in modes:
+    for mode, example in ((mode, example) for mode in modes for example in examples):
         try:
-            oracle = _oracle(masked, examples, mode)
+            oracle = _oracle(masked, example, mode, whole=not isinstance(pruned, fx.GraphModule))
         except VerificationError as error:
             if mode == "eval" or len(modes) == 1:
                 raise
             notes.append(f"{mode} mode was not compared: {error}")
             continue
-        worst_abs, worst_rel = _compare(pruned, masked, oracle, record, examples)
+        worst_abs, worst_rel = _compare(pruned, masked, oracle, record, example)
         largest_abs, largest_rel = max(largest_abs, worst_abs), max(largest_rel, worst_rel)
-        compared.append(mode)
+        compared += [mode] if mode not in compared else []
         notes += [note for note in oracle.notes if note not in notes]
         if oracle.precision is in_own:
             precision = _own_type(masked)
@@ -124,7 +127,7 @@ class _Oracle:
     """
 
     mode: str
-    inputs: tuple[Any, ...]
+    inputs: Example
     precision: Precision
     run: "Run"
     notes: tuple[str, ...]
@@ -145,17 +148,20 @@ class Run:
     state: dict[str, Tensor]
 
 
-def _oracle(masked: nn.Module, examples: tuple[Any, ...], mode: str) -> _Oracle:
-    """Run the masked model, in float64 and on informative inputs if it can.
+def _oracle(masked: nn.Module, example: Example, mode: str, whole: bool) -> _Oracle:
+    """Run the masked model, in float64 and on informative inputs if it can; in `"train"` mode as `.train()` leaves it,
+    if `whole` and it gives the same twice, else with batch statistics only.
 
     Raises:
         VerificationError: it does not run, or gives nothing to compare.
     """
     # Batch statistics of one sample may not exist; two samples are a second choice, for forward may insist on one.
-    candidates = [_informative(examples), examples] if any(map(_hides_errors, tensors_in(examples))) else [examples]
+    candidates = [_informative(example), example] if any(map(_hides_errors, example.tensors)) else [example]
     if mode == "train":
-        candidates += [twice for candidate in candidates if (twice := _twice(candidate)) is not None]
+        candidates += [twice for candidate in candidates if (twice := doubled(candidate)) is not None]
     failure: Exception | None = None
+    if mode == "train" and whole and (oracle := _in_training(masked, candidates)) is not None:
+        return oracle
     for precision in (in_double, in_own):
         for inputs in candidates:
             try:
@@ -184,8 +190,28 @@ def _oracle(masked: nn.Module, examples: tuple[Any, ...], mode: str) -> _Oracle:
     ) from failure
 
 
+def _in_training(masked: nn.Module, candidates: Sequence[Example]) -> _Oracle | None:
+    """What the masked model gives after `.train()`; None if it does not run so, or draws random numbers."""
+    for inputs in candidates:
+        runs = []
+        for seed in (0, 1):
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                try:
+                    runs.append(evaluate(masked, inputs, TRAINING, in_double))
+                except Exception:  # user code may raise anything
+                    break
+        if len(runs) < 2 or not runs[0].tensors:
+            continue
+        if [t.shape for t in runs[0].tensors] != [t.shape for t in runs[1].tensors]:
+            return None
+        if difference(runs[0].tensors, runs[1].tensors)[1] == 0:
+            return _Oracle(TRAINING, inputs, in_double, runs[0], ())
+    return None
+
+
 def _compare(
-    pruned: nn.Module, masked: nn.Module, oracle: _Oracle, record: Any, examples: tuple[Any, ...]
+    pruned: nn.Module, masked: nn.Module, oracle: _Oracle, record: Any, example: Example
 ) -> tuple[float, float]:
     """Largest difference between what two models give, absolute and as a share of the largest output.
 
@@ -201,7 +227,7 @@ def _compare(
             "this is a defect of fxprune, please report it with the model"
         ) from error
     worst_abs, worst_rel = difference(found.tensors, expected.tensors)
-    if (gives := _kind(found.output)) != (should := _kind(expected.output)):
+    if (gives := kind_of(found.output)) != (should := kind_of(expected.output)):
         raise VerificationError(
             f"the compiled model returns a {gives}, the masked model a {should}; they do not belong together"
         )
@@ -217,7 +243,7 @@ def _compare(
             response = _response(masked, oracle, step, weights=True)
             limit = max(limit, min(OWN_MARGIN * response, LARGEST_OWN_LIMIT))
     if not worst_rel <= limit:
-        where = _first_difference(pruned, masked, oracle, examples)
+        where = _first_difference(pruned, masked, oracle, example)
         raise VerificationError(
             f"the models differ in {mode} mode by {worst_rel:.1e} of the largest output "
             f"(limit {limit:.0e}); {where}. "
@@ -227,7 +253,7 @@ def _compare(
     return worst_abs, worst_rel
 
 
-def evaluate(model: nn.Module, inputs: tuple[Any, ...], mode: str, precision: Precision = in_double) -> Run:
+def evaluate(model: nn.Module, inputs: Example, mode: str, precision: Precision = in_double) -> Run:
     """Run a copy of `model` in `mode`; neither the model nor the inputs are changed."""
     output, copy = precision(model, inputs, mode)
     before = dict(model.named_buffers())
@@ -237,15 +263,6 @@ def evaluate(model: nn.Module, inputs: tuple[Any, ...], mode: str, precision: Pr
         if name not in before or not torch.equal(buffer.double(), before[name].double())
     }
     return Run(output, tensors_in(output), changed)
-
-
-def _kind(output: Any) -> str:
-    """What an output is called, where that matters: a class of the user's own or a plain container."""
-    if isinstance(output, Tensor):
-        return "tensor"
-    if type(output).__module__ in ("builtins", "collections") or type(output).__module__.startswith("torch.fx"):
-        return "dict" if isinstance(output, Mapping) else "sequence"  # fx makes lists of some tuples
-    return type(output).__qualname__
 
 
 def _first_line(error: Exception | None) -> str:
@@ -287,7 +304,7 @@ def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[flo
 # --- inputs and state -------------------------------------------------------------------------------------------------
 
 
-def _informative(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _informative(inputs: Example) -> Example:
     """The inputs with noise in place of constants."""
     generator = torch.Generator().manual_seed(0)
 
@@ -302,14 +319,6 @@ def _informative(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def _hides_errors(tensor: Tensor) -> bool:
     """Whether an input has no variation, so that channels out of order could give the same."""
     return tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.reshape(-1)[0]).all())
-
-
-def _twice(inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Two samples in place of one; None if there are more, or no batch."""
-    tensors = tensors_in(inputs)
-    if not tensors or not all(tensor.dim() > 1 and tensor.shape[0] == 1 for tensor in tensors):
-        return None
-    return convert_tensors(inputs, lambda tensor: torch.cat([tensor, tensor.flip(-1)]))
 
 
 def _response(model: nn.Module, oracle: _Oracle, step: float, *, weights: bool) -> float:
@@ -377,7 +386,7 @@ def _compare_state(
 # --- where they differ first ------------------------------------------------------------------------------------------
 
 
-def _first_difference(pruned: nn.Module, masked: nn.Module, oracle: _Oracle, examples: tuple[Any, ...]) -> str:
+def _first_difference(pruned: nn.Module, masked: nn.Module, oracle: _Oracle, example: Example) -> str:
     """Name the first node of `pruned` whose values, in any order, are not those of the node of the same name in the
     masked model.
     """
@@ -385,7 +394,7 @@ def _first_difference(pruned: nn.Module, masked: nn.Module, oracle: _Oracle, exa
         return "the first model is no graph, so the place is unknown"
     try:
         given = oracle.inputs, oracle.mode, oracle.precision
-        right = {name: summary for name, summary, _ in _summaries(trace(masked, examples).module, *given)}
+        right = {name: summary for name, summary, _ in _summaries(trace(masked, example.args).module, *given)}
         for name, summary, target in _summaries(pruned, *given):
             if name in right and not _alike(summary, right[name]):
                 return f"the first node that differs is {name} ({target})"
@@ -395,7 +404,7 @@ def _first_difference(pruned: nn.Module, masked: nn.Module, oracle: _Oracle, exa
 
 
 def _summaries(
-    gm: fx.GraphModule, inputs: tuple[Any, ...], mode: str, precision: Precision
+    gm: fx.GraphModule, inputs: Example, mode: str, precision: Precision
 ) -> Iterator[tuple[str, tuple[float, ...], Any]]:
     """Run a graph and yield, for each node that gives a tensor, numbers that do not depend on the order of its
     elements.
@@ -421,10 +430,10 @@ def _summaries(
                 )
             return value
 
-    def record(copy: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def record(copy: nn.Module, inputs: Example) -> None:
         assert isinstance(copy, fx.GraphModule)
         found.clear()  # of an attempt that failed
-        Recorder(copy).run(*inputs)
+        Recorder(copy).run(*inputs.args)
 
     precision(gm, inputs, mode, record)
     yield from found

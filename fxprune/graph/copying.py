@@ -51,7 +51,7 @@ def _kept_beside(model: nn.Module) -> list[Tensor]:
 
 
 # The last two are those of a GraphModule: large, and no state.
-_NOT_KEPT = ("_parameters", "_buffers", "_modules", "_graph", "meta")
+_NOT_KEPT = ("_parameters", "_buffers", "_modules", "_graph", "meta", "fxprune_record")
 _SIMPLE = (bool, int, float, str)
 _EMPTY = (dict, OrderedDict, list, tuple, set)
 _REGISTERS = (dict, OrderedDict)

@@ -10,20 +10,21 @@ from torch import Tensor, fx, nn
 from fxprune.graph.containers import convert_tensors, tensors_in
 from fxprune.graph.contexts import undisturbed
 from fxprune.graph.copying import share_tensors
-from fxprune.graph.editing import calls
+from fxprune.graph.editing import RUN, calls
 
 LAYERS = nn.modules.conv._ConvNd | nn.Linear
 
 
 def layer_costs(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> dict[str, tuple[int, int | None]]:
     """Parameters, and MACs of one image over all calls (None if shapes are unknown), of each convolution and linear
-    layer, by module path; those inside modules that stay whole too.
+    layer, by module path; those inside modules that stay whole too. Of a recording the first run counts.
     """
     params: dict[str, int] = {}
     macs: dict[str, int | None] = {}
     batch = batch_size(gm, values)
     for node, module in calls(gm, nn.Module):
         for name, layer, count in _called_layers(node, module, values):
+            count = count if node.meta.get(RUN, 0) == 0 else 0
             params[name] = sum(p.numel() for p in layer.parameters())
             macs[name] = known_sum((macs.get(name, 0), None if count is None else count // batch))
     return {name: (params[name], macs[name]) for name in params}

@@ -16,6 +16,10 @@ M = TypeVar("M", bound=nn.Module)
 
 KEPT_BECAUSE = "fxprune_kept_because"
 """Key of `node.meta` under which a pass leaves the reason why a gather stays, for the report."""
+RUN = "fxprune_run"
+"""Key of `node.meta` with the number of the run that a recorder wrote the node in; 0 where it is absent."""
+CODE = "fxprune_code"
+"""Key of `node.meta` with the line of the user's code that a recorder saw making the node."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ def label(node: fx.Node) -> str:
         return str(node.target)
     stack = node.meta.get("nn_module_stack")
     owner = str(next(reversed(stack.values()))[0]) if stack else ""
-    return f"{node.name} in {owner}" if owner else node.name
+    code = f" ({node.meta[CODE]})" if node.meta.get(CODE) else ""
+    return (f"{node.name} in {owner}" if owner else node.name) + code
 
 
 def conv_at(model: nn.Module, name: str) -> nn.Conv2d:
@@ -108,7 +113,9 @@ def new_gather(gm: fx.GraphModule, source: fx.Node, gather: ChannelGather, name:
     """Add a gather that reads `source`, at the insertion point of the graph; `name` is a module path, made unique."""
     path = new_path(gm, name)
     gm.add_submodule(path, gather.train(gm.training))
-    return gm.graph.call_module(path, (source,))
+    node = gm.graph.call_module(path, (source,))
+    node.meta[RUN] = source.meta.get(RUN, 0)
+    return node
 
 
 def new_path(gm: fx.GraphModule, name: str) -> str:

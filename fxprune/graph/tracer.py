@@ -2,14 +2,15 @@
 state, contexts that stay, and outputs of any container.
 """
 
+import builtins
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxprune.errors import TraceError
 from fxprune.graph.contexts import GradMode, autocast_recorded
@@ -42,15 +43,29 @@ SEVERAL = (nn.RNNBase, nn.MultiheadAttention, nn.AdaptiveLogSoftmaxWithLoss)
 
 
 class TensorProxy(fx.Proxy):
-    """A proxy for a value that is a tensor for certain: `isinstance(x, torch.Tensor)` is true of it, as it will be of
-    the value, so that forward takes the branch that it takes.
-    """
+    """A proxy for a value that is a tensor for certain."""
 
     _is_param = _is_buffer = False  # what isinstance(x, nn.Parameter) and isinstance(x, nn.Buffer) ask for
 
-    @property  # type: ignore[misc]  # Python asks it for isinstance, and nobody sets it
-    def __class__(self) -> type:
-        return Tensor
+
+@contextmanager
+def proxies_are_tensors() -> Iterator[None]:
+    """While the block runs, `isinstance(x, torch.Tensor)` is true of a `TensorProxy`, as it will be of the value, so
+    that forward takes the branch that it takes.
+
+    Python alone is told so. A proxy whose `__class__` says that it is a tensor would deceive C++ too, and TorchScript
+    functions and extensions would crash on it.
+    """
+    original, tensor = builtins.isinstance, torch.empty(0)
+
+    def isinstance_(value: Any, kind: Any) -> bool:
+        return original(value, kind) or (type(value) is TensorProxy and original(tensor, kind))
+
+    builtins.isinstance = isinstance_  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        builtins.isinstance = original
 
 
 class Tracer(fx.Tracer):
@@ -90,6 +105,7 @@ class Tracer(fx.Tracer):
             stack.enter_context(torch.enable_grad())
             self._grad = GradMode(self)
             stack.enter_context(autocast_recorded(self))
+            stack.enter_context(proxies_are_tensors())
             return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

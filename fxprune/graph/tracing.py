@@ -15,23 +15,21 @@ import copy
 import inspect
 import operator
 import typing
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from fxprune.errors import TraceError, near_matches
-from fxprune.graph.containers import convert_tensors, tensors_in
+from fxprune.errors import TraceError
 from fxprune.graph.copying import copied, share_tensors
+from fxprune.graph.examples import Inputs, as_inputs, positional_parameters
 from fxprune.graph.memory import written_attributes
 from fxprune.graph.modes import compare_modes, insert_training_flags, restore_modes
 from fxprune.graph.tracer import LEAVES, Tracer
 from fxprune.graph.values import first_line, meta_values, propagate
-
-Inputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -60,48 +58,6 @@ class Trace:
     notes: tuple[str, ...] = ()
 
 
-def as_inputs(example_inputs: Inputs, model: nn.Module | None = None) -> tuple[Any, ...]:
-    """Return example inputs as a tuple of positional arguments; a bare tensor is one argument. What they were computed
-    from is forgotten.
-
-    Args:
-        example_inputs: a tensor, a sequence of arguments, or a mapping from the names of arguments.
-        model: whose forward has these names; a mapping needs it.
-
-    Raises:
-        TraceError: the names are not those of arguments of forward, or one before them is left out.
-    """
-    if isinstance(example_inputs, Mapping):
-        given = _in_order(example_inputs, model)
-    else:
-        given = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    return convert_tensors(given, Tensor.detach) if any(t.grad_fn is not None for t in tensors_in(given)) else given
-
-
-def positional_parameters(model: nn.Module) -> list[inspect.Parameter]:
-    """What forward takes by position, in order."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-
-
-def _in_order(named: Mapping[str, Any], model: nn.Module | None) -> tuple[Any, ...]:
-    """Arguments that are given by name, in the order in which forward takes them."""
-    if model is None:
-        raise TraceError(f"the inputs are a dict of {', '.join(map(repr, named))}; pass a tuple in forward's order")
-    who = f"{type(model).__name__}.forward"
-    positional = [p.name for p in positional_parameters(model)]
-    unknown = [name for name in named if name not in positional]
-    if unknown:
-        raise TraceError(
-            f"{who} takes no positional argument {unknown[0]!r}{near_matches(str(unknown[0]), positional)}; the names "
-            f"in example_inputs must be of {', '.join(positional) or 'arguments that it has'}"
-        )
-    left_out = [name for name in positional[: len(named)] if name not in named]
-    if left_out:
-        raise TraceError(f"{who} takes {left_out[0]!r} before others in example_inputs; give a value for it too")
-    return tuple(named[name] for name in positional[: len(named)])
-
-
 def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
     """Trace `model` into a graph.
 
@@ -118,13 +74,7 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
         TraceError: the top-level forward cannot be traced; the message names the submodules that can. Or a lazy module
             has no parameters yet.
     """
-    if said := _why_no_model(model):
-        raise TraceError(said)
-    for name, layer in model.named_modules():
-        if any(is_lazy(parameter) for parameter in layer.parameters(recurse=False)):
-            raise TraceError(
-                f"{name or 'the model'}: {type(layer).__name__} is not initialized yet; run the model once first"
-            )
+    check_is_model(model)
     examples = None if example_inputs is None else as_inputs(example_inputs, model)
     fixed = _fixed_arguments(model, examples)
     tensors = _tensor_arguments(model, examples)
@@ -189,6 +139,22 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
         modes=("eval",) if divergent else ("eval", "train"),
         notes=tuple(notes),
     )
+
+
+def check_is_model(model: object) -> None:
+    """See that what was passed is a model that can be captured.
+
+    Raises:
+        TraceError: it is something around a model, or made from one, or not initialized yet.
+    """
+    if said := _why_no_model(model):
+        raise TraceError(said)
+    assert isinstance(model, nn.Module)
+    for name, layer in model.named_modules():
+        if any(is_lazy(parameter) for parameter in layer.parameters(recurse=False)):
+            raise TraceError(
+                f"{name or 'the model'}: {type(layer).__name__} is not initialized yet; run the model once first"
+            )
 
 
 def trace_leaf(

@@ -131,7 +131,7 @@ class CarriedValues:
         """The value of each node of `gm`; a node whose value is unknown is absent."""
         if not self.inputs:
             return {}
-        fresh = [node for node in gm.graph.nodes if node not in self._seen]
+        fresh = [node for node in gm.graph.nodes if node not in self._seen and node.op != "output"]
         if all(node.op == "call_module" and isinstance(called_module(gm, node), ChannelGather) for node in fresh):
             values = {node: self.known[node] for node in gm.graph.nodes if node in self.known}
             for node in fresh:  # in graph order, so that what it reads is known if it can be

@@ -18,12 +18,13 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from fxprune.errors import AccelerationError, VerificationError
-from fxprune.exact.record import ACCELERATION, RECORD
+from fxprune.exact.record import ACCELERATION, find_record
 from fxprune.exact.verification import difference
 from fxprune.graph.containers import tensors_in
 from fxprune.graph.editing import calls
+from fxprune.graph.examples import Inputs, as_inputs
 from fxprune.graph.fused import FusedConv2d
-from fxprune.graph.tracing import Inputs, as_inputs
+from fxprune.graph.gathered import GatheredLayer
 from fxprune.inference.engines import Engine
 from fxprune.inference.forms import Choices, all_forms, operand_shapes, time_forms
 from fxprune.inference.fused_graph import FormatKeepingGather, fused_graph, with_engines
@@ -71,6 +72,11 @@ def accelerate(
     inputs = as_inputs(example_inputs, model)
     if ACCELERATION in getattr(model, "meta", {}):
         raise AccelerationError("the model is accelerated already; pass what it was made from")
+    if any(isinstance(layer, GatheredLayer) for layer in model.modules()):
+        raise AccelerationError(
+            f"{type(model).__name__} is the model's own module with gathers inside its layers, and only a graph can be "
+            "accelerated; compile with output='graph' if the model can be traced"
+        )
     device, dtype = _place(model, inputs)
     original = copy.deepcopy(model).eval()
     reference = tensors_in(original(*inputs))
@@ -108,7 +114,7 @@ def accelerate(
         gathers=sum(1 for _ in calls(result, FormatKeepingGather)),
         difference=gap,
         notes=skipped,
-        compiled=getattr(getattr(model, "meta", {}).get(RECORD), "report", None),
+        compiled=getattr(find_record(model), "report", None),
     )
     return result
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from fxprune.errors import AccelerationError
 from fxprune.exact.pipeline import common_block
-from fxprune.exact.record import RECORD
+from fxprune.exact.record import find_record
 from fxprune.graph.editing import calls
 from fxprune.graph.fused import FusedConv2d, gather_channels
 from fxprune.graph.layers import ChannelGather
@@ -21,7 +21,7 @@ from fxprune.passes import FoldBatchNorm, FuseConvs
 
 def fused_graph(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """The model in evaluation mode with `FusedConv2d` in place of its convolutions, and why some were left."""
-    record = getattr(model, "meta", {}).get(RECORD)
+    record = find_record(model)
     gm = copy.deepcopy(model if isinstance(model, fx.GraphModule) else trace(model, inputs).module).eval()
     gm.meta = {}
     meta = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, inputs)

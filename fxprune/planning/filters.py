@@ -14,22 +14,40 @@ from fxprune.criteria import Evidence, resolve
 from fxprune.criteria.snapshots import load_snapshots
 from fxprune.criteria.variety import Redundancy
 from fxprune.errors import PlanError
+from fxprune.exact.narrowing import CountedError
 from fxprune.graph.editing import conv_at
+from fxprune.planning.lossy import without_removed
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.requests import Request
 from fxprune.planning.selection import choose_units
 from fxprune.planning.unit_scores import unit_scores, varied
 from fxprune.plans import PrunePlan, RemovedChannels
 from fxprune.plans.eligibility import check_model, check_weight
+from fxprune.plans.masking import masked_copy
 
 
 def plan_filters(subject: Subject, request: Request) -> PrunePlan:
-    """Choose the filters to remove.
+    """Choose the filters to remove. In a user's own module those whose number its code has written into it stay.
 
     Raises:
         PlanError: the shapes of the model are not known, or so much cannot be removed.
     """
-    model = subject.model
+    while True:
+        plan = _plan(subject, request)
+        if not subject.is_recorded:
+            return plan
+        try:
+            without_removed(subject, masked_copy(subject.model, plan), plan)
+        except CountedError as error:
+            if error.nodes.keys() <= subject.counted.keys():
+                raise
+            subject.counted.update(error.nodes)
+            continue
+        return plan
+
+
+def _plan(subject: Subject, request: Request) -> PrunePlan:
+    model = subject.layers
     removable = removable_of(subject, request.patterns)
     units = removable.units
     for name, layer in units.layers.items():
@@ -71,7 +89,7 @@ def removable_of(subject: Subject, ignore: Iterable[str] = ()) -> Removable:
     Raises:
         PlanError: the shapes of the model are not known, it has no convolution, or a pattern matches none.
     """
-    model = subject.model
+    model = subject.layers
     check_model(model)
     convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     if not convs:
@@ -83,7 +101,7 @@ def removable_of(subject: Subject, ignore: Iterable[str] = ()) -> Removable:
         )
     ignored = match_patterns("ignore", dict.fromkeys(ignore, True), convs)
     graph, values = subject.trace.module, subject.trace.values
-    return find_removable(graph, values, subject.costs, ignored.keys(), subject.obstacles)
+    return find_removable(graph, values, subject.costs, ignored.keys(), subject.obstacles, subject.counted)
 
 
 def _moments(subject: Subject, removable: Removable, request: Request) -> dict[str, Tensor] | None:
@@ -91,8 +109,8 @@ def _moments(subject: Subject, removable: Removable, request: Request) -> dict[s
     if subject.batches is None or (isinstance(request.criterion, str | None) and request.criterion != "activation"):
         return None
     names = [name for name, layer in removable.units.layers.items() if layer.prunable]
-    graph = subject.trace.module
-    samples = survey(graph, subject.batches, names, seed=request.seed, progress=request.progress)
+    graph = subject.network
+    samples = survey(graph, subject.network_batches or [], names, seed=request.seed, progress=request.progress)
     return {name: sample.second_moment(conv_at(graph, name).in_channels) for name, sample in samples}
 
 

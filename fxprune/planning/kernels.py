@@ -31,13 +31,13 @@ def plan_kernels(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Modu
     if request.latency is not None:
         request = meet_latency(subject, request, sensitivity_of(subject, request), writers)
     planner = Planner(
-        subject.model, request, calibrated=subject.batches is not None, obstacles=subject.obstacles, writers=writers
+        subject.layers, request, calibrated=subject.batches is not None, obstacles=subject.obstacles, writers=writers
     )
     if subject.batches is None:
         return planner.from_weights(request.progress), None
     if planner.sharing:
-        graph, seed, progress = subject.trace.module, request.seed, request.progress
-        for name, samples in survey(graph, subject.batches, planner.sharing, seed=seed, progress=progress):
+        seed, progress, batches = request.seed, request.progress, subject.network_batches or []
+        for name, samples in survey(subject.network, batches, planner.sharing, seed=seed, progress=progress):
             planner.survey(name, samples)
     masked = copied(subject.model)
     kernels = subject.reconstruct(masked, planner.shapes, planner.choose, request.seed, request.progress)
@@ -53,7 +53,6 @@ def sensitivity_of(subject: Subject, request: Request) -> Sensitivity:
     """
     groups = {name: shape.groups for name, shape in prunable_shapes(subject, request).items()}
     if request.sensitivity is not None:
-        return request.sensitivity.among(subject.model, groups)
-    return measure(
-        subject.trace.module, groups, subject.costs, subject.batches, seed=request.seed, progress=request.progress
-    )
+        return request.sensitivity.among(subject.layers, groups)
+    graph = subject.trace.module if subject.batches is None else subject.network
+    return measure(graph, groups, subject.costs, subject.network_batches, seed=request.seed, progress=request.progress)

@@ -14,7 +14,7 @@ from torch import nn
 from fxprune.calibration.subject import Subject
 from fxprune.errors import AccelerationError, PlanError
 from fxprune.exact.rewriting import rewrite
-from fxprune.graph.tracing import as_inputs
+from fxprune.graph.examples import as_inputs
 from fxprune.inference.acceleration import accelerate, acceleration_report
 from fxprune.methods import Matrix, cocluster
 from fxprune.planning.latency_measure import GROUP_COUNTS, measure_layers

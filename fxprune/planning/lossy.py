@@ -3,13 +3,14 @@
 from dataclasses import replace
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fxprune.calibration import FITS, Calibration
 from fxprune.calibration.subject import Subject
+from fxprune.exact.narrowing import narrow
 from fxprune.exact.pipeline import run
 from fxprune.graph.copying import copied, own_tensors
-from fxprune.graph.tracing import Inputs, trace
+from fxprune.graph.recording import Recording
 from fxprune.graph.values import CarriedValues
 from fxprune.passes import RemoveChannels
 from fxprune.plans import GroupedKernels, PrunePlan
@@ -55,7 +56,7 @@ def masked_by(subject: Subject, plan: PrunePlan, *, progress: bool = False) -> n
     zero_pruned(masked, entries_without_removed(model, plan))
     refit_readers(subject, masked, plan, progress=progress)
     if plan.layers:
-        smaller = without_removed(masked, plan, subject.example_inputs)
+        smaller = without_removed(subject, masked, plan)
         kernels = replace(plan, removed={})
         put_back(masked, masked_by(subject.of(smaller), kernels, progress=progress), plan)
     return masked
@@ -77,9 +78,13 @@ def refit_readers(subject: Subject, masked: nn.Module, plan: PrunePlan, *, progr
     zero_pruned(masked, entries_without_removed(masked, plan))  # the fit gives the removed filters a value again
 
 
-def without_removed(masked: nn.Module, plan: PrunePlan, example_inputs: Inputs | None) -> fx.GraphModule:
-    """The network without the channels that `plan` removes, its convolutions still dense."""
-    traced = trace(masked, example_inputs)
+def without_removed(subject: Subject, masked: nn.Module, plan: PrunePlan) -> nn.Module:
+    """The network without the channels that `plan` removes, its convolutions still dense: a graph, or the user's own
+    module.
+    """
+    traced = subject.captured(masked)
+    if isinstance(traced, Recording):
+        return narrow(masked, plan, traced)
     values = CarriedValues(traced.inputs, traced.values)
     run(traced.module, (RemoveChannels(plan, values),), traced.inputs)
     own_tensors(traced.module, masked)

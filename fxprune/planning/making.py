@@ -30,7 +30,7 @@ def plan_for(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module |
         return plan, None
     (second,) = rest
     masked = masked_by(subject, plan, progress=request.progress)
-    smaller = without_removed(masked, plan, subject.example_inputs)
+    smaller = without_removed(subject, masked, plan)
     kernels, refitted = plan_kernels(subject.of(smaller), second)
     together = _joined(plan, kernels)
     if refitted is None:

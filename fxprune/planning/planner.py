@@ -324,4 +324,4 @@ def prunable_shapes(subject: Subject, request: Request) -> dict[str, Shape]:
         PlanError: see `Planner`.
     """
     usual = Request(groups=request.groups, form="overlap", ignore=request.ignore, target=request.target)
-    return Planner(subject.model, usual, obstacles=subject.obstacles).shapes
+    return Planner(subject.layers, usual, obstacles=subject.obstacles).shapes

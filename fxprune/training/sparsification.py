@@ -20,7 +20,7 @@ from fxprune.criteria.snapshots import load_snapshots
 from fxprune.errors import FxpruneError, PlanError
 from fxprune.exact.rewriting import rewrite
 from fxprune.exact.verification import verify
-from fxprune.graph.tracing import Inputs
+from fxprune.graph.examples import Inputs
 from fxprune.planning.making import plan_for
 from fxprune.planning.requests import DEFAULT_RATIO, GRANULARITIES, Request
 from fxprune.plans import PrunePlan

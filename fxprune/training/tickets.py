@@ -35,7 +35,7 @@ from fxprune.calibration.subject import Subject
 from fxprune.criteria.snapshots import Snapshot, state_of
 from fxprune.errors import PlanError, near_matches
 from fxprune.files import without_parallel_prefix
-from fxprune.graph.tracing import Inputs
+from fxprune.graph.examples import Inputs
 from fxprune.methods import Clustering
 from fxprune.planning.filters import removable_of, removed_units
 from fxprune.planning.selection import random_units

@@ -18,8 +18,9 @@ from torchvision.ops import StochasticDepth, stochastic_depth
 
 import fxprune
 from fxprune.errors import TraceError
+from fxprune.graph.examples import as_inputs
 from fxprune.graph.layers import ChannelGather, TrainingFlag
-from fxprune.graph.tracing import as_inputs, trace
+from fxprune.graph.tracing import trace
 from fxprune.graph.values import PROBE_SIZES, meta_values
 
 
@@ -770,8 +771,8 @@ def test_inputs_by_name_are_those_by_position(names: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     "names, message",
     [
-        (("x", "scael"), r"Two.forward takes no positional argument 'scael' \(near: 'scale'\)"),
-        (("x", "shift"), "takes 'scale' before others in example_inputs; give a value for it too"),
+        (("x", "scael"), r"Two.forward takes no argument 'scael' \(near: 'scale'\)"),
+        (("x", "shift"), "takes 'shift' by name only, or others before it are left out"),
     ],
 )
 def test_names_that_do_not_fit(names: tuple[str, ...], message: str) -> None:
