@@ -110,7 +110,9 @@ class State:
         self.boundaries[self.node] = reason
         if self.node.op == "call_module":
             called = called_module(self.module, self.node)
-            self._ruleless |= {id(tensor): layer_name(self.node) for tensor in (*called.parameters(), *called.buffers())}
+            self._ruleless |= {
+                id(tensor): layer_name(self.node) for tensor in (*called.parameters(), *called.buffers())
+            }
         for node in self.node.all_input_nodes:
             self.pin(self.labels.get(node), reason)
         return self.unlabelled(self.values.get(self.node))

@@ -86,7 +86,7 @@ def test_saved_and_loaded_into_a_fresh_model(yolo: Compiled, tmp_path: Path) -> 
     assert type(loaded) is type(yolo.dense)
     x = YOLO.inputs(*YOLO.other)
     assert_same(in_float64(loaded, x), in_float64(yolo.pruned, x))
-    assert list(loaded.state_dict()) == list(yolo.dense.state_dict())
+    assert list(loaded.state_dict()) == list(yolo.pruned.state_dict())
 
 
 def test_its_state_dict_goes_into_a_copy(yolo: Compiled) -> None:
