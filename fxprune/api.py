@@ -61,7 +61,7 @@ def compile(
     verify: bool | None = None,
     fold_batch_norm: bool = False,
     output: Output = "auto",
-) -> nn.Module:
+) -> Any:
     """Prune a trained model and rewrite it into a smaller one that computes exactly what the masked model computes.
 
     The same as `make_plan`, `mask`, `rewrite` and `verify` in turn. The model is never changed; the result shares no
@@ -167,6 +167,9 @@ def compile(
     if masked is None:
         masked = masked_by(subject, plan, progress=progress)
     pruned = rewritten(masked, plan, subject.captured(masked), fold_batch_norm=fold_batch_norm)
+    if (followed := record_of(pruned).plan) != plan:  # some layers of the user's own module have to stay dense
+        masked = masked_by(subject, followed, progress=progress)
+        pruned = rewritten(masked, followed, subject.captured(masked), fold_batch_norm=fold_batch_norm)
     if verify or (verify is None and subject.examples):
         verify_models(pruned, masked, list(subject.examples))
     if target is None:

@@ -9,11 +9,13 @@ from fxprune.passes.sink_gathers import SinkGathers
 from fxprune.passes.merge_gathers import MergeGathers
 from fxprune.passes.absorb_gathers import AbsorbGathers
 from fxprune.passes.align_windows import AlignWindows
+from fxprune.passes.agree_reads import AgreeReads
 from fxprune.passes.fold_batch_norm import FoldBatchNorm
 from fxprune.passes.fuse_convs import FuseConvs
 
 __all__ = [
     "AbsorbGathers",
+    "AgreeReads",
     "AlignWindows",
     "FoldBatchNorm",
     "FuseConvs",

@@ -43,8 +43,9 @@ class Subject:
         calibration: Calibration | None,
         output: Output = "graph",
     ) -> None:
-        self.model, self.batches, self._names = model, None, ()
+        self.model, self.batches = model, None
         self.counted: dict[str, str] = {}
+        self._names: tuple[str, ...] = ()
         self.examples = () if example_inputs is None else as_examples(example_inputs, model)
         if self.examples:
             self._names = tuple(self.examples[0].kwargs)
@@ -86,10 +87,8 @@ class Subject:
 
     def captured(self, model: nn.Module) -> Trace:
         """Capture another model of the same structure in the same way."""
-        if isinstance(self.trace, Recording):
-            found = recorded(model, self.examples)
-            return replace(found, notes=tuple(dict.fromkeys((*self.trace.notes, *found.notes))))
-        return trace(model, self.example_inputs)
+        found = recorded(model, self.examples) if self.is_recorded else trace(model, self.example_inputs)
+        return replace(found, notes=tuple(dict.fromkeys((*self.trace.notes, *found.notes))))
 
     @cached_property
     def obstacles(self) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Which channels of a model can be removed as a whole, as units, and what a choice of units removes in each module."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -84,8 +84,7 @@ def find_removable(
     refused = irremovable(module, dict(values), analysis)
     for node in module.graph.nodes:
         if node.name in counted:
-            for c in {c for near in (node, *node.all_input_nodes) for c in _classes_in(analysis, near)} - {UNLABELLED}:
-                refused.setdefault(c, counted[node.name])
+            refused |= dict.fromkeys(_held(analysis, (node, *node.all_input_nodes), refused), counted[node.name])
     writers = _writers(module, analysis)
     shared = parameters_of_several_modules(module)
     prunable = set()
@@ -100,7 +99,7 @@ def find_removable(
     written = {name: writers[name] for name in writers if name in prunable}
     unit_of, space, names = _number(analysis, refused, written)
     while (stuck := _stuck(module, values, analysis, unit_of, space)) is not None:
-        held = [c for c in _classes_in(analysis, stuck.node) if c != UNLABELLED and c not in refused]
+        held = _held(analysis, (stuck.node,), refused) or _held(analysis, stuck.node.all_input_nodes, refused)
         if not held:
             raise stuck
         refused |= dict.fromkeys(held, str(stuck))
@@ -127,6 +126,12 @@ def find_removable(
             never = "one channel of each space stays" if name in layers else "the model never calls it"
             fixed[name] = why or unknown.get(name) or obstacles.get(name) or never
     return Removable(ChannelUnits(space, names, layers, fixed), entries_of(analysis), unit_of)
+
+
+def _held(analysis: ChannelAnalysis, nodes: Iterable[fx.Node], refused: Collection[int]) -> list[int]:
+    """The classes in what some nodes give, without those that are refused already."""
+    found = {c for node in nodes for c in _classes_in(analysis, node)}
+    return sorted(c for c in found if c != UNLABELLED and c not in refused)
 
 
 def _writers(module: fx.GraphModule, analysis: ChannelAnalysis) -> dict[str, Units]:

@@ -174,7 +174,7 @@ def run(
 def _rewritten(pruned: Pruned, case: Case) -> nn.Module:
     """The smaller network of a masked one, checked."""
     assert pruned.plan is not None
-    smaller = fxprune.rewrite(pruned.network, pruned.plan, case.example).eval()
+    smaller: nn.Module = fxprune.rewrite(pruned.network, pruned.plan, case.example).eval()
     fxprune.verify(smaller, pruned.network, case.example)
     return smaller
 

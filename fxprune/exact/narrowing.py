@@ -62,7 +62,7 @@ def narrow(masked: nn.Module, plan: PrunePlan, recording: Recording) -> nn.Modul
     try:
         now = recorded(result, recording.examples, tuple(dict.fromkeys(mode for _, mode in recording.runs)))
     except RunError as error:
-        failed = next(name for name in steps if name not in error.steps)
+        failed = next(name for name, node in steps.items() if node.op != "placeholder" and name not in error.steps)
         raise CountedError({failed: f"{_FIXED.format(lines[failed])}: {error.cause}"}) from error
     found = {node.name: node for node in now.module.graph.nodes}
     wrong = [name for name in corrected if name not in found or _numbers(found[name]) != _numbers(present[name])]

@@ -23,6 +23,7 @@ from fxprune.graph.layers import ChannelGather
 from fxprune.graph.values import CarriedValues
 from fxprune.passes import (
     AbsorbGathers,
+    AgreeReads,
     AlignWindows,
     FoldBatchNorm,
     GroupConvs,
@@ -35,13 +36,16 @@ from fxprune.plans import PrunePlan
 logger = logging.getLogger("fxprune")
 
 
-def default_pipeline(plan: PrunePlan, values: CarriedValues, *, fold_batch_norm: bool = False) -> tuple[Pass, ...]:
+def default_pipeline(
+    plan: PrunePlan, values: CarriedValues, *, fold_batch_norm: bool = False, for_module: bool = False
+) -> tuple[Pass, ...]:
     """Return the passes that turn a masked model into a grouped one.
 
     Args:
         plan: which convolutions become grouped, and how.
         values: what the nodes of the traced graph give; the passes carry it on.
         fold_batch_norm: also fold BatchNorm, after which the result is exact in evaluation mode only.
+        for_module: gathers become parts of layers of a user's own module, so that each layer has to read in one order.
     """
     block = common_block(plan)
     passes: tuple[Pass, ...] = (
@@ -54,6 +58,8 @@ def default_pipeline(plan: PrunePlan, values: CarriedValues, *, fold_batch_norm:
         AbsorbGathers(),  # the new orders go into the layers at the ends; merged first, they would be undone
         MergeGathers(block),  # what stands in order now
     )
+    if for_module:
+        passes = (*passes, AgreeReads(values), AbsorbGathers())  # merged, its gathers would be what they were before
     if plan.removed:  # first: the plan groups what is left
         passes = (RemoveChannels(plan, values), *passes)
     # Last: only without gathers between them does BatchNorm follow its convolution directly.

@@ -1,7 +1,7 @@
 """What a compiled model remembers of its compilation."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
@@ -31,6 +31,7 @@ class Record:
         modes: modes in which the result follows the model.
         options: how the passes were configured.
         rounding: relative step of the weights' type if a pass rounded weights anew (folded BatchNorm), else 0.
+        surgery: what was done to the layers of a user's own module, see `fxprune.exact.surgery`; empty for a graph.
     """
 
     plan: PrunePlan
@@ -39,6 +40,7 @@ class Record:
     modes: tuple[str, ...]
     options: Mapping[str, Any]
     rounding: float = 0.0
+    surgery: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: Any) -> "Record":
         """Nothing in it ever changes."""

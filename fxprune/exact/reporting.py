@@ -105,6 +105,19 @@ class Report:
         """Return the report as dicts, lists, strings and numbers."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> "Report":
+        """Undo `to_dict`, JSON in between or not."""
+        return cls(
+            **{
+                **found,
+                "layers": tuple(LayerReport(**layer) for layer in found["layers"]),
+                "gathers": tuple(GatherReport(**gather) for gather in found["gathers"]),
+                "input_shapes": tuple(tuple(shape) for shape in found["input_shapes"]),
+                "notes": tuple(found["notes"]),
+            }
+        )
+
     @property
     def rewritten(self) -> int:
         """Number of convolutions that became grouped or narrower."""
@@ -265,12 +278,13 @@ def _gathers(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> tuple[GatherR
     found: dict[str, GatherReport] = {}
     batch = batch_size(gm, values)
     for node, gather in calls(gm, ChannelGather):
+        if node.meta.get(RUN, 0):
+            continue  # another run of a recording has the same
         size, name, value = gather.index.numel(), str(node.target), values.get(node)
         reason = node.meta.get(KEPT_BECAUSE, "two channel spaces meet that cannot share an order")
         if not gather.is_permutation:
             reason = f"overlap form: the groups read {size} channels out of {gather.in_channels}"
         written = value.numel() * value.element_size() // batch if isinstance(value, Tensor) else None
-        written = written if node.meta.get(RUN, 0) == 0 else 0
         first = found.setdefault(name, GatherReport(name, size, reason, runs(gather.index), 0))
         found[name] = replace(first, bytes=known_sum((first.bytes, written)))
     return tuple(found.values())

@@ -13,10 +13,12 @@ from fxprune.calibration import FITS
 from fxprune.channels.capture import Output, capture, check_output, recorded
 from fxprune.errors import NothingRewrittenWarning, PassError, TraceError
 from fxprune.exact.narrowing import narrow
-from fxprune.exact.operating import PlacementError, operate
+from fxprune.exact.operating import operate
 from fxprune.exact.pipeline import default_pipeline, run
+from fxprune.exact.placements import PlacementError
 from fxprune.exact.record import Record, keep_record
 from fxprune.exact.reporting import make_report
+from fxprune.exact.surgery import describe
 from fxprune.graph.copying import own_tensors
 from fxprune.graph.costs import layer_costs
 from fxprune.graph.examples import Inputs, as_examples
@@ -33,7 +35,7 @@ def rewrite(
     *,
     output: Output = "auto",
     fold_batch_norm: bool = False,
-) -> nn.Module:
+) -> Any:
     """Rewrite a masked model into grouped convolutions. Exact: the result computes what `masked` computes.
 
     Args:
@@ -99,7 +101,8 @@ def rewritten(masked: nn.Module, plan: PrunePlan, captured: Trace, *, fold_batch
     modes = ("eval",) if fold_batch_norm else captured.modes
     rounding = max((torch.finfo(p.dtype).eps for p in result.parameters() if p.is_floating_point()), default=0.0)
     options = {"fold_batch_norm": fold_batch_norm}
-    keep_record(result, Record(plan, report, inputs, modes, options, rounding if fold_batch_norm else 0.0))
+    surgery = describe(masked, result) if isinstance(captured, Recording) else {}
+    keep_record(result, Record(plan, report, inputs, modes, options, rounding if fold_batch_norm else 0.0, surgery))
     if not plan.layers and not plan.removed:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:3])
         warnings.warn(
@@ -123,24 +126,25 @@ def _operated(
     kernels = replace(plan, removed={})
     while True:
         carried = CarriedValues(recording.inputs, recording.values)
-        run(recording.module, default_pipeline(kernels, carried), recording.inputs)
+        run(recording.module, default_pipeline(kernels, carried, for_module=True), recording.inputs)
         try:
             result = operate(current, recording.module)
         except PlacementError as error:
-            if error.layer not in kernels.layers:
+            if not error.layers.keys() & kernels.layers.keys():
                 raise PassError(
-                    f"{error.layer}: {error}; leave the layers before it dense with ignore=, or pass output='graph'"
+                    f"{error}; leave the layers before it dense with ignore=, or pass output='graph'"
                 ) from error
-            kernels = _without(kernels, error.layer, str(error))
+            kernels = _without(kernels, error.layers)
             recording = recorded(current, recording.examples)
             continue
         vars(result).pop(FITS, None)
         return result, recording.module, carried.of(recording.module), replace(kernels, removed=plan.removed)
 
 
-def _without(plan: PrunePlan, layer: str, reason: str) -> PrunePlan:
-    kept = {name: kernels for name, kernels in plan.layers.items() if name != layer}
-    return replace(plan, layers=kept, skipped={**plan.skipped, layer: reason})
+def _without(plan: PrunePlan, dense: Mapping[str, str]) -> PrunePlan:
+    """The plan if some layers stay dense, for reasons."""
+    kept = {name: kernels for name, kernels in plan.layers.items() if name not in dense}
+    return replace(plan, layers=kept, skipped={**plan.skipped, **{n: why for n, why in dense.items() if n not in kept}})
 
 
 _NO_SHAPES = (

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import FxpruneError, StorageError
-from fxprune.exact.record import record_of
-from fxprune.exact.rewriting import rewrite
+from fxprune.exact.record import Record, keep_record, record_of
+from fxprune.exact.reporting import Report
+from fxprune.exact.rewriting import rewritten
+from fxprune.exact.surgery import repeat, tensors_of
 from fxprune.files import write_whole
 from fxprune.graph.containers import tensors_in
+from fxprune.graph.tracing import trace
 from fxprune.plans import PrunePlan
 from fxprune.plans.masking import masked_copy
 
@@ -32,9 +35,13 @@ def save(pruned: nn.Module, path: str | os.PathLike[str]) -> None:
         StorageError: the file cannot be written.
     """
     record = record_of(pruned)
-    state = {name: tensor.detach().cpu() for name, tensor in pruned.state_dict().items()}
+    is_graph = isinstance(pruned, fx.GraphModule)
+    tensors = pruned.state_dict() if is_graph else tensors_of(pruned)
+    state = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     described = {"plan": record.plan.to_json(), "inputs": _describe(record.inputs), "options": dict(record.options)}
-    if any(not tensor.is_meta for tensor in tensors_in(record.inputs)):
+    if not is_graph:
+        described |= {"surgery": record.surgery, "report": record.report.to_dict(), "modes": list(record.modes)}
+    elif any(not tensor.is_meta for tensor in tensors_in(record.inputs)):
         described["run"] = True  # shapes were found by a run, and must be again
     header = json.dumps(described)
     content = {"format": FORMAT, "version": VERSION, "header": header, "state": state, "digest": _digest(header, state)}
@@ -45,9 +52,9 @@ def save(pruned: nn.Module, path: str | os.PathLike[str]) -> None:
         raise StorageError(f"{target} cannot be written: {error}; choose another place") from error
 
 
-def load(path: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
-    """Rebuild a compiled model from a file and a dense model of the same architecture, whose weights do not matter.
-    `model` is not changed.
+def load(path: str | os.PathLike[str], model: nn.Module) -> Any:
+    """Rebuild a compiled model, graph or module of the model's own class, from a file and a dense model of the same
+    architecture, whose weights do not matter. `model` is not changed.
 
     Raises:
         StorageError: the file is truncated, altered, foreign or of a newer format, or was saved from another
@@ -55,19 +62,35 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
     """
     content = _read(Path(path))
     header = json.loads(content["header"])
+    if "surgery" in header:
+        return _operated_again(path, header, content["state"], model)
     try:
         plan = PrunePlan.from_json(header["plan"])
         blank = masked_copy(model, plan)
         for name in plan.layers:  # any weights will do, but the dropped kernels must be zero, and zero times NaN is NaN
             nn.init.zeros_(blank.get_parameter(f"{name}.weight"))
         inputs = _made_up(header["inputs"], _device_of(model) if header.get("run") else torch.device("meta"))
-        pruned = rewrite(blank, plan, inputs or None, **header["options"])
+        pruned = rewritten(blank, plan, trace(blank, inputs or None), **header["options"])
     except FxpruneError as error:
         raise StorageError(f"{path} does not fit {type(model).__name__}: {error}") from error
     return _fill(pruned, content["state"], path, model)
 
 
-def _fill(pruned: fx.GraphModule, state: dict[str, Tensor], path: object, model: nn.Module) -> fx.GraphModule:
+def _operated_again(path: object, header: dict[str, Any], state: dict[str, Tensor], model: nn.Module) -> nn.Module:
+    try:
+        plan = PrunePlan.from_json(header["plan"])
+        plan.check(model)
+        result = repeat(model, header["surgery"], state)
+    except FxpruneError as error:
+        raise StorageError(f"{path} does not fit {type(model).__name__}: {error}") from error
+    inputs = _made_up(header["inputs"], torch.device("meta"))
+    report = Report.from_dict(header["report"])
+    modes, options = tuple(header["modes"]), header["options"]
+    keep_record(result, Record(plan, report, inputs, modes, options, surgery=header["surgery"]))
+    return result
+
+
+def _fill(pruned: nn.Module, state: dict[str, Tensor], path: object, model: nn.Module) -> nn.Module:
     """Put the saved tensors in place; the index tables must be those that replaying the plan gave."""
     own = pruned.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) or sorted(name for name in own if own[name].shape != state[name].shape)

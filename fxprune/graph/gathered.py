@@ -93,10 +93,25 @@ class GatheredConv3d(_Plain, nn.Conv3d):
 
 
 class _Around(GatheredLayer):
-    """Gathers the input of a layer with a forward of its own."""
+    """Gathers around a layer with a forward of its own, which finds its filters in the order in which it computes them
+    under their usual names.
+    """
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(torch.index_select(input, self.channel_dim, self.read_index), *args, **kwargs)
+        read, filters, give = self.read_index, self.filter_index, self.give_index
+        if read is not None:
+            input = torch.index_select(input, self.channel_dim, read)
+        if filters is None or give is None:
+            return super().forward(input, *args, **kwargs)
+        stored = {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
+        attributes = vars(self)  # found before parameters
+        attributes.update((name, torch.index_select(tensor, 0, filters)) for name, tensor in stored.items())
+        try:
+            output = super().forward(input, *args, **kwargs)
+        finally:
+            for name in stored:
+                del attributes[name]
+        return torch.index_select(output, self.channel_dim, give)
 
 
 _KINDS: dict[type[nn.Module], type[GatheredLayer]] = {
@@ -113,21 +128,16 @@ def put_gathers_into(layer: nn.Module, read: Tensor | None, give: Tensor | None)
         layer: a convolution; its weight and counts are those that follow `read`, with filters in the order in which
             they shall be given.
         read: positions of the channels to read, `(A,)`.
-        give: position of each given channel in the result of the layer, a permutation `(O,)`; for torch's own
-            convolutions only.
+        give: position of each given channel in the result of the layer, a permutation `(O,)`; for convolutions that
+            are not transposed.
     """
-    assert give is None or can_give_in_order(layer)
-    layer.channel_dim = -1 - len(layer.kernel_size)  # type: ignore[arg-type]  # a convolution has a tuple
+    assert isinstance(layer, nn.modules.conv._ConvNd)
+    vars(layer)["channel_dim"] = -1 - len(layer.kernel_size)
     layer.register_buffer("read_index", read)
     layer.register_buffer("give_index", give)
     layer.register_buffer("filter_index", None if give is None else give.argsort())
-    layer.__class__ = gathered_kind(type(layer))
+    layer.__class__ = gathered_kind(type(layer))  # type: ignore[assignment]  # a subclass of both
     vars(layer).pop("in_channels", None)
-
-
-def can_give_in_order(layer: nn.Module) -> bool:
-    """Whether filters may stand in another order than they are computed in: not where a layer has its own forward."""
-    return type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def gathered_kind(base: type[nn.Module]) -> type[GatheredLayer]:

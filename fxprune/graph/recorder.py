@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -312,7 +313,7 @@ class Recorder(TorchFunctionMode):
         """Placeholders come first in the graph, those of later runs too."""
         last = self._last_input
         with self.graph.inserting_after(last) if last is not None else self.graph.inserting_before():
-            node = self._last_input = self.graph.placeholder(f"input_{len(self._alive)}_{len(self._known)}")
+            node = self._last_input = self.graph.placeholder(f"input_{self._run}_{len(self._known)}")
         node.meta[RUN] = self._run
         self.values[node] = as_meta(tensor)
         self._learn(tensor, node, ())
@@ -362,12 +363,12 @@ def as_meta(value: Any) -> Any:
 
 def line_of_code() -> str:
     """Where in code that is neither torch's nor ours the present call was made: `block.py:237`."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
         if name.partition(".")[0] not in ("torch", "fxprune", "contextlib"):
             return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
+        frame = frame.f_back
     return ""
 
 

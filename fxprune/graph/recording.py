@@ -16,7 +16,7 @@ from fxprune.errors import TraceError
 from fxprune.graph.containers import convert_tensors, tensors_in
 from fxprune.graph.contexts import undisturbed
 from fxprune.graph.copying import share_tensors
-from fxprune.graph.editing import CODE
+from fxprune.graph.editing import CODE, RUN
 from fxprune.graph.examples import Example
 from fxprune.graph.recorder import CONVOLUTIONS, Recorder
 from fxprune.graph.tracing import Trace, check_is_model
@@ -129,7 +129,7 @@ def record(
     return Recording(
         module=module,
         values=recorder.values,
-        inputs=tuple(recorder.values[node] for node in recorder.graph.nodes if node.op == "placeholder"),
+        inputs=tuple(recorder.values[n] for n in recorder.graph.nodes if n.op == "placeholder" and n.meta[RUN] == 0),
         probed=False,
         opaque={},
         modes=tuple(mode for mode in modes if any(ran == mode for _, ran in runs)),

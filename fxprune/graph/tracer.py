@@ -61,7 +61,7 @@ def proxies_are_tensors() -> Iterator[None]:
     def isinstance_(value: Any, kind: Any) -> bool:
         return original(value, kind) or (type(value) is TensorProxy and original(tensor, kind))
 
-    builtins.isinstance = isinstance_  # type: ignore[assignment]
+    builtins.isinstance = isinstance_
     try:
         yield
     finally:

@@ -129,7 +129,7 @@ def _callable_builder(name: str, module_name: str, attribute: str) -> Callable[[
         found = getattr(found, part)
     if not callable(found):
         raise ModelNameError(f"{name}: is a {type(found).__name__}; it must be callable and return a module")
-    return found  # type: ignore[no-any-return]  # getattr gives Any
+    return found
 
 
 def _did_you_mean(name: str) -> str:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed, fx, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from fxprune.calibration.subject import Subject
+from fxprune.channels.capture import Output
 from fxprune.criteria.snapshots import load_snapshots
 from fxprune.errors import FxpruneError, PlanError
 from fxprune.exact.rewriting import rewrite
@@ -167,6 +168,7 @@ class Sparsifier:
         self.share = 0.0
         self._module, self._parallel = _unwrap(model)
         self._request, self._example_inputs = pruning.request, pruning.example_inputs
+        self._output: Output = "auto"  # the first plan decides
         self._step = 0
         self._planned_at: int | None = None
         self._target: PrunePlan | None = None  # whose groups of filters all plans of a gradual schedule have
@@ -205,11 +207,11 @@ class Sparsifier:
             raise FxpruneError("the optimizer calls the sparsifier after each step; leave sparsifier.step() out")
         self._advance()
 
-    def rewrite(self, example_inputs: Inputs | None = None) -> fx.GraphModule:
+    def rewrite(self, example_inputs: Inputs | None = None) -> Any:
         """The smaller network that computes what the model computes now, see `fxprune.rewrite`; the model stays.
 
         Args:
-            example_inputs: positional arguments of forward, for shapes and to verify the result; by default those that
+            example_inputs: arguments of forward, for shapes and to verify the result; by default those that
                 `sparsify` was given. Without any the result is not verified.
 
         Raises:
@@ -218,7 +220,7 @@ class Sparsifier:
             VerificationError: the result differs from the model.
         """
         inputs = self._example_inputs if example_inputs is None else example_inputs
-        small = rewrite(self._module, self.plan, inputs)
+        small = rewrite(self._module, self.plan, inputs, output=self._output)
         if inputs is not None:
             verify(small, self._module, inputs)
         return small
@@ -293,7 +295,9 @@ class Sparsifier:
         return narrow(self._module, self._target, self.plan, share, self._request)
 
     def _planned(self, request: Request) -> PrunePlan:
-        return plan_for(Subject(self._module, self._example_inputs, None), request)[0]
+        subject = Subject(self._module, self._example_inputs, None, self._output)
+        self._output = "module" if subject.is_recorded else "graph"
+        return plan_for(subject, request)[0]
 
     def _agreed(self, plan: PrunePlan) -> PrunePlan:
         """The plan of the first process. Equal weights give equal plans, but a criterion may have data of its own in

@@ -25,12 +25,12 @@ class OnShape(nn.Module):
         self.conv, self.linear = nn.Conv2d(32, 32, 3, padding=1), nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.conv(x if x.shape[-1] > 4 else x * 2))  # type: ignore[no-any-return]
+        return self.linear(self.conv(x if x.shape[-1] > 4 else x * 2))
 
 
 class OnData(OnShape):
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.conv(x * 2 if float(x.sum()) > 0 else x))  # type: ignore[no-any-return]
+        return self.linear(self.conv(x * 2 if float(x.sum()) > 0 else x))
 
 
 def net(inside: nn.Module) -> nn.Module:
@@ -64,7 +64,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.up(self.mid(self.down(x).relu()).relu()).relu()
-        return self.out(self.last(y).relu())  # type: ignore[no-any-return]
+        return self.out(self.last(y).relu())
 
 
 @pytest.mark.parametrize("granularity", ["kernel", "filter"])
@@ -110,7 +110,7 @@ def test_shapes_come_from_a_real_run_where_forward_reads_data(tmp_path: Path) ->
             self.b = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 8, 1))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.resize(self.a(x), self.scales))  # type: ignore[no-any-return]
+            return self.b(self.resize(self.a(x), self.scales))
 
     model = Resizes().eval()
     asked: list[dict[str, Any]] = [{"ratio": 0.5}, {"ratio": 0.5, "granularity": "filter"}, {"macs": 0.6}]

@@ -15,6 +15,7 @@ import fxprune
 from fxprune import VerificationError, verify
 from fxprune.exact.precision import in_double, in_own
 from fxprune.exact.verification import evaluate
+from fxprune.graph.examples import Example
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -269,8 +270,8 @@ def test_a_run_changes_neither_model_nor_inputs_nor_random_numbers(precision: An
     model, x = Writes(), X.clone()
     state = torch.get_rng_state()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    first = evaluate(model, (x,), "train", precision)
-    again = evaluate(model, (x,), "train", precision)
+    first = evaluate(model, Example((x,)), "train", precision)
+    again = evaluate(model, Example((x,)), "train", precision)
     assert torch.equal(x, X)
     assert torch.equal(first.tensors[0], again.tensors[0])
     assert torch.equal(torch.get_rng_state(), state)
@@ -341,7 +342,7 @@ def test_dropout_behind_a_crop_is_alive() -> None:
         def forward(self, x: Tensor) -> Tensor:
             h, w = x.shape[-2:]
             y = nn.functional.dropout(self.a(nn.functional.pad(x, (2, 2, 2, 2))).relu(), 0.5, self.training)
-            return self.c(self.b(y))[..., : h - 2, : w - 2]  # type: ignore[no-any-return]
+            return self.c(self.b(y))[..., : h - 2, : w - 2]
 
     pruned = fxprune.compile(Crops(), 0.5, example_inputs=X)
     assert not torch.equal(pruned.train()(X), pruned(X))

@@ -13,6 +13,7 @@ from fxprune.errors import FxpruneError, PassError, VerificationError
 from fxprune.exact.pipeline import checks_each_pass, default_pipeline, dump_directory, run
 from fxprune.exact.verification import difference, evaluate
 from fxprune.graph.editing import Outcome
+from fxprune.graph.examples import Example
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.tracing import trace
 from fxprune.graph.values import CarriedValues
@@ -67,7 +68,7 @@ def test_folding_comes_last(masked: nn.Module) -> None:
 
 def test_any_order_keeps_the_function_and_the_given_one_leaves_fewest_gathers(masked: nn.Module) -> None:
     """Orders of the eight passes, and of those with BatchNorm folded first: none may be wrong, none better."""
-    x = (image(),)
+    x = Example((image(),))
     expected = evaluate(masked, x, "eval").tensors
     default = default_pipeline(PLAN, CarriedValues(INPUTS))
     left = []

@@ -18,6 +18,7 @@ from fxprune.channels.atoms import Array
 from fxprune.exact.pipeline import default_pipeline, run
 from fxprune.exact.verification import difference, evaluate
 from fxprune.graph.editing import Outcome
+from fxprune.graph.examples import Example
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.tracing import trace
 from fxprune.graph.values import CarriedValues
@@ -184,7 +185,12 @@ def test_a_layer_whose_weight_is_read_by_name_keeps_its_order(monkeypatch: pytes
     gm = trace(net, image()).module
     AlignAndAbsorb(image())(gm)
     assert len(indices(gm)) == (1 if guarded else 2)
-    assert difference(evaluate(gm, (image(),), "eval").tensors, evaluate(net, (image(),), "eval").tensors)[1] <= 1e-10
+    assert (
+        difference(
+            evaluate(gm, Example((image(),)), "eval").tensors, evaluate(net, Example((image(),)), "eval").tensors
+        )[1]
+        <= 1e-10
+    )
 
 
 def test_a_gather_called_twice_gets_an_index_for_each_call() -> None:
@@ -225,10 +231,10 @@ def before_aligning(case: Case, form: str) -> tuple[fx.GraphModule, tuple[Tensor
 @pytest.mark.parametrize("case", one_in(8, CASES, start=1))
 def test_runs_and_gathers_never_grow_and_the_function_stays(case: Case) -> None:
     gm, meta = before_aligning(case, "overlap")
-    expected = evaluate(gm, case.inputs(), "eval").tensors
+    expected = evaluate(gm, Example(case.inputs()), "eval").tensors
     runs_before, gathers_before = total_runs(gm), len(indices(gm))
     run(gm, (AlignAndAbsorb(*meta),), meta)
-    assert difference(evaluate(gm, case.inputs(), "eval").tensors, expected)[1] <= 1e-10
+    assert difference(evaluate(gm, Example(case.inputs()), "eval").tensors, expected)[1] <= 1e-10
     assert total_runs(gm) <= runs_before
     assert len(indices(gm)) <= gathers_before
 
@@ -273,8 +279,8 @@ def test_random_chains_of_overlapping_plans() -> None:
         run(short, default_pipeline(plan, CarriedValues(inputs))[:5], inputs)
         run(whole, default_pipeline(plan, CarriedValues(inputs)), inputs)
         assert total_runs(whole) < 0.8 * total_runs(short)
-        expected = evaluate(masked, (image(),), "eval").tensors
-        assert difference(evaluate(whole, (image(),), "eval").tensors, expected)[1] <= 1e-10
+        expected = evaluate(masked, Example((image(),)), "eval").tensors
+        assert difference(evaluate(whole, Example((image(),)), "eval").tensors, expected)[1] <= 1e-10
 
 
 # --- controls ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,103 @@
+"""What was done to the layers of a user's own module, as data: enough to do it again to a fresh model, without running
+it.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.errors import StorageError
+from fxprune.exact.operating import COUNTS
+from fxprune.graph.copying import copied
+from fxprune.graph.gathered import GatheredLayer, put_gathers_into
+
+Surgery = Mapping[str, Mapping[str, Any]]
+"""For each changed layer, by path: `counts` of its attributes, `shapes` of its tensors, and the number of channels that
+it `reads` and `gives` through gathers. JSON-able.
+"""
+
+
+def describe(model: nn.Module, result: nn.Module) -> dict[str, dict[str, Any]]:
+    """What makes `result` of `model`; both have the same modules at the same paths."""
+    found: dict[str, dict[str, Any]] = {}
+    modules = dict(model.named_modules())
+    for path, layer in result.named_modules():
+        before = modules[path]
+        counts = {name: vars(layer)[name] for name in COUNTS if name in vars(layer)}
+        known = dict(_tensors(before))
+        change: dict[str, Any] = {
+            "counts": {name: value for name, value in counts.items() if vars(before).get(name) != value},
+            "shapes": {
+                name: list(tensor.shape)
+                for name, tensor in _tensors(layer)
+                if name in known and known[name].shape != tensor.shape
+            },
+        }
+        if isinstance(layer, GatheredLayer):
+            for name, index in (("reads", layer.read_index), ("gives", layer.give_index)):
+                change[name] = None if index is None else index.numel()
+        if any(change.values()):
+            found[path] = change
+    return found
+
+
+@torch.no_grad()
+def repeat(model: nn.Module, surgery: Surgery, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of `model` whose layers are changed in the same way, with other values in all its tensors.
+
+    Args:
+        model: of the architecture that the surgery was made on. It is not changed.
+        surgery: see `Surgery`.
+        state: every parameter and buffer by path, see `tensors_of`.
+
+    Raises:
+        StorageError: they do not fit the model.
+    """
+    result = copied(model)
+    modules = dict(result.named_modules())
+    renewed: dict[int, Tensor] = {}
+    for path, change in surgery.items():
+        if path not in modules:
+            raise StorageError(f"there is no {path} in {type(model).__name__}; build it as it was when it was compiled")
+        layer = modules[path]
+        for name, value in change["counts"].items():
+            setattr(layer, name, tuple(value) if isinstance(value, list) else value)
+        for name, shape in change["shapes"].items():
+            store: dict[str, Any] = layer._parameters if name in layer._parameters else layer._buffers
+            old = store.get(name)
+            if old is None:
+                raise StorageError(f"{path} of {type(model).__name__} has no {name}; build the model as it was")
+            if id(old) not in renewed:
+                blank = torch.zeros(shape, dtype=old.dtype, device=old.device)
+                is_parameter = isinstance(old, nn.Parameter)
+                renewed[id(old)] = nn.Parameter(blank, old.requires_grad) if is_parameter else blank
+            store[name] = renewed[id(old)]
+        read, give = (_blank_order(change.get(name), layer) for name in ("reads", "gives"))
+        if read is not None or give is not None:
+            put_gathers_into(layer, read, give)
+    own = tensors_of(result)
+    wrong = sorted(own.keys() ^ state.keys()) or sorted(n for n in own if own[n].shape != state[n].shape)
+    if wrong:
+        raise StorageError(f"{wrong[0]} differs from that of {type(model).__name__}; build the model as it was")
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+    return result
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by path, also those that a state dict leaves out or that a tie gives two paths."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _tensors(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for store in (layer._parameters, layer._buffers):
+        yield from ((name, tensor) for name, tensor in store.items() if tensor is not None)
+
+
+def _blank_order(size: int | None, layer: nn.Module) -> Tensor | None:
+    return None if size is None else torch.arange(size, device=next(layer.parameters()).device)
