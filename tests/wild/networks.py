@@ -20,6 +20,9 @@ from torch import Tensor, nn
 Example = Callable[[int, int], Any]
 """Example inputs for a batch and a size: a tensor, a tuple of positional arguments, or a dict of arguments by name."""
 
+CONSTANTS = ("dfl.conv.weight",)
+"""How the names of parameters end that are constants: the bins of YOLO's distribution of distances."""
+
 
 @dataclass(frozen=True)
 class Wild:
@@ -60,9 +63,9 @@ class Wild:
             torch.manual_seed(0)
             model = self.make()
         if self.drawn:
-            fixed = [(p, p.detach().clone()) for p in model.parameters() if not p.requires_grad]
+            fixed = [(p, p.detach().clone()) for name, p in model.named_parameters() if name.endswith(CONSTANTS)]
             randomize(model)
-            for parameter, value in fixed:  # constants of the network, as the bins of YOLO's distribution
+            for parameter, value in fixed:
                 parameter.data.copy_(value)
             self._take_statistics(model.eval())
         return model.eval()
@@ -347,11 +350,11 @@ NETWORKS: tuple[Wild, ...] = (
     Wild("yolov8n-seg", "ultralytics", yolo("Segmentation", "yolov8n-seg.yaml"), images()),
     Wild("smp-unet", "segmentation_models_pytorch", smp("Unet", "resnet18"), images()),
     Wild("smp-unetplusplus", "segmentation_models_pytorch", smp("UnetPlusPlus", "resnet18"), images()),
-    Wild("smp-fpn", "segmentation_models_pytorch", smp("FPN", "efficientnet-b0"), images()),
+    Wild("smp-fpn", "segmentation_models_pytorch", smp("FPN", "efficientnet-b0"), images(), filters_left=0.55),
     Wild("smp-deeplabv3plus", "segmentation_models_pytorch", smp("DeepLabV3Plus", "mobilenet_v2"), images()),
     Wild("smp-pspnet", "segmentation_models_pytorch", smp("PSPNet", "resnet18"), images(), kernels_left=0.6),
     Wild("smp-manet", "segmentation_models_pytorch", smp("MAnet", "resnet18"), images()),
-    Wild("smp-linknet", "segmentation_models_pytorch", smp("Linknet", "resnet18"), images()),
+    Wild("smp-linknet", "segmentation_models_pytorch", smp("Linknet", "resnet18"), images(), kernels_left=0.6),
     Wild("smp-pan", "segmentation_models_pytorch", smp("PAN", "resnet18"), images(), (2, 128), (3, 160)),
     Wild("smp-deeplabv3", "segmentation_models_pytorch", smp("DeepLabV3", "resnet18"), images()),
     Wild(
@@ -426,7 +429,7 @@ NETWORKS: tuple[Wild, ...] = (
         images(),
     ),
     Wild("hf-upernet", "transformers", upernet, pixel_values),
-    Wild("hf-detr", "transformers", detr, pixel_values),
+    Wild("hf-detr", "transformers", detr, pixel_values, filters_left=0.55),
     Wild(
         "hf-segformer",
         "transformers",
@@ -490,14 +493,23 @@ NETWORKS: tuple[Wild, ...] = (
         filters_left=1.0,
         note="GroupNorm normalises channels together that would not go together",
     ),
-    Wild("monai-unet-2d", "monai", monai_unet(2), images(1), (2, 32), (3, 48)),
+    Wild("monai-unet-2d", "monai", monai_unet(2), images(1), (2, 32), (3, 48), kernels_left=0.6),
     Wild("monai-unet-3d", "monai", monai_unet(3), volumes, (2, 16), (3, 24)),
     Wild("monai-basicunet-2d", "monai", monai_basic(2), images(1), (2, 32), (3, 48)),
     Wild("monai-basicunet-3d", "monai", monai_basic(3), volumes, (2, 16), (3, 32)),
     Wild("monai-dynunet-2d", "monai", monai_dyn(2), images(1), (2, 32), (3, 48)),
     Wild("monai-dynunet-3d", "monai", monai_dyn(3), volumes, (2, 16), (3, 24)),
     Wild("hifigan", "torch", by_hand("HiFiGAN"), waves(80), (2, 16), (3, 25), kernels_left=0.6),
-    Wild("hifigan-discriminator", "torch", by_hand("PeriodDiscriminator"), waves(1), (2, 1000), (3, 1504)),
+    Wild(
+        "hifigan-discriminator",
+        "torch",
+        by_hand("PeriodDiscriminator"),
+        waves(1),
+        (2, 1000),
+        (3, 1504),
+        filters_left=1.0,
+        note="what every layer gives is an output",
+    ),
     Wild("wav2letter", "torch", by_hand("Wav2Letter"), waves(80), (2, 64), (3, 101)),
     Wild("onnx2torch-digits", "onnx2torch", onnx_import, images(1), (4, 8), (7, 8), drawn=False),
     Wild("facenet", "facenet_pytorch", facenet, images(), (2, 96), (3, 128)),
@@ -510,7 +522,7 @@ NETWORKS: tuple[Wild, ...] = (
         (1, 96),
     ),
     Wild("retinanet", "torchvision", detector("retinanet_resnet50_fpn"), list_of_images, (2, 64), (1, 96)),
-    Wild("fcos", "torchvision", detector("fcos_resnet50_fpn"), list_of_images, (2, 64), (1, 96)),
+    Wild("fcos", "torchvision", detector("fcos_resnet50_fpn"), list_of_images, (2, 64), (1, 96), filters_left=0.6),
     Wild(
         "ssdlite",
         "torchvision",
