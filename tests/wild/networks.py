@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 Example = Callable[[int, int], Any]
 """Example inputs for a batch and a size: a tensor, a tuple of positional arguments, or a dict of arguments by name."""
+
+CONSTANTS = ("dfl.conv.weight",)
+"""How the names of parameters end that are constants: the bins of YOLO's distribution of distances."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,9 @@ class Wild:
         example: its inputs for a batch and a size.
         first: batch and size of the example that is compiled.
         other: another batch and size, at which the result must still be the same function.
-        kernels_left: share of the MACs of convolutions that may be left at ratio 0.5 of kernels.
-        filters_left: the same for filters.
+        kernels_left: share of the MACs of convolutions that may be left at ratio 0.5 of kernels; where every plain
+            convolution with 16 channels or more on both sides is halved, it is a little less.
+        filters_left: the same for filters, where half of the channels give a quarter of the MACs; 1 where none can go.
         note: why, where one of them is above 0.6.
         drawn: whether the weights are drawn anew; False keeps those that `make` trained.
     """
@@ -44,8 +48,8 @@ class Wild:
     example: Example
     first: tuple[int, int] = (2, 64)
     other: tuple[int, int] = (3, 96)
-    kernels_left: float = 0.6
-    filters_left: float = 0.6
+    kernels_left: float = 0.55
+    filters_left: float = 0.45
     note: str = ""
     drawn: bool = True
 
@@ -59,17 +63,44 @@ class Wild:
             torch.manual_seed(0)
             model = self.make()
         if self.drawn:
-            fixed = [(p, p.detach().clone()) for p in model.parameters() if not p.requires_grad]
+            fixed = [(p, p.detach().clone()) for name, p in model.named_parameters() if name.endswith(CONSTANTS)]
             randomize(model)
-            for parameter, value in fixed:  # constants of the network, as the bins of YOLO's distribution
+            for parameter, value in fixed:
                 parameter.data.copy_(value)
+            self._take_statistics(model.eval())
         return model.eval()
+
+    @torch.no_grad()
+    def _take_statistics(self, model: nn.Module) -> None:
+        """Give BatchNorm the statistics of a batch, and a little noise. With statistics drawn from nothing a deep
+        network soon forgets its input, and a comparison of two such networks says nothing.
+        """
+        layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        momenta = [layer.momentum for layer in layers]
+        for layer in layers:
+            layer.momentum = 1.0
+            layer.train()
+        run(model, self.inputs(4, self.first[1]))
+        generator = torch.Generator().manual_seed(1)
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+            mean, var = layer.running_mean, layer.running_var
+            if mean is not None and var is not None:
+                var.mul_(torch.rand(var.shape, generator=generator) + 0.5)
+                mean.add_(var.sqrt() * (torch.rand(mean.shape, generator=generator) - 0.5))
 
     def inputs(self, batch: int, size: int) -> Any:
         """Example inputs, the same in every call."""
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(batch * size)
             return self.example(batch, size)
+
+
+def run(model: nn.Module, inputs: Any) -> Any:
+    """One run on inputs as `Wild.example` gives them."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------
@@ -319,11 +350,11 @@ NETWORKS: tuple[Wild, ...] = (
     Wild("yolov8n-seg", "ultralytics", yolo("Segmentation", "yolov8n-seg.yaml"), images()),
     Wild("smp-unet", "segmentation_models_pytorch", smp("Unet", "resnet18"), images()),
     Wild("smp-unetplusplus", "segmentation_models_pytorch", smp("UnetPlusPlus", "resnet18"), images()),
-    Wild("smp-fpn", "segmentation_models_pytorch", smp("FPN", "efficientnet-b0"), images()),
+    Wild("smp-fpn", "segmentation_models_pytorch", smp("FPN", "efficientnet-b0"), images(), filters_left=0.55),
     Wild("smp-deeplabv3plus", "segmentation_models_pytorch", smp("DeepLabV3Plus", "mobilenet_v2"), images()),
-    Wild("smp-pspnet", "segmentation_models_pytorch", smp("PSPNet", "resnet18"), images()),
+    Wild("smp-pspnet", "segmentation_models_pytorch", smp("PSPNet", "resnet18"), images(), kernels_left=0.6),
     Wild("smp-manet", "segmentation_models_pytorch", smp("MAnet", "resnet18"), images()),
-    Wild("smp-linknet", "segmentation_models_pytorch", smp("Linknet", "resnet18"), images()),
+    Wild("smp-linknet", "segmentation_models_pytorch", smp("Linknet", "resnet18"), images(), kernels_left=0.6),
     Wild("smp-pan", "segmentation_models_pytorch", smp("PAN", "resnet18"), images(), (2, 128), (3, 160)),
     Wild("smp-deeplabv3", "segmentation_models_pytorch", smp("DeepLabV3", "resnet18"), images()),
     Wild(
@@ -348,6 +379,9 @@ NETWORKS: tuple[Wild, ...] = (
             depths=[1, 1, 3, 1],
         ),
         images(),
+        kernels_left=0.7,
+        filters_left=1.0,
+        note="most convolutions are depthwise, the stem has 3 channels; every channel is normalised with all others",
     ),
     Wild(
         "hf-regnet",
@@ -361,12 +395,16 @@ NETWORKS: tuple[Wild, ...] = (
             layer_type="y",
         ),
         images(),
+        kernels_left=0.7,
+        filters_left=0.75,
+        note="every second convolution is grouped already, and its groups stay whole",
     ),
     Wild(
         "hf-mobilenetv2",
         "transformers",
         hugging_face("MobileNetV2ForImageClassification", "MobileNetV2Config"),
         pixel_values,
+        kernels_left=0.6,
     ),
     Wild(
         "hf-efficientnet",
@@ -380,6 +418,7 @@ NETWORKS: tuple[Wild, ...] = (
             image_size=64,
         ),
         images(),
+        kernels_left=0.6,
     ),
     Wild(
         "hf-resnetbackbone",
@@ -390,12 +429,14 @@ NETWORKS: tuple[Wild, ...] = (
         images(),
     ),
     Wild("hf-upernet", "transformers", upernet, pixel_values),
-    Wild("hf-detr", "transformers", detr, pixel_values),
+    Wild("hf-detr", "transformers", detr, pixel_values, filters_left=0.55),
     Wild(
         "hf-segformer",
         "transformers",
         hugging_face("SegformerForSemanticSegmentation", "SegformerConfig", depths=[1, 1, 1, 1], num_labels=5),
         pixel_values,
+        filters_left=1.0,
+        note="LayerNorm normalises the channels of every stage together",
     ),
     Wild(
         "diffusers-autoencoderkl",
@@ -411,6 +452,8 @@ NETWORKS: tuple[Wild, ...] = (
         images(),
         (2, 32),
         (3, 48),
+        filters_left=1.0,
+        note="GroupNorm normalises channels together that would not go together",
     ),
     Wild("diffusers-autoencodertiny", "diffusers", diffusers("AutoencoderTiny"), images(), (2, 32), (3, 48)),
     Wild(
@@ -428,6 +471,8 @@ NETWORKS: tuple[Wild, ...] = (
         noisy_latents,
         (2, 32),
         (3, 48),
+        filters_left=1.0,
+        note="GroupNorm normalises channels together that would not go together",
     ),
     Wild(
         "diffusers-unet2dcondition",
@@ -445,15 +490,26 @@ NETWORKS: tuple[Wild, ...] = (
         conditioned_latents,
         (2, 16),
         (3, 24),
+        filters_left=1.0,
+        note="GroupNorm normalises channels together that would not go together",
     ),
-    Wild("monai-unet-2d", "monai", monai_unet(2), images(1), (2, 32), (3, 48)),
+    Wild("monai-unet-2d", "monai", monai_unet(2), images(1), (2, 32), (3, 48), kernels_left=0.6),
     Wild("monai-unet-3d", "monai", monai_unet(3), volumes, (2, 16), (3, 24)),
     Wild("monai-basicunet-2d", "monai", monai_basic(2), images(1), (2, 32), (3, 48)),
     Wild("monai-basicunet-3d", "monai", monai_basic(3), volumes, (2, 16), (3, 32)),
     Wild("monai-dynunet-2d", "monai", monai_dyn(2), images(1), (2, 32), (3, 48)),
     Wild("monai-dynunet-3d", "monai", monai_dyn(3), volumes, (2, 16), (3, 24)),
-    Wild("hifigan", "torch", by_hand("HiFiGAN"), waves(80), (2, 16), (3, 25)),
-    Wild("hifigan-discriminator", "torch", by_hand("PeriodDiscriminator"), waves(1), (2, 1000), (3, 1504)),
+    Wild("hifigan", "torch", by_hand("HiFiGAN"), waves(80), (2, 16), (3, 25), kernels_left=0.6),
+    Wild(
+        "hifigan-discriminator",
+        "torch",
+        by_hand("PeriodDiscriminator"),
+        waves(1),
+        (2, 1000),
+        (3, 1504),
+        filters_left=1.0,
+        note="what every layer gives is an output",
+    ),
     Wild("wav2letter", "torch", by_hand("Wav2Letter"), waves(80), (2, 64), (3, 101)),
     Wild("onnx2torch-digits", "onnx2torch", onnx_import, images(1), (4, 8), (7, 8), drawn=False),
     Wild("facenet", "facenet_pytorch", facenet, images(), (2, 96), (3, 128)),
@@ -466,9 +522,15 @@ NETWORKS: tuple[Wild, ...] = (
         (1, 96),
     ),
     Wild("retinanet", "torchvision", detector("retinanet_resnet50_fpn"), list_of_images, (2, 64), (1, 96)),
-    Wild("fcos", "torchvision", detector("fcos_resnet50_fpn"), list_of_images, (2, 64), (1, 96)),
+    Wild("fcos", "torchvision", detector("fcos_resnet50_fpn"), list_of_images, (2, 64), (1, 96), filters_left=0.6),
     Wild(
-        "ssdlite", "torchvision", detector("ssdlite320_mobilenet_v3_large", size=0), list_of_images, (2, 320), (3, 256)
+        "ssdlite",
+        "torchvision",
+        detector("ssdlite320_mobilenet_v3_large", size=0),
+        list_of_images,
+        (2, 320),
+        (3, 256),
+        kernels_left=0.6,
     ),
     Wild("tv-deeplabv3", "torchvision", segmenter("deeplabv3_mobilenet_v3_large"), images()),
     Wild("tv-lraspp", "torchvision", segmenter("lraspp_mobilenet_v3_large"), images()),

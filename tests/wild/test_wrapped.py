@@ -66,8 +66,8 @@ UNWRAPPED: dict[str, Callable[[nn.Module], nn.Module]] = {
     "exported": lambda model: torch.export.export(model, (X,)).module(),
 }
 REFUSED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
-    "jit.trace": (traced, r"TorchScript.*(?:before|from which|original)"),
-    "jit.script": (torch.jit.script, r"TorchScript.*(?:before|from which|original)"),
+    "jit.trace": (traced, r"TorchScript.*pass the model that it was made from"),
+    "jit.script": (torch.jit.script, r"TorchScript.*pass the model that it was made from"),
     "ExportedProgram": (lambda model: torch.export.export(model, (X,)), r"ExportedProgram.*\.module\(\)"),
 }
 

@@ -48,6 +48,10 @@ def loss_of(model: Any) -> Tensor:
     return total
 
 
+def have_gradients(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
 def test_a_training_step_with_its_own_loss(yolo: Compiled) -> None:
     with torch.no_grad():
         masked = float(loss_of(copy.deepcopy(yolo.masked).train()))
@@ -57,13 +61,14 @@ def test_a_training_step_with_its_own_loss(yolo: Compiled) -> None:
     loss = loss_of(pruned)
     assert float(loss.detach()) == pytest.approx(masked, rel=1e-3)
     loss.backward()  # type: ignore[no-untyped-call]  # torch's
-    with_gradient = {name for name, p in pruned.named_parameters() if p.grad is not None}
     dense = yolo.dense.train()
     loss_of(dense).backward()  # type: ignore[no-untyped-call]  # torch's
-    assert with_gradient == {name for name, p in dense.named_parameters() if p.grad is not None}
-    torch.optim.SGD(pruned.parameters(), 1e-4).step()
+    assert have_gradients(pruned) == have_gradients(dense)
+    reached = {name for name, p in pruned.named_parameters() if p.grad is not None and p.grad.any()}
+    assert len(reached) > 0.9 * len(have_gradients(dense))  # one scale has no box to learn from
+    torch.optim.Adam(pruned.parameters(), 1e-2).step()
     after = pruned.state_dict()
-    assert with_gradient <= {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert reached <= {name for name, value in after.items() if not torch.equal(value, before[name])}
     pruned.eval()
     assert not any(module.training for module in pruned.modules())
     # Still the function of a smaller dense model: at once differentiable, finite and of the same shapes.
@@ -81,7 +86,7 @@ def test_saved_and_loaded_into_a_fresh_model(yolo: Compiled, tmp_path: Path) -> 
     assert type(loaded) is type(yolo.dense)
     x = YOLO.inputs(*YOLO.other)
     assert_same(in_float64(loaded, x), in_float64(yolo.pruned, x))
-    assert list(loaded.state_dict()) == list(yolo.dense.state_dict())
+    assert list(loaded.state_dict()) == list(yolo.pruned.state_dict())
 
 
 def test_its_state_dict_goes_into_a_copy(yolo: Compiled) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from networks import Wild
+from networks import Wild, run
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -54,13 +54,6 @@ def compiled_network(network: Wild, granularity: str) -> Compiled:
 # --- running --------------------------------------------------------------------------------------------------------
 
 
-def run(model: nn.Module, inputs: Any) -> Any:
-    """One run on inputs as `Wild.example` gives them."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-
-
 @contextlib.contextmanager
 def exactly() -> Iterator[None]:
     """Arithmetic in float64, factories without a type included, and the same random numbers each time."""
@@ -92,7 +85,7 @@ def in_float64(model: nn.Module, inputs: Any, batch_statistics: bool = False) ->
 
 
 def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    return value.double() if _is_float(value) else value
 
 
 def conv_macs(model: nn.Module, inputs: Any) -> int:
@@ -135,6 +128,20 @@ def structure(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value), [structure(part) for part in value]
     return type(value)
+
+
+def sensitivity(model: nn.Module, inputs: Any) -> float:
+    """How far the outputs of a model move if another input is given, as a share of the largest value: of the output
+    that moves most.
+    """
+    one = tensors_in(in_float64(model, inputs))
+    other = tensors_in(in_float64(model, tree_map(lambda x: x.flip(-1) if _is_float(x) else x, inputs)))
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if _is_float(a) and a.numel() and a.shape == b.shape]
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def differs(actual: Any, reference: Any) -> bool:
