@@ -282,6 +282,8 @@ def _fixed_arguments(model: nn.Module, examples: tuple[Any, ...] | None) -> dict
 def _why_no_model(model: object) -> str:
     """Why what was passed is no model to trace but something around it, or that it was made from; else nothing."""
     name = type(model).__name__
+    if isinstance(model, torch.export.ExportedProgram) or _is_exported(model):
+        return f"{name} is what torch.export made: its convolutions are operators and no layers; pass the model itself"
     if not isinstance(model, nn.Module):
         made = "call it first" if callable(model) else "pass a torch.nn.Module"
         return f"the model is a {name} and no module; {made}"
@@ -292,6 +294,13 @@ def _why_no_model(model: object) -> str:
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         return f"{name} is what torch.compile made; pass the model inside, which is its attribute `_orig_mod`"
     return ""
+
+
+def _is_exported(model: object) -> bool:
+    """Whether a model is the module of an exported program."""
+    return isinstance(model, fx.GraphModule) and any(
+        isinstance(node.target, torch._ops.OpOverload) and "conv" in str(node.target) for node in model.graph.nodes
+    )
 
 
 def _tensor_arguments(model: nn.Module, examples: tuple[Any, ...] | None) -> frozenset[str]:
