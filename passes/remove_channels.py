@@ -21,6 +21,7 @@ from fxprune.channels.compaction import Classes, Compaction, shorten
 from fxprune.channels.removability import irremovable
 from fxprune.channels.removal import entries_of
 from fxprune.errors import PassError
+from fxprune.graph.convolutions import Convolution
 from fxprune.graph.editing import Outcome, Tensors
 from fxprune.graph.values import CarriedValues
 from fxprune.plans import PrunePlan, RemovedChannels
@@ -116,12 +117,12 @@ def _shrink(
         tensors.replace(tensor, shorten(tensor.detach(), compaction.keep(labels) or {}))
         return
     module = gm.get_submodule(name)
-    if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
-        transposed = isinstance(module, nn.modules.conv._ConvNd) and module.transposed
+    if isinstance(module, Convolution | nn.Linear):
+        transposed = isinstance(module, Convolution) and module.transposed
         along = {"weight": ("inputs", "outputs") if transposed else ("outputs", "inputs"), "bias": ("outputs",)}
     else:
         along = {scale.attribute: ("outputs",) for scale in analysis.scales if scale.owner == name}
-    depthwise = isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
+    depthwise = isinstance(module, Convolution) and module.groups > 1
     for attribute, kinds in along.items():
         tensor = getattr(module, attribute)
         if isinstance(tensor, Tensor) and id(tensor) not in shorter:
@@ -134,7 +135,7 @@ def _shrink(
             if isinstance(count := getattr(module, attribute, None), int):
                 setattr(module, attribute, count - len(getattr(channels, kind)))
     if depthwise:
-        assert isinstance(module, nn.modules.conv._ConvNd)
+        assert isinstance(module, Convolution)
         module.in_channels = module.groups = (
             module.in_channels * module.out_channels // (module.out_channels + len(channels.outputs))
         )

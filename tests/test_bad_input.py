@@ -89,9 +89,9 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown form": ({"form": "partitions"}, r"form is 'partitions' \(near: 'partition'\).*'overlap'"),
     "ratio without a partition": ({"ratio": 0.6, "form": "partition"}, r"0\.6 has no partition form.*use 0\.5 or"),
     "groups against the ratio": ({"groups": 4, "form": "partition"}, "groups=4 contradicts ratio 0.5"),
-    "ignore matches nothing": ({"ignore": "conv3"}, r"ignore: pattern 'conv3' matches no Conv2d.*near: 'conv"),
-    "ratio matches nothing": ({"ratio": {"layer1": 0.5}}, "ratio: pattern 'layer1' matches no Conv2d"),
-    "groups match nothing": ({"groups": {"head": 2}}, "groups: pattern 'head' matches no Conv2d"),
+    "ignore matches nothing": ({"ignore": "conv3"}, r"ignore: pattern 'conv3' matches no convolution.*near: 'conv"),
+    "ratio matches nothing": ({"ratio": {"layer1": 0.5}}, "ratio: pattern 'layer1' matches no convolution"),
+    "groups match nothing": ({"groups": {"head": 2}}, "groups: pattern 'head' matches no convolution"),
     "negative seed": ({"seed": -1}, "seed is -1"),
 }
 
@@ -139,8 +139,8 @@ FILTERS: dict[str, tuple[dict[str, Any], str]] = {
         {"ratio": {"*": 0.5}, "scope": "global"},
         "scope='global' ranks all layers together",
     ),
-    "a pattern that matches nothing": ({"ratio": {"layer1": 0.5}}, "ratio: pattern 'layer1' matches no Conv2d"),
-    "ignore that matches nothing": ({"ignore": "conv3"}, "ignore: pattern 'conv3' matches no Conv2d"),
+    "a pattern that matches nothing": ({"ratio": {"layer1": 0.5}}, "ratio: pattern 'layer1' matches no convolution"),
+    "ignore that matches nothing": ({"ignore": "conv3"}, "ignore: pattern 'conv3' matches no convolution"),
     "movement without snapshots": ({"criterion": "movement"}, "criterion 'movement' .*snapshots"),
     "activation without data": ({"criterion": "activation"}, "criterion 'activation' .*calibration"),
     "unknown variety": ({"variety": "pair"}, "variety is 'pair'.*'pairs'"),
@@ -169,7 +169,7 @@ def test_filters_of_a_model_whose_size_cannot_be_guessed() -> None:
 
 
 def test_filters_of_a_model_without_convolutions() -> None:
-    refuse(WithoutConvs(), PlanError, "has no Conv2d", example_inputs=image(), granularity="filter")
+    refuse(WithoutConvs(), PlanError, "has no convolution", example_inputs=image(), granularity="filter")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -314,7 +314,7 @@ class WithoutConvs(nn.Module):
 
 
 def test_a_model_without_convolutions() -> None:
-    refuse(WithoutConvs(), PlanError, "WithoutConvs has no Conv2d", example_inputs=image())
+    refuse(WithoutConvs(), PlanError, "WithoutConvs has no convolution", example_inputs=image())
 
 
 def test_a_single_convolution() -> None:

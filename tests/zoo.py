@@ -223,11 +223,11 @@ class PrimeWidth(Net):
     def __init__(self) -> None:
         super().__init__()
         self.first = conv3(16, 17)
-        self.narrow = nn.Conv1d(17, 16, 1)
+        self.narrow = nn.Linear(17, 16)
         self.second = conv3(16, 16)
 
     def body(self, x: Tensor) -> Tensor:
-        return self.second(self.narrow(self.first(x).relu().flatten(2)).unflatten(2, (8, 8)))
+        return self.second(self.narrow(self.first(x).relu().movedim(1, -1)).movedim(-1, 1))
 
 
 @feature(grouped=2, gathers=2, also_skipped={"middle": GROUPED}, integer=True)
@@ -266,9 +266,9 @@ class DepthwiseMultiplier(Between):
         return self.depthwise(x.relu())
 
 
-@feature(grouped=2, gathers=0, integer=True)
+@feature(grouped=3, gathers=2, integer=True)
 class TransposedConv(Between):
-    """ConvTranspose2d keeps its input channels in dimension 0 of the weight."""
+    """ConvTranspose2d keeps its input channels in dimension 0 of the weight, grouped or not."""
 
     def __init__(self) -> None:
         super().__init__(inner=24)
@@ -278,7 +278,7 @@ class TransposedConv(Between):
         return self.up(x.relu())
 
 
-@feature(grouped=2, gathers=2, integer=True)
+@feature(grouped=2, gathers=2, also_skipped={"up": GROUPED}, integer=True)
 class TransposedGroupedConv(Between):
     """ConvTranspose2d with groups=2."""
 
@@ -334,7 +334,7 @@ class FunctionalConv(Between):
         return F.conv2d(x.relu(), self.weight, padding=1).relu()
 
 
-@feature(grouped=2, gathers=0, integer=True)
+@feature(grouped=3, gathers=2, integer=True)
 class Conv1dOverPixels(Between):
     """Conv1d on the flattened image reads the same channels."""
 
@@ -344,6 +344,54 @@ class Conv1dOverPixels(Between):
 
     def feature(self, x: Tensor) -> Tensor:
         return self.line(x.flatten(2).relu()).relu().unflatten(2, (8, 8))
+
+
+def sequence() -> Inputs:
+    """One batch of sequences, (2, 3, 16)."""
+    return (torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64),)
+
+
+def volume() -> Inputs:
+    """One batch of volumes, (2, 3, 4, 6, 6)."""
+    return (torch.randn(2, 3, 4, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64),)
+
+
+@feature(grouped=4, gathers=4, integer=True, inputs=sequence)
+class OverSequences(nn.Module):
+    """Conv1d, BatchNorm1d and ConvTranspose1d with stride, dilation and output padding, and a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(3, 16, 3, padding=1)
+        self.first, self.norm = nn.Conv1d(16, 32, 3, padding=2, dilation=2, bias=False), nn.BatchNorm1d(32)
+        self.second = nn.Conv1d(32, 32, 3, padding="same", padding_mode="circular")
+        self.down = nn.Conv1d(32, 16, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose1d(16, 32, 3, stride=2, padding=2, output_padding=1, dilation=2)
+        self.head = nn.Conv1d(32, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.norm(self.first(self.stem(x).relu())).relu()
+        deep = self.second(wide) + wide
+        return self.head(self.up(self.down(deep).relu()).relu())
+
+
+@feature(grouped=4, gathers=4, integer=True, inputs=volume)
+class OverVolumes(nn.Module):
+    """Conv3d, BatchNorm3d and ConvTranspose3d, a residual and pooling over volumes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv3d(3, 16, 3, padding=1)
+        self.first, self.norm = nn.Conv3d(16, 32, (1, 3, 3), padding=(0, 1, 1), bias=False), nn.BatchNorm3d(32)
+        self.second = nn.Conv3d(32, 32, (3, 1, 1), padding=(1, 0, 0))
+        self.down = nn.Conv3d(32, 16, 1)
+        self.up = nn.ConvTranspose3d(16, 32, 2, stride=2)
+        self.head = nn.Conv3d(32, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.norm(self.first(self.stem(x).relu())).relu()
+        deep = F.max_pool3d(self.second(wide) + wide, 2)
+        return self.head(self.up(self.down(deep).relu()).relu())
 
 
 # --- modules and parameters used more than once ---------------------------------------------------------------------
@@ -617,7 +665,7 @@ class DenseBlock(Net):
         return torch.cat(features, 1)
 
 
-@feature(grouped=5, gathers=4, integer=True)
+@feature(grouped=6, gathers=5, integer=True)
 class UNet(Net):
     """Encoder, ConvTranspose decoder, skip connection by concatenation."""
 
@@ -1470,7 +1518,7 @@ class SqueezeExciteWide(Between):
         return x.mul(self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid())
 
 
-@feature(grouped=2, gathers=2)
+@feature(grouped=2, gathers=2, also_skipped={"over_channels": FEW_IN})
 class EfficientChannelAttention(Between):
     """ECA convolves over neighbouring channels: their order counts."""
 

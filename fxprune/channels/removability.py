@@ -30,6 +30,7 @@ from fxprune.channels.analysis import family_of
 from fxprune.channels.atoms import UNLABELLED
 from fxprune.channels.interpreter import varying
 from fxprune.graph.containers import holds_tensor
+from fxprune.graph.convolutions import Convolution
 from fxprune.graph.editing import called_module, label, tensor_sources
 from fxprune.graph.layers import TrainingFlag
 from fxprune.graph.memory import is_mutating
@@ -144,7 +145,7 @@ def _visit(walk: _Walk, node: fx.Node) -> Classes:
         return nothing  # what meets a boundary is pinned
     module = called_module(walk.module, node) if node.op == "call_module" else None
     source = walk.sources(node)[0]
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, Convolution):
         return _convolution(walk, node, module, source)
     if family in _MOVEMENT or family == "gated":
         return walk.carried(node)
@@ -193,7 +194,7 @@ def _sizes(walk: _Walk, node: fx.Node) -> Classes | list[Classes]:
     return along[dim] if name == "size" and isinstance(dim, int) else walk.present(sources[0])
 
 
-def _convolution(walk: _Walk, node: fx.Node, conv: nn.modules.conv._ConvNd, source: fx.Node) -> Classes:
+def _convolution(walk: _Walk, node: fx.Node, conv: Convolution, source: fx.Node) -> Classes:
     if computes_its_own_forward(type(conv)):
         reason = f"{label(node)} is a {type(conv).__name__}, which computes its weight from all input channels"
         walk.refuse(walk.present(source) | walk.present(node), reason)

@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxprune.channels.interpreter import LARGEST_SPREAD, State, along, compress, layer_name, varying
+from fxprune.graph.convolutions import Convolution, channel_dim
 from fxprune.graph.editing import called_module, label
 
 Rule: TypeAlias = Callable[[State], Any]
@@ -289,7 +290,7 @@ def convolution(state: State) -> Any:
     """
     name = layer_name(state.node)
     conv = state.module.get_submodule(name)
-    assert isinstance(conv, nn.modules.conv._ConvNd)
+    assert isinstance(conv, Convolution)
     if state.value.dim() != len(conv.kernel_size) + 2:
         return state.boundary(f"{label(state.node)} is given an unbatched image")
     inputs = state.channels(*state.source(), 1)
@@ -301,9 +302,8 @@ def convolution(state: State) -> Any:
         for g in range(conv.groups):
             state.atoms.site(inputs.reshape(conv.groups, -1)[g])
             state.atoms.site(outputs.reshape(conv.groups, -1)[g])
-    channels = -1 - len(conv.kernel_size)  # counted from the end, so that an image without a batch is gathered rightly
-    state.reads(channels, inputs)
-    state.writes(channels, outputs)
+    state.reads(channel_dim(conv), inputs)
+    state.writes(channel_dim(conv), outputs)
     if conv.groups == 1 or conv.transposed:
         state.bind(name, "weight", weight_in, inputs, scales=False)
     else:
@@ -317,7 +317,7 @@ def convolution(state: State) -> Any:
     return along(torch.from_numpy(outputs), 1, state.value.dim())
 
 
-def _depthwise(state: State, name: str, conv: nn.modules.conv._ConvNd, inputs: Any) -> Any:
+def _depthwise(state: State, name: str, conv: Convolution, inputs: Any) -> Any:
     multiplier = conv.out_channels // conv.in_channels
     outputs = inputs
     if multiplier > 1:

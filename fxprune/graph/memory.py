@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx, nn
 
+from fxprune.graph.convolutions import Convolution
 from fxprune.graph.editing import called_module
 from fxprune.graph.layers import ChannelGather
 
@@ -89,7 +90,7 @@ _INPLACE_OPERATORS = frozenset(
 )
 
 _NEW_MEMORY_MODULES = (
-    nn.modules.conv._ConvNd,
+    Convolution,
     nn.Linear,
     nn.modules.batchnorm._NormBase,
     nn.GroupNorm,

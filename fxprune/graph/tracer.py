@@ -13,10 +13,11 @@ from torch import Tensor, fx, nn
 
 from fxprune.errors import TraceError
 from fxprune.graph.contexts import GradMode, autocast_recorded
+from fxprune.graph.convolutions import Convolution
 from fxprune.graph.layers import ChannelGather, TrainingFlag
 
 LEAVES: tuple[type[nn.Module], ...] = (
-    nn.modules.conv._ConvNd,
+    Convolution,
     nn.modules.batchnorm._NormBase,
     nn.GroupNorm,
     nn.LayerNorm,

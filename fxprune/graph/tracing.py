@@ -25,6 +25,7 @@ from torch.nn.parameter import is_lazy
 
 from fxprune.errors import TraceError, near_matches
 from fxprune.graph.containers import convert_tensors, tensors_in
+from fxprune.graph.convolutions import Convolution
 from fxprune.graph.copying import copied, share_tensors
 from fxprune.graph.memory import written_attributes
 from fxprune.graph.modes import compare_modes, insert_training_flags, restore_modes
@@ -273,7 +274,7 @@ def _untraceable(model: nn.Module, cause: Exception) -> str:
     children = [
         name
         for name, child in model.named_children()
-        if any(isinstance(m, nn.Conv2d) for m in child.modules()) and _is_traceable(child)
+        if any(isinstance(m, Convolution) for m in child.modules()) and _is_traceable(child)
     ]
     said = first_line(cause)
     way_out = (

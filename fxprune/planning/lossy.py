@@ -8,6 +8,7 @@ from torch import fx, nn
 from fxprune.calibration import FITS, Calibration
 from fxprune.calibration.subject import Subject
 from fxprune.exact.pipeline import run
+from fxprune.graph.convolutions import Convolution, convolutions, oriented
 from fxprune.graph.copying import copied, own_tensors
 from fxprune.graph.tracing import Inputs, trace
 from fxprune.graph.values import CarriedValues
@@ -65,11 +66,11 @@ def refit_readers(subject: Subject, masked: nn.Module, plan: PrunePlan, *, progr
     """Refit, in place, the convolutions that read channels which `plan` removes: the others make up for them."""
     readers = [
         name
-        for name, conv in masked.named_modules()
-        if isinstance(conv, nn.Conv2d) and conv.groups == 1 and name in plan.removed and plan.removed[name].inputs
+        for name, conv in convolutions(masked).items()
+        if conv.groups == 1 and name in plan.removed and plan.removed[name].inputs
     ]
 
-    def choose(name: str, conv: nn.Conv2d, samples: object) -> GroupedKernels:
+    def choose(name: str, conv: Convolution, samples: object) -> GroupedKernels:
         kept = tuple(remaining(conv.in_channels, plan.removed[name].inputs).tolist())
         return GroupedKernels(tuple(range(conv.out_channels)), (kept,), conv.in_channels, 0.0)
 
@@ -90,11 +91,14 @@ def without_removed(masked: nn.Module, plan: PrunePlan, example_inputs: Inputs |
 def put_back(masked: nn.Module, smaller: nn.Module, plan: PrunePlan) -> None:
     """Write the tensors of the network without the removed channels to their places in the masked one, in place."""
     setattr(masked, FITS, getattr(masked, FITS, {}) | getattr(smaller, FITS, {}))
-    found = smaller.state_dict()
+    found, convs = smaller.state_dict(), convolutions(masked)
     for name, tensor in masked.state_dict().items():
         if name not in found:
             continue
-        new, channels = found[name], plan.removed.get(name.rpartition(".")[0])
+        holder, _, attribute = name.rpartition(".")
+        new, channels = found[name], plan.removed.get(holder)
+        if attribute == "weight" and holder in convs:
+            tensor, new = oriented(tensor, convs[holder]), oriented(new, convs[holder])
         if tensor.shape == new.shape:
             tensor.copy_(new)
         elif channels is not None:

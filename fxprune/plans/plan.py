@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fxprune.errors import PlanError, near_matches
+from fxprune.graph.convolutions import Convolution
 from fxprune.plans.fields import (
     check_divisible,
     check_ratio,
@@ -35,7 +36,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class GroupedKernels:
-    """How one dense convolution with weight `(O, C, kh, kw)` becomes a pruned grouped one.
+    """How one dense convolution with weight `(O, C, *kernel)` becomes a pruned grouped one.
 
     Args:
         out_order: `(O,)` the filters in group order: group `g` owns `out_order[g * d:(g + 1) * d]`, `d = O / groups`.
@@ -241,7 +242,7 @@ class PrunePlan:
 
     Args:
         layers: module name to the grouping of that convolution, as it is once `removed` has gone.
-        skipped: module name of each `Conv2d` that stays dense, to the reason.
+        skipped: module name of each convolution that stays dense, to the reason.
         ratio: the ratio that was asked for, or pattern to ratio; an empty mapping in a plan written by hand.
         method: how the groups were chosen.
         criterion: how a kernel's importance was measured.
@@ -359,7 +360,7 @@ class PrunePlan:
         return cls(**values)
 
     def check(self, model: nn.Module) -> None:
-        """See that the plan fits the model: each layer exists, is a dense `Conv2d`, and has the planned size.
+        """See that the plan fits the model: each layer exists, is a dense convolution, and has the planned size.
 
         Raises:
             PlanError: naming the first layer that does not fit and what was found in its place.
@@ -370,8 +371,10 @@ class PrunePlan:
             if module is None:
                 close = near_matches(name, modules)
                 raise PlanError(f"{name}: {type(model).__name__} has no module of this name{close}; {_REMAKE}")
-            if not isinstance(module, nn.Conv2d):
-                raise PlanError(f"{name}: the plan prunes a Conv2d, the model has a {type(module).__name__}; {_REMAKE}")
+            if not isinstance(module, Convolution):
+                raise PlanError(
+                    f"{name}: the plan prunes a convolution, the model has a {type(module).__name__}; {_REMAKE}"
+                )
             if module.groups != 1:
                 raise PlanError(
                     f"{name}: the convolution already has groups={module.groups}, but only groups=1 can be regrouped; "
@@ -408,7 +411,7 @@ def channels_of(module: nn.Module) -> tuple[int, int]:
     normalisation.
     """
     weight = getattr(module, "weight", None)
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, Convolution):
         return module.out_channels, module.in_channels
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features

@@ -37,7 +37,7 @@ class Net(nn.Module):
         self.stem = nn.Conv2d(3, 32, 3)
         self.layer1 = nn.Sequential(Block(), Block())
         self.layer10 = Block()
-        self.up = nn.ConvTranspose2d(32, 32, 2)
+        self.up = nn.Bilinear(32, 32, 2)
         self.fc = nn.Linear(32, 10)
 
 
@@ -50,7 +50,7 @@ def net() -> Net:
 BLOCKS = ["layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1", "layer1.1.conv2", "layer10.conv1", "layer10.conv2"]
 
 
-def test_every_conv2d_is_either_planned_or_skipped_with_a_reason(net: Net) -> None:
+def test_every_convolution_is_either_planned_or_skipped_with_a_reason(net: Net) -> None:
     plan = make_plan(net)
     assert list(plan.layers) == BLOCKS
     assert dict(plan.skipped) == {"stem": "too few input channels (3 < 16)"}
@@ -183,8 +183,8 @@ def test_meta_models_are_refused(net: Net) -> None:
 @pytest.mark.parametrize(
     "model, message",
     [
-        (nn.Sequential(nn.Linear(3, 3)), "Sequential has no Conv2d; fxprune prunes only these"),
-        (nn.Conv2d(16, 16, 3), "the model is itself a Conv2d; wrap it: torch.nn.Sequential(conv)"),
+        (nn.Sequential(nn.Linear(3, 3)), "Sequential has no convolution; fxprune prunes only these"),
+        (nn.Conv2d(16, 16, 3), "the model is itself a convolution; wrap it: torch.nn.Sequential(conv)"),
         (nn.Sequential(nn.LazyConv2d(16, 3)), "0: LazyConv2d is not initialized yet"),
     ],
 )
@@ -199,10 +199,10 @@ def test_models_without_a_plan(model: nn.Module, message: str) -> None:
         ({"ratio": 1}, "ratio 1 is not in [0, 1)"),
         ({"ratio": -0.5}, "ratio -0.5 is not in [0, 1)"),
         ({"ratio": {"layer1": 50}}, "layer1: ratio 50 is not in [0, 1)"),
-        ({"ratio": {"layer2": 0.5}}, "ratio: pattern 'layer2' matches no Conv2d of the model (near: 'layer1"),
-        ({"ignore": ("fc",)}, "ignore: pattern 'fc' matches no Conv2d of the model"),
+        ({"ratio": {"layer2": 0.5}}, "ratio: pattern 'layer2' matches no convolution of the model (near: 'layer1"),
+        ({"ignore": ("fc",)}, "ignore: pattern 'fc' matches no convolution of the model"),
         ({"ignore": (3,)}, "ignore: 3 is not a string"),
-        ({"groups": {"layr10": 2}}, "groups: pattern 'layr10' matches no Conv2d of the model (near: 'layer10'"),
+        ({"groups": {"layr10": 2}}, "groups: pattern 'layr10' matches no convolution of the model (near: 'layer10'"),
         ({"method": "coclster"}, "method is 'coclster' (near: 'cocluster'); it must be one of 'auto', 'cocluster'"),
         ({"criterion": "L2"}, "criterion is 'L2' (near: 'l2'); it must be one of 'l1', 'l2'"),
         ({"form": "partial"}, "form is 'partial' (near: 'partition'); it must be one of 'auto', 'partition',"),
@@ -345,7 +345,7 @@ def test_patterns_match_names_and_all_below_them() -> None:
     assert match_patterns("p", {"*": 1}, names) == dict.fromkeys(names, 1)
     assert match_patterns("p", {"layer10": 1, "*.conv": 2}, names)["layer10.conv"] == 1
     assert match_patterns("p", {}, names) == {}
-    with pytest.raises(PlanError, match="matches no Conv2d"):
+    with pytest.raises(PlanError, match="matches no convolution"):
         match_patterns("p", {"LAYER1": 1}, names)
 
 
@@ -354,7 +354,7 @@ def test_all_convolutions_but_those_that_are_meant_are_left_out() -> None:
     assert left_out(model, None) == ()
     assert left_out(model, "1x1") == ("0",)
     assert left_out(model, "0") == ("2",)
-    with pytest.raises(PlanError, match="only: pattern 'layer1' matches no Conv2d"):
+    with pytest.raises(PlanError, match="only: pattern 'layer1' matches no convolution"):
         left_out(model, "layer1")
     with pytest.raises(PlanError, match="no 1x1 convolution"):
         left_out(model[:1], "1x1")
