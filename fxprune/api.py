@@ -90,7 +90,9 @@ def compile(
         scope: of filters: `"local"` removes the same share from each channel space, `"global"` ranks all filters of the
             network (`fxprune.planning.selection.choose_units`).
         round_to: each channel space keeps a multiple of this many filters.
-        groups: number of groups, `"auto"`, or a mapping from pattern to either.
+        groups: number of groups, `"auto"`, or a mapping from pattern to either. One number for all is a wish: a layer
+            whose filters it does not divide takes the nearest divisor, which is noted, or stays dense with the reason;
+            a number in a mapping must divide.
         form: `"partition"`, `"overlap"` or `"auto"`.
         ignore: patterns of layers to leave dense.
 

@@ -22,7 +22,7 @@ from fxprune.channels.removability import irremovable
 from fxprune.channels.removal import entries_of
 from fxprune.errors import PassError
 from fxprune.graph.convolutions import Convolution
-from fxprune.graph.editing import Outcome, Tensors
+from fxprune.graph.editing import Outcome, Tensors, calls
 from fxprune.graph.values import CarriedValues
 from fxprune.plans import PrunePlan, RemovedChannels
 from fxprune.plans.masking import entries_without_removed, remaining
@@ -60,6 +60,10 @@ class RemoveChannels:
         tensors, shorter = Tensors(gm), set[int]()
         for name, channels in self.plan.removed.items():
             _shrink(gm, tensors, shorter, analysis, compaction, name, channels)
+        for node, norm in calls(gm, nn.modules.instancenorm._InstanceNorm):
+            if str(node.target) not in self.plan.removed and node in values:  # it counts channels without having any
+                dim = -norm._get_no_batch_dim()  # type: ignore[no-untyped-call]
+                norm.num_features = compaction.size(node, dim)
         self.values.forget()
         return Outcome((*self.plan.removed, *changed))
 

@@ -1193,6 +1193,59 @@ class InstanceNorm(Between):
         return self.norm(x).relu()
 
 
+@feature(grouped=2, gathers=1)
+class PlainInstanceNorm(Between):
+    """InstanceNorm as it comes, without parameters: a zero channel stays zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm2d(32)
+
+    def feature(self, x: Tensor) -> Tensor:
+        return self.norm(x).relu()
+
+
+@feature(grouped=3, gathers=3, integer=True)
+class SegNet(Between):
+    """Pooling that also gives indices, by which the result is laid out again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.unpool = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+        self.middle = conv3(32, 32)
+
+    def feature(self, x: Tensor) -> Tensor:
+        pooled, indices = self.pool(x.relu())
+        return self.unpool(self.middle(pooled).relu(), indices)
+
+
+@feature(grouped=4, gathers=4, integer=True)
+class MaxoutValues(Between):
+    """The larger of two branches, read as `.values`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = conv3(32, 32), conv3(32, 32)
+
+    def feature(self, x: Tensor) -> Tensor:
+        return torch.max(torch.stack([self.left(x.relu()), self.right(x.relu())], 4), 4).values
+
+
+@feature(grouped=3, gathers=3)
+class RecurrentFromZeros(Between):
+    """A recurrent cell whose state begins at zero, with its number of channels written into forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = conv3(32, 32)
+
+    def feature(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(x.shape[0], 32, x.shape[2], x.shape[3])
+        for _ in range(2):
+            state = torch.tanh(self.cell(state) + x)
+        return state
+
+
 @feature(grouped=2, gathers=1, also_skipped={"depthwise": DEPTHWISE})
 class ConvNeXtBlock(Between):
     """Depthwise, permute, LayerNorm over channels, two linears, layer scale, permute back, residual."""

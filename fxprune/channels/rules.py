@@ -20,6 +20,9 @@ from fxprune.graph.editing import called_module, label
 
 Rule: TypeAlias = Callable[[State], Any]
 
+UNIFORM = frozenset("zeros ones full new_zeros new_ones new_full zeros_like ones_like full_like".split())
+"""What makes tensors that hold one number everywhere."""
+
 # --- elementwise ------------------------------------------------------------------------------------------------------
 
 
@@ -41,8 +44,20 @@ def cast(state: State) -> Any:
 
 
 def constant(state: State) -> Any:
-    """A new tensor that does not depend on the values of its inputs, only on their shapes."""
-    return state.unlabelled(state.value)
+    """A new tensor that does not depend on the values of its inputs, only on their shapes.
+
+    One that holds the same number everywhere is itself in any order of its channels, along dimension 1: the initial
+    state of a recurrent cell. What is written into later, and sequences of a length that is computed, keep their order.
+    """
+    name, value = getattr(state.node.target, "__name__", state.node.target), state.value
+    if name not in UNIFORM or not isinstance(value, Tensor) or value.dim() < 2 or state.node in state.written:
+        return state.unlabelled(value)
+    if name.endswith("_like"):
+        return state.source()[0]
+    written = torch.utils._pytree.tree_leaves((state.node.args, state.node.kwargs))
+    if value.shape[1] == 1 or (value.dim() < 4 and value.shape[1] not in written):
+        return state.unlabelled(value)
+    return state.mint_along(1, value.shape[1], value.dim())
 
 
 # --- data movement ----------------------------------------------------------------------------------------------------
@@ -65,6 +80,16 @@ def item(state: State) -> Any:
     if any(isinstance(k, Tensor | list | bool) for k in (keys if isinstance(keys, tuple) else (keys,))):
         return state.boundary(f"{label(state.node)} indexes with a tensor")
     return dimensionwise(state)
+
+
+def named_item(state: State) -> Any:
+    """x.values, x.indices: pick from what max and min give. Of a tensor itself it is a boundary."""
+    source, name = state.node.args
+    assert isinstance(source, fx.Node)
+    names = getattr(type(state.values[source]), "__match_args__", ())
+    if isinstance(state.values[source], Tensor) or name not in names:
+        return state.boundary(f"{label(source)} is asked for its {name}")
+    return tuple(state.labels[source])[names.index(name)]
 
 
 def reshape(state: State) -> Any:
@@ -179,18 +204,32 @@ def _execute(state: State, substitute: Callable[[fx.Node], Tensor], *, compresse
 
 def windows(dims: int | None) -> Rule:
     """Pooling, interpolation: a window slides over the last `dims` dimensions (None: all but two), the same for all
-    channels.
+    channels. Indices of a pooling count the positions of one channel.
     """
 
     def rule(state: State) -> Any:
         source = state.tensors()[0]
         labels, shape = state.operand(source)
         last = len(shape) - 2 if dims is None else dims
-        if not isinstance(state.value, Tensor) or state.value.dim() != len(shape):
-            return state.boundary(f"{label(state.node)} gives several tensors")
+        results = [state.value] if isinstance(state.value, Tensor) else list(state.value)
+        if any(result.dim() != len(shape) for result in results):
+            return state.boundary(f"{label(state.node)} gives tensors of another rank")
         if any(d >= len(shape) - last for d in varying(labels)):
             return state.boundary(f"{label(state.node)} slides a window over channels")
-        return labels
+        return labels if isinstance(state.value, Tensor) else (labels,) * len(results)
+
+    return rule
+
+
+def unpool(dims: int) -> Rule:
+    """Max unpooling over the last `dims` dimensions: each channel is laid out by its own indices, so both are tied."""
+
+    def rule(state: State) -> Any:
+        operands = [state.operand(node) for node in state.tensors()]
+        last = len(state.value.shape) - dims
+        if len(operands) != 2 or any(d >= last for labels, _ in operands for d in varying(labels)):
+            return state.boundary(f"{label(state.node)} lays out channels by indices")
+        return state.join(operands, state.value.dim())
 
     return rule
 

@@ -82,8 +82,8 @@ def group_counts(subject: Subject, request: Request) -> dict[str, tuple[int, ...
     convs = list(convolutions(subject.model))
     asked = request.groups
     wanted = match_patterns("groups", asked, convs) if isinstance(asked, Mapping) else dict.fromkeys(convs, asked)
-    counts = ((name, wanted.get(name, "auto")) for name in prunable_shapes(subject, request))
-    return {name: GROUP_COUNTS if count == "auto" else (count,) for name, count in counts}
+    shapes = prunable_shapes(subject, request)
+    return {name: GROUP_COUNTS if wanted.get(name, "auto") == "auto" else (s.groups,) for name, s in shapes.items()}
 
 
 def check_target(model: nn.Module, target: str | None, has_inputs: bool) -> None:

@@ -50,8 +50,8 @@ class Planner:
         skipped: the others, with the reason.
 
     Raises:
-        PlanError: a pattern matches nothing, the model has no convolution or is quantized, an explicit `groups` does
-            not divide the filters of a layer, or the method needs data that are not there.
+        PlanError: a pattern matches nothing, the model has no convolution or is quantized, a number of groups that was
+            given for single layers does not divide the filters of one, or the method needs data that are not there.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class Planner:
         self._moments: dict[str, Tensor] | None = {} if calibrated else None
         evidence = Evidence(model, next(iter(self._snapshots), None), self._moments, self._seed)
         self._criterion, self._score = resolve("l2" if request.criterion is None else request.criterion, evidence)
+        self._near: dict[str, str] = {}  # why a layer has another number of groups than was asked for
         self._ratios, self.shapes, self.skipped = self._shapes(model, convs, obstacles)
         self._convs = convs
         self._together = self._sharing(writers)
@@ -142,6 +143,9 @@ class Planner:
         notes = {name: note for name, shape in self.shapes.items() if (note := shape.note)}
         if self._request.gives_up_blocks:
             notes = dict.fromkeys(layers, f"method {self._method!r} keeps channels one by one, not in aligned blocks")
+        for name, note in self._near.items():
+            if name in layers:
+                notes[name] = f"{notes[name]}; {note}" if name in notes else note
         return PrunePlan(layers, self.skipped, self._ratio, self._method, criterion, self._seed, notes)
 
     def _shapes(
@@ -174,9 +178,17 @@ class Planner:
             if reason:
                 skipped[name] = reason
                 continue
-            count = wanted.get(name, "auto")
+            asked = count = wanted.get(name, "auto")
             if count == "auto" and self._method in PUBLISHED and conv.out_channels % PUBLISHED_GROUPS == 0:
                 count = PUBLISHED_GROUPS
+            if asked != "auto" and not isinstance(groups, Mapping):  # one number for all: a wish
+                near = nearest_divisor(conv.out_channels, asked)
+                if near is None or (near != asked and form == "partition"):
+                    skipped[name] = f"{conv.out_channels} filters do not divide into {asked} groups"
+                    continue
+                count = near
+                if near != asked:
+                    self._near[name] = f"in {near} groups: {conv.out_channels} filters do not divide into {asked}"
             try:
                 shape = choose_shape(
                     conv.out_channels,

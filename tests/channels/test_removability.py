@@ -68,6 +68,23 @@ def excited(x: Tensor, squeeze: nn.Module, excite: nn.Module) -> Tensor:
     return x * excite(squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
 
 
+def unpooled(x: Tensor, pool: nn.Module, unpool: nn.Module) -> Tensor:
+    pooled, indices = pool(x)
+    return unpool(pooled, indices)
+
+
+def recurrent(x: Tensor, state: Tensor, conv: nn.Module) -> Tensor:
+    for _ in range(2):
+        state = torch.tanh(conv(state) + x)
+    return state
+
+
+def tracking(norm: nn.InstanceNorm2d) -> nn.InstanceNorm2d:
+    assert norm.running_mean is not None
+    norm.running_mean.fill_(0.5)
+    return norm
+
+
 def written_later(x: Tensor, conv: nn.Module) -> Tensor:
     """A value is changed by a sum that it takes part in, and read by its earlier name."""
     before = x.relu()
@@ -134,6 +151,22 @@ WAYS = {
     "padded with zero channels": Way(lambda x: F.pad(x, (0, 0, 0, 0, 1, 2)), inner=11),
     "zeros where another is": Way(lambda x, m: torch.where(m, x, 0 * x), lambda: (torch.rand(1, 1, 4, 4) > 0.5,)),
     "sizes of positions": Way(lambda x: x.sum((2, 3), keepdim=True) / x.shape[2]),
+    "values of a maximum": Way(lambda x, c: torch.max(torch.stack([x, c(x)], 4), 4).values, lambda: (conv(),)),
+    "pooled with indices": Way(lambda x: F.max_pool2d(x.relu(), 2, return_indices=True)[0]),
+    "pooled and laid out again": Way(unpooled, lambda: (nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2))),
+    "plain instance norm": Way(lambda x, norm: norm(x), lambda: (nn.InstanceNorm2d(8),)),
+    "functional instance norm": Way(F.instance_norm),
+    "batch norm of the batch alone": Way(
+        lambda x, norm: norm(x), lambda: (nn.BatchNorm2d(8, affine=False, track_running_stats=False),)
+    ),
+    "state of zeros": Way(lambda x, c: recurrent(x, x.new_zeros(x.shape[0], 8, 4, 4), c), lambda: (conv(),)),
+    "state of zeros, listed": Way(
+        lambda x, c: recurrent(x, torch.zeros([x.shape[0], 8, 4, 4], dtype=x.dtype), c), lambda: (conv(),)
+    ),
+    "state like x": Way(lambda x, c: recurrent(x, torch.zeros_like(x), c), lambda: (conv(),)),
+    "state as wide as x": Way(lambda x, c: recurrent(x, x.new_zeros(x.shape), c), lambda: (conv(),)),
+    "state of ones, multiplied": Way(lambda x: x * x.new_ones(x.shape[0], 8, 4, 4)),
+    "joined with zeros": Way(lambda x: torch.cat([x, x.new_zeros(x.shape[0], 2, 4, 4)], 1), inner=10),
     "called twice": Way(lambda x, c: c(c(x).relu()), lambda: (conv(),)),
     # zero becomes something else
     "sigmoid": Way(torch.sigmoid, reason=CHANGED),
@@ -145,6 +178,14 @@ WAYS = {
     "padded with threes": Way(lambda x, pad: pad(x), lambda: (nn.ConstantPad2d(1, 3.0),), reason=CHANGED),
     "one where another is": Way(
         lambda x, m: torch.where(m, x, torch.exp(x)), lambda: (torch.rand(1, 1, 4, 4) > 0.5,), reason=CHANGED
+    ),
+    "state of ones": Way(lambda x: x + x.new_ones(x.shape[0], 8, 4, 4), reason=CHANGED),
+    "instance norm with statistics": Way(
+        lambda x, norm: norm(x), lambda: (tracking(nn.InstanceNorm2d(8, track_running_stats=True)),), reason=CHANGED
+    ),
+    "indices as numbers": Way(lambda x: F.max_pool2d(x, 2, return_indices=True)[1].to(x.dtype), reason=CHANGED),
+    "index of a maximum": Way(
+        lambda x: torch.max(torch.stack([x - 1, x + 1], 4), 4).indices.to(x.dtype), reason=CHANGED
     ),
     "sum of sigmoids": Way(lambda x: x.sigmoid().sum(1, keepdim=True), inner=1, reason=CHANGED),
     "written later": Way(written_later, lambda: (conv(),), reason="changes zero in place, under other readers"),

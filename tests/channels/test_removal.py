@@ -169,6 +169,10 @@ ZOO = {
         "stem 16, second 16", {**HEAD, "first": "norm (GroupNorm) may compute from several channels at once"}
     ),
     "InstanceNorm": Expected("stem 16, first 32, second 16"),
+    "PlainInstanceNorm": Expected("stem 16, first 32, second 16"),
+    "SegNet": Expected("stem 16, first 32, second 16"),
+    "MaxoutValues": Expected("stem 16, first 32, left 32, second 16"),
+    "RecurrentFromZeros": Expected("stem 16, first 32, second 16"),
     "ConvNeXtBlock": Expected(
         "stem 16, second 16",
         {

@@ -170,7 +170,7 @@ def calls_the_norm_twice(m: Net, x: Tensor) -> Tensor:
         (net(n=nn.BatchNorm2d(4, track_running_stats=False)), "no stored statistics"),
         (net(c=nn.ConvTranspose2d(4, 4, 2)), "not a plain convolution"),
         (net(c=Doubled(4, 4, 1)), "not a plain convolution"),
-        (net(n=Halved(4)), "Halved is more than a BatchNorm2d"),
+        (net(n=Halved(4)), "Halved is more than a BatchNorm"),
         (net(lambda m, x: m.n(m.c(x).relu())), "not a plain convolution"),
         (net(lambda m, x: m.n(x)), "not a plain convolution"),
     ],
