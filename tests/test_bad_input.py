@@ -81,7 +81,10 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "NaN ratio": ({"ratio": float("nan")}, r"ratio nan is not in \[0, 1\)"),
     "ratio in words": ({"ratio": "half"}, "ratio is 'half'; it must be a number"),
     "ratio of a layer": ({"ratio": {"conv1": 2}}, r"conv1: ratio 2 is not in \[0, 1\)"),
-    "groups that do not divide": ({"groups": 3}, r"conv1: 32 filters do not divide into 3 groups; use a divisor of 32"),
+    "groups that do not divide": (
+        {"groups": {"*": 3}},
+        r"conv1: 32 filters do not divide into 3 groups; use a divisor of 32",
+    ),
     "no groups": ({"groups": 0}, "groups is 0; it must be a positive integer"),
     "groups in words": ({"groups": "many"}, "groups is 'many'"),
     "unknown method": ({"method": "cocluste"}, r"method is 'cocluste' \(near: 'cocluster'\)"),

@@ -25,6 +25,7 @@ from fxprune.planning.patterns import match_patterns
 from fxprune.planning.requests import DEFAULT_RATIO, PUBLISHED, Request
 from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.plans.eligibility import check_model, check_weight, parameters_of_several_modules, skip_reason
+from fxprune.plans.fields import nearest_divisor
 from fxprune.plans.shapes import Shape, choose_shape
 
 PUBLISHED_GROUPS = 8

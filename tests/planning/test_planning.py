@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import fxprune
 from fxprune.criteria import Evidence, kernel_scores, resolve
 from fxprune.errors import PlanError
 from fxprune.planning import Request
@@ -214,7 +215,7 @@ def test_models_without_a_plan(model: nn.Module, message: str) -> None:
         ({"groups": "all"}, "groups is 'all'"),
         ({"groups": {"stem": -2}}, "groups is -2"),
         (
-            {"groups": 6},
+            {"groups": {"*": 6}},
             "layer1.0.conv1: 32 filters do not divide into 6 groups; use a divisor of 32, such as 4 or 8, "
             "or use groups='auto', a mapping from patterns, or ignore the layer",
         ),
@@ -358,3 +359,28 @@ def test_all_convolutions_but_those_that_are_meant_are_left_out() -> None:
         left_out(model, "layer1")
     with pytest.raises(PlanError, match="no 1x1 convolution"):
         left_out(model[:1], "1x1")
+
+
+def test_one_number_of_groups_is_a_wish_and_a_mapping_is_strict() -> None:
+    torch.manual_seed(0)
+    widths = {"even": 48, "near": 20, "far": 17}
+    model = nn.Sequential()
+    for name, width in widths.items():
+        model.add_module(name, nn.Conv2d(16, width, 1))
+        model.add_module(f"back_from_{name}", nn.Conv2d(width, 16, 1))
+    plan = make_plan(model, 0.6, groups=8, ignore="back_*")
+    assert {name: kernels.groups for name, kernels in plan.layers.items()} == {"even": 8, "near": 10}
+    assert plan.notes == {"near": "in 10 groups: 20 filters do not divide into 8"}
+    assert plan.skipped["far"] == "17 filters do not divide into 8 groups"
+    x = torch.randn(2, 16, 4, 4)
+    pruned = fxprune.compile(model, 0.6, groups=8, ignore="back_*", example_inputs=x)
+    assert "note: near: in 10 groups: 20 filters do not divide into 8" in str(fxprune.report(pruned))
+    with pytest.raises(PlanError, match="near: 20 filters do not divide into 8 groups"):
+        make_plan(model, 0.6, groups={"near": 8})
+
+
+def test_a_number_of_groups_that_a_layer_cannot_have_leaves_it_dense_in_partition_form() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 32, 1), nn.Conv2d(32, 18, 1))
+    plan = make_plan(model, 0.75, groups=4, form="partition")
+    assert list(plan.layers) == ["0"]
+    assert plan.skipped["1"] == "18 filters do not divide into 4 groups"

@@ -235,7 +235,9 @@ def test_ignore_and_groups() -> None:
     assert [layer.name for layer in table.layers] == ["right", "narrow"]
     assert [layer.groups for layer in table.layers] == [8, 4]
     with pytest.raises(PlanError, match="left: 64 filters do not divide into 5 groups"):
-        fxprune.measure_sensitivity(net(), groups=5, **options)
+        fxprune.measure_sensitivity(net(), groups={"left": 5}, **options)
+    nearest = fxprune.measure_sensitivity(net(), groups=5, **options)
+    assert {layer.groups for layer in nearest.layers} == {4}
     with pytest.raises(PlanError, match="ignore: pattern 'lefd' matches no convolution"):
         fxprune.measure_sensitivity(net(), ignore="lefd", **options)
 
