@@ -107,6 +107,11 @@ class Compaction:
         """How many positions of a tensor stay along a dimension, once `apply` has been called."""
         return int(self._shorter[node].shape[dim])
 
+    def positions(self, node: fx.Node, dim: int) -> Tensor | None:
+        """The positions of a value that stay along a dimension; None if all do."""
+        labels = self._labels.get(node)
+        return (self.keep(labels) or {}).get(dim % labels.dim()) if isinstance(labels, Tensor) else None
+
     def keep(self, labels: Tensor) -> Keep | None:
         """Positions that stay along each dimension of a value with these labels; None if they form no rectangle."""
         atoms = labels.numpy()

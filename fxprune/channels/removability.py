@@ -35,6 +35,7 @@ from fxprune.graph.convolutions import Convolution
 from fxprune.graph.editing import called_module, label, tensor_sources
 from fxprune.graph.layers import TrainingFlag
 from fxprune.graph.memory import is_mutating
+from fxprune.graph.norms import norm_kind
 from fxprune.plans.eligibility import computes_its_own_forward
 
 Classes = npt.NDArray[np.bool_]
@@ -177,11 +178,20 @@ def _visit(walk: _Walk, node: fx.Node) -> Classes:
         return walk.carried(node) | _unless(own and _keeps_zero(walk, node, source), walk.present(node))
     if node.target is F.instance_norm and len(walk.sources(node)) == 1:
         return walk.carried(node) | _unless(_keeps_zero(walk, node, source), walk.present(node))
+    if module is not None and _counts_zeros(module, walk.analysis.labels[source]):
+        walk.refuse(walk.carried(node), f"{label(node)} reads it where zero has become another value")
+        return nothing  # its scales and shifts are set to zero
     what = type(module).__name__ if module is not None else _called(node)
     walk.refuse(
         walk.present(source) | walk.present(node), f"{label(node)} ({what}) may compute from several channels at once"
     )
     return walk.present(node)
+
+
+def _counts_zeros(module: nn.Module, labels: Any) -> bool:
+    """Whether a module normalises over channels in a way that goes on without some that are zero."""
+    kind = norm_kind(module)
+    return kind is not None and isinstance(labels, Tensor) and varying(labels) == [kind.dim % labels.dim()]
 
 
 def _called(node: fx.Node) -> str:

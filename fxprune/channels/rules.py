@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from fxprune.channels.interpreter import LARGEST_SPREAD, State, along, compress, layer_name, varying
 from fxprune.graph.convolutions import Convolution, channel_dim
 from fxprune.graph.editing import called_module, label
+from fxprune.graph.norms import GroupNormWithZeros, LayerNormWithZeros
 
 Rule: TypeAlias = Callable[[State], Any]
 
@@ -444,6 +445,37 @@ def layer_norm(state: State) -> Any:
         for attribute in ("weight", "bias"):
             state.bind(name, attribute, d - (value.dim() - len(shape)), state.channels(labels, value, d), scales=True)
     return labels
+
+
+def group_norm_with_zeros(state: State) -> Any:
+    """GroupNorm of which channels are gone: those that are left stay in their group."""
+    name = layer_name(state.node)
+    norm = state.module.get_submodule(name)
+    assert isinstance(norm, GroupNormWithZeros)
+    labels, value = state.source()
+    if varying(labels) not in ([], [1]):
+        return state.boundary(f"{label(state.node)} normalises groups of a value whose channels are spread")
+    atoms = state.channels(labels, value, 1)
+    group = norm.group.cpu().numpy()
+    for g in np.unique(group):
+        state.atoms.site(atoms[group == g])
+    for attribute in ("weight", "bias"):
+        state.bind(name, attribute, 0, atoms, scales=True)
+    return along(torch.from_numpy(atoms), 1, value.dim())
+
+
+def layer_norm_with_zeros(state: State) -> Any:
+    """LayerNorm of which channels are gone: symmetric in those that are left."""
+    name = layer_name(state.node)
+    norm = state.module.get_submodule(name)
+    assert isinstance(norm, LayerNormWithZeros)
+    labels, value = state.source()
+    if varying(labels) not in ([], [value.dim() + norm.dim]):
+        return state.boundary(f"{label(state.node)} normalises channels that are spread over several dimensions")
+    atoms = state.channels(labels, value, norm.dim)
+    for attribute in ("weight", "bias"):
+        state.bind(name, attribute, 0, atoms, scales=True)
+    return along(torch.from_numpy(atoms), norm.dim, value.dim())
 
 
 # --- the same, as functions -------------------------------------------------------------------------------------------

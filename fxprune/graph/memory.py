@@ -11,6 +11,7 @@ from torch import fx, nn
 from fxprune.graph.convolutions import Convolution
 from fxprune.graph.editing import called_module
 from fxprune.graph.layers import ChannelGather
+from fxprune.graph.norms import NormWithZeros
 
 
 def is_mutating(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -99,6 +100,7 @@ _NEW_MEMORY_MODULES = (
     nn.modules.batchnorm._NormBase,
     nn.GroupNorm,
     nn.LayerNorm,
+    NormWithZeros,
     nn.modules.pooling._AvgPoolNd,
     ChannelGather,
 )

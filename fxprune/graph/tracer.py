@@ -15,6 +15,7 @@ from fxprune.errors import TraceError
 from fxprune.graph.contexts import GradMode, autocast_recorded
 from fxprune.graph.convolutions import Convolution
 from fxprune.graph.layers import ChannelGather, TrainingFlag
+from fxprune.graph.norms import NormWithZeros
 
 LEAVES: tuple[type[nn.Module], ...] = (
     Convolution,
@@ -24,6 +25,7 @@ LEAVES: tuple[type[nn.Module], ...] = (
     nn.RMSNorm,
     nn.Linear,
     ChannelGather,
+    NormWithZeros,
     TrainingFlag,
 )
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from removal_harness import Subject, check_removal, drawn, image, prepared, subject
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torchvision.models.convnext import LayerNorm2d
 
 from fxprune.channels import removal
 from fxprune.errors import PassError
@@ -154,6 +155,16 @@ WAYS = {
     "values of a maximum": Way(lambda x, c: torch.max(torch.stack([x, c(x)], 4), 4).values, lambda: (conv(),)),
     "pooled with indices": Way(lambda x: F.max_pool2d(x.relu(), 2, return_indices=True)[0]),
     "pooled and laid out again": Way(unpooled, lambda: (nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2))),
+    "group norm": Way(lambda x, norm: norm(x), lambda: (nn.GroupNorm(2, 8),)),
+    "group norm of one group": Way(lambda x, norm: norm(x), lambda: (nn.GroupNorm(1, 8),)),
+    "group norm of single channels": Way(lambda x, norm: norm(x), lambda: (nn.GroupNorm(8, 8),)),
+    "group norm twice": Way(lambda x, norm, c: norm(c(norm(x).relu())), lambda: (nn.GroupNorm(4, 8), conv())),
+    "layer norm": Way(lambda x, norm: norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), lambda: (nn.LayerNorm(8),)),
+    "layer norm without shift": Way(
+        lambda x, norm: norm(x.movedim(1, -1)).movedim(-1, 1), lambda: (nn.LayerNorm(8, bias=False),)
+    ),
+    "layer norm of channels first": Way(lambda x, norm: norm(x), lambda: (LayerNorm2d(8),)),
+    "rms norm": Way(lambda x, norm: norm(x.movedim(1, -1)).movedim(-1, 1), lambda: (nn.RMSNorm(8, eps=1e-5),)),
     "plain instance norm": Way(lambda x, norm: norm(x), lambda: (nn.InstanceNorm2d(8),)),
     "functional instance norm": Way(F.instance_norm),
     "batch norm of the batch alone": Way(
@@ -193,11 +204,27 @@ WAYS = {
     # channels are computed with one another
     "mean over channels": Way(lambda x: x.mean(1, keepdim=True), inner=1, reason=f"mean (mean) {SEVERAL}"),
     "softmax": Way(lambda x: x.softmax(1), reason=f"softmax (softmax) {SEVERAL}"),
-    "group norm": Way(lambda x, norm: norm(x), lambda: (nn.GroupNorm(2, 8),), reason=f"given0 (GroupNorm) {SEVERAL}"),
-    "layer norm": Way(
-        lambda x, norm: norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
-        lambda: (nn.LayerNorm(8),),
+    "group norm without scales": Way(
+        lambda x, norm: norm(x), lambda: (nn.GroupNorm(2, 8, affine=False),), reason=f"given0 (GroupNorm) {SEVERAL}"
+    ),
+    "group norm of what is no zero": Way(
+        lambda x, norm: norm(x.sigmoid()), lambda: (nn.GroupNorm(2, 8),), reason=CHANGED
+    ),
+    "layer norm of what is no zero": Way(
+        lambda x, norm: norm((x + 1).movedim(1, -1)).movedim(-1, 1), lambda: (nn.LayerNorm(8),), reason=CHANGED
+    ),
+    "layer norm without scales, multiplied": Way(
+        lambda x, norm: norm(x.movedim(1, -1)).movedim(-1, 1) * x,
+        lambda: (nn.LayerNorm(8, elementwise_affine=False),),
         reason=f"given0 (LayerNorm) {SEVERAL}",
+    ),
+    "layer norm over positions as well": Way(
+        lambda x, norm: norm(x), lambda: (nn.LayerNorm([8, 4, 4]),), reason=f"given0 (LayerNorm) {SEVERAL}"
+    ),
+    "rms norm of its own precision": Way(
+        lambda x, norm: norm(x.movedim(1, -1)).movedim(-1, 1),
+        lambda: (nn.RMSNorm(8),),
+        reason=f"given0 (RMSNorm) {SEVERAL}",
     ),
     "grouped": Way(lambda x, c: c(x), lambda: (conv(8, 8, 2),), reason="is a grouped convolution, whose groups"),
     "number of channels": Way(
