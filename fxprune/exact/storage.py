@@ -13,6 +13,7 @@ from fxprune.errors import FxpruneError, StorageError
 from fxprune.exact.record import record_of
 from fxprune.exact.rewriting import rewrite
 from fxprune.files import write_whole
+from fxprune.graph.baking import baked
 from fxprune.graph.containers import tensors_in
 from fxprune.plans import PrunePlan
 from fxprune.plans.masking import masked_copy
@@ -57,7 +58,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
     header = json.loads(content["header"])
     try:
         plan = PrunePlan.from_json(header["plan"])
-        blank = masked_copy(model, plan)
+        blank = masked_copy(baked(model)[0] if plan.baked else model, plan)
         for name in plan.layers:  # any weights will do, but the dropped kernels must be zero, and zero times NaN is NaN
             nn.init.zeros_(blank.get_parameter(f"{name}.weight"))
         inputs = _made_up(header["inputs"], _device_of(model) if header.get("run") else torch.device("meta"))

@@ -8,6 +8,7 @@ from torch import fx, nn
 from fxprune.calibration import FITS, Calibration
 from fxprune.calibration.subject import Subject
 from fxprune.exact.pipeline import run
+from fxprune.graph.baking import baked
 from fxprune.graph.convolutions import Convolution, convolutions, oriented
 from fxprune.graph.copying import copied, own_tensors
 from fxprune.graph.tracing import Inputs, trace
@@ -18,7 +19,12 @@ from fxprune.plans.masking import entries_without_removed, masked_copy, remainin
 
 
 def mask(
-    model: nn.Module, plan: PrunePlan, calibration: Calibration | None = None, *, progress: bool = False
+    model: nn.Module,
+    plan: PrunePlan,
+    calibration: Calibration | None = None,
+    *,
+    bake: bool = False,
+    progress: bool = False,
 ) -> nn.Module:
     """Return a copy of `model` in which the kernels and channels that `plan` drops are zero: the oracle of all that
     follows.
@@ -27,12 +33,15 @@ def mask(
         model: the dense model. It is not changed.
         plan: what to drop.
         calibration: see `compile`; with it the kernels that stay are refitted.
+        bake: make computed weights plain ones first, as for `make_plan(..., bake=True)`.
         progress: show a bar on stderr.
 
     Raises:
         PlanError: the plan was made for another model.
         CalibrationError: the calibration data are malformed, or do not fit the model.
     """
+    if bake:
+        model, _ = baked(model)
     plan.check(model)
     if calibration is None:
         return masked_copy(model, plan)

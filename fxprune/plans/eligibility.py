@@ -41,7 +41,7 @@ def skip_reason(module: nn.Module, shared_parameters: Set[int] = frozenset()) ->
             f"subclass {type(conv).__name__} computes its own forward; only plain convolutions can be regrouped exactly"
         )
     if parametrize.is_parametrized(conv):
-        return "is parametrized, its weight is computed; call torch.nn.utils.parametrize.remove_parametrizations first"
+        return "is parametrized, its weight is computed; make it a plain one with bake=True"
     if conv._forward_pre_hooks or conv._forward_hooks:
         return "has forward hooks, which may change its weight, input or output; remove them first"
     if conv.groups == conv.in_channels and conv.groups > 1:
@@ -118,6 +118,11 @@ def computes_its_own_forward(kind: type[Convolution]) -> bool:
         return False
     plain = next(base for base in kind.__mro__ if base.__module__ == nn.modules.conv.__name__)
     return any(getattr(kind, name, None) is not getattr(plain, name, None) for name in ("forward", "_conv_forward"))
+
+
+def computes_its_weight(conv: Convolution) -> bool:
+    """Whether a convolution may convolve with something else than the parameter `weight`, which can be masked."""
+    return computes_its_own_forward(type(conv)) or "weight" not in conv._parameters
 
 
 def find_obstacles(model: nn.Module, traced: Trace) -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from fxprune.errors import PlanError, near_matches
 from fxprune.graph.convolutions import Convolution
+from fxprune.plans.eligibility import computes_its_weight
 from fxprune.plans.fields import (
     check_divisible,
     check_ratio,
@@ -250,6 +251,7 @@ class PrunePlan:
         notes: module name of a planned layer, to what the user should know of how it was planned.
         removed: module name (or parameter name, where the model reads a parameter itself) to the channels that go as a
             whole, in every module they touch.
+        baked: names of the convolutions whose computed weight became a plain one before this was planned.
 
     Two plans are equal when all fields are. A plan can be copied and pickled, but not hashed.
 
@@ -265,6 +267,7 @@ class PrunePlan:
     seed: int = 0
     notes: Mapping[str, str] = field(default_factory=dict)
     removed: Mapping[str, RemovedChannels] = field(default_factory=dict)
+    baked: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Make the mappings read-only and check them."""
@@ -274,6 +277,10 @@ class PrunePlan:
         set_field(self, "removed", frozen("removed", self.removed, RemovedChannels))
         set_field(self, "ratio", freeze_ratio(self.ratio))
         set_field(self, "seed", integer("seed", self.seed))
+        names: object = self.baked
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise PlanError(f"baked is {names!r}; it must list names of modules")
+        set_field(self, "baked", tuple(names))
         for name in ("method", "criterion"):
             if not isinstance(getattr(self, name), str):
                 raise PlanError(f"{name} is {getattr(self, name)!r}; it must be a string")
@@ -288,7 +295,7 @@ class PrunePlan:
         """Pickle by the constructor: `pickle` does not know the mapping proxies that keep the plan constant."""
         ratio = dict(self.ratio) if isinstance(self.ratio, Mapping) else self.ratio
         layers, skipped, notes, removed = (dict(m) for m in (self.layers, self.skipped, self.notes, self.removed))
-        return PrunePlan, (layers, skipped, ratio, self.method, self.criterion, self.seed, notes, removed)
+        return PrunePlan, (layers, skipped, ratio, self.method, self.criterion, self.seed, notes, removed, self.baked)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PrunePlan":
         """The plan itself, for it is constant: a compiled model carries it, and would spend more time on a copy of it
@@ -335,6 +342,7 @@ class PrunePlan:
                 "notes": dict(self.notes),
                 "removed": {name: channels.to_dict() for name, channels in self.removed.items()},
             }
+            | ({"baked": list(self.baked)} if self.baked else {})
         )
 
     @classmethod
@@ -354,7 +362,7 @@ class PrunePlan:
         if version != VERSION:
             raise PlanError(f"the plan has version {version!r}, but only {VERSION} can be read; make the plan again")
         names = (field.name for field in fields(cls))
-        values = fields_of({"notes": {}, "removed": {}} | data, *names)  # plans of earlier versions lack these two
+        values = fields_of({"notes": {}, "removed": {}, "baked": []} | data, *names)  # earlier versions lack these
         values["layers"] = parsed("layers", values["layers"], GroupedKernels.from_dict)
         values["removed"] = parsed("removed", values["removed"], RemovedChannels.from_dict)
         return cls(**values)
@@ -374,6 +382,11 @@ class PrunePlan:
             if not isinstance(module, Convolution):
                 raise PlanError(
                     f"{name}: the plan prunes a convolution, the model has a {type(module).__name__}; {_REMAKE}"
+                )
+            if computes_its_weight(module):
+                raise PlanError(
+                    f"{name}: the plan prunes its weight, but the {type(module).__name__} computes another; mask with "
+                    "bake=True if the plan was made so, or leave the layer alone"
                 )
             if module.groups != 1:
                 raise PlanError(

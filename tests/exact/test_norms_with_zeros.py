@@ -89,13 +89,13 @@ def test_is_saved_loaded_and_accelerated(name: str, tmp_path: Path) -> None:
 
 def test_filters_then_kernels_with_a_refit() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(
+    net = nn.Sequential(
         *(nn.Conv2d(3, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.ReLU()),
         *(nn.Conv2d(32, 48, 3, padding=1), LayerNorm2d(48), nn.ReLU()),
         *(nn.Conv2d(48, 32, 3, padding=1), nn.GroupNorm(1, 32), nn.ReLU()),
         nn.Conv2d(32, 4, 1),
     )
-    model, images = randomize(model).eval(), torch.randn(16, 3, 8, 8)
+    model, images = randomize(net).eval(), torch.randn(16, 3, 8, 8)
     plan = fxprune.make_plan(model, granularity={"filter": 0.25, "kernel": 0.5}, calibration=images)
     masked = fxprune.mask(model, plan, images)
     pruned = fxprune.rewrite(masked, plan, X)
