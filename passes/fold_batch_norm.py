@@ -1,14 +1,14 @@
 """bn(conv(x, W, b)) == conv(x, s * W, s * (b - mean) + beta), s = gamma / sqrt(var + eps), with stored statistics
 (evaluation mode).
 
-W (O, C, *kernel); b, gamma, beta, mean, var, s (O,). Missing b, gamma, beta count as 0, 1, 0 (Jacob et al. 2018,
-section 3.2, has the formula).
+W (O, C, *kernel), over two or three dimensions; b, gamma, beta, mean, var, s (O,). Missing b, gamma, beta count as 0,
+1, 0 (Jacob et al. 2018, section 3.2, has the formula).
 
 1. A plain convolution read by one BatchNorm with stored statistics, both called once, becomes one convolution.
 2. A gather that permutes channels may stand between them: bn(gather(y, p)) == gather(bn'(y), p), where bn' has its
    parameters and statistics in the order of y. The gather stays.
 Left alone, with a reason: shared layers, a convolution with other readers, a BatchNorm without stored statistics,
-transposed convolutions, subclasses, hooks, parameters that the graph reads by name as well.
+transposed convolutions and those over sequences, subclasses, hooks, parameters that the graph reads by name as well.
 The result no longer learns batch statistics: it is exact in evaluation mode only, so the default pipeline leaves this
 pass out.
 """
@@ -21,14 +21,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.graph.convolutions import PLAIN, Convolution, channel_dim
+from fxprune.graph.convolutions import Convolution, channel_dim
 from fxprune.graph.editing import Outcome, Skip, call_sites, called_module, calls, first_reader, read_by_name
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.tracing import is_hooked
 
 C = TypeVar("C", bound=Convolution)
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+PAIRS = {nn.BatchNorm2d: nn.Conv2d, nn.BatchNorm3d: nn.Conv3d}
+"""Norms that refuse what their convolution gives for an image without a batch; BatchNorm1d takes it for a batch."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,11 @@ def _why_not(
     named: Mapping[int, str],
 ) -> str:
     source, _ = _producer(gm, node)
-    if type(norm) not in NORMS:
-        return f"{type(norm).__name__} is more than a BatchNorm"
+    if type(norm) not in PAIRS:
+        return f"{type(norm).__name__} is no BatchNorm2d or BatchNorm3d"
     if norm.running_mean is None:
         return "no stored statistics: it normalises by the batch also in evaluation"
-    if source.op != "call_module" or type(conv := called_module(gm, source)) not in PLAIN:
+    if source.op != "call_module" or type(conv := called_module(gm, source)) is not PAIRS[type(norm)]:
         return "its input is not a plain convolution"
     if len(source.users) > 1:
         return "the convolution has other readers"

@@ -257,7 +257,8 @@ def _through(state: State, module: nn.Module) -> Tensor | None:
         if inner is None:
             return None
         graph_module, values = inner
-        nested = State(module=graph_module, values=values, atoms=state.atoms)
+        written = written_values(graph_module)
+        nested = State(module=graph_module, values=values, atoms=state.atoms, written=written)
         placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         given = [state.labels[arg] if isinstance(arg, fx.Node) else None for arg in state.node.args]
         nested.labels.update(zip(placeholders, given, strict=False))

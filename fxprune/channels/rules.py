@@ -51,7 +51,9 @@ def constant(state: State) -> Any:
     state of a recurrent cell. What is written into later, and sequences of a length that is computed, keep their order.
     """
     name, value = getattr(state.node.target, "__name__", state.node.target), state.value
-    if name not in UNIFORM or not isinstance(value, Tensor) or value.dim() < 2 or state.node in state.written:
+    if name not in UNIFORM or not isinstance(value, Tensor) or value.dim() < 2:
+        return state.unlabelled(value)
+    if state.node in state.written or "out" in state.node.kwargs:
         return state.unlabelled(value)
     if name.endswith("_like"):
         return state.source()[0]

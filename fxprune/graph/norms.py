@@ -161,6 +161,8 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(getattr(module, "eps", None), float):
         return None
+    if "forward" in vars(module):
+        return None  # replaced
     if isinstance(module, GroupNormWithZeros):
         return NormKind(1, grouped=True)
     if isinstance(module, LayerNormWithZeros):

@@ -161,7 +161,7 @@ def test_batch_norm_is_folded_behind_plain_ones(dims: int) -> None:
     model, x = net(dims), example(dims, torch.float32)
     pruned = fxprune.compile(randomize(model).eval(), 0.5, example_inputs=x, fold_batch_norm=True)
     left = [module for module in pruned.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    assert len(left) == 1, "behind the transposed one"
+    assert len(left) == (2 if dims == 1 else 1), "behind the transposed one, and BatchNorm1d"
 
 
 @pytest.mark.parametrize("dims", [1, 3])
@@ -202,3 +202,34 @@ def test_a_score_function_is_given_filters_first() -> None:
 
     fxprune.make_plan(net(2), 0.5, criterion=score)
     assert seen == {"2": (32, 16, 3, 3), "5": (16, 32, 3, 3), "8": (24, 16, 2, 2)}
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_training_with_a_schedule_prunes_every_kind(dims: int) -> None:
+    model, x = net(dims).train(), example(dims, torch.float32, batch=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    sparsifier = fxprune.sparsify(model, "agp", steps=4, every=1, optimizer=optimizer, variety="pairs")
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert list(sparsifier.plan.layers) == PRUNED
+    small = sparsifier.rewrite(example_inputs=x)
+    assert_same_function(small.double(), copy.deepcopy(model).double(), (example(dims),))
+
+
+def test_a_share_of_the_latency_is_met_beside_convolutions_that_are_not_timed() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flat = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU())
+            self.line = nn.Sequential(nn.Conv1d(32, 32, 3), nn.ReLU(), nn.Conv1d(32, 4, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.line(self.flat(x).flatten(2))  # type: ignore[no-any-return]
+
+    model, x = Both().eval(), torch.randn(1, 3, 12, 12)
+    table = fxprune.measure_latency(model, example_inputs=x)
+    assert [layer.name for layer in table.layers] == ["flat.2"]
+    pruned = fxprune.compile(model, latency=0.99, latency_table=table, target="cpu", example_inputs=x)
+    torch.testing.assert_close(pruned(x).shape, model(x).shape)
