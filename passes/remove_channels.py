@@ -24,7 +24,7 @@ from fxprune.channels.compaction import Classes, Compaction, shorten
 from fxprune.channels.removability import irremovable
 from fxprune.channels.removal import entries_of
 from fxprune.errors import PassError
-from fxprune.graph.convolutions import Convolution
+from fxprune.graph.convolutions import Convolution, filter_dim
 from fxprune.graph.editing import Outcome, Tensors, calls
 from fxprune.graph.norms import norm_kind, with_zeros
 from fxprune.graph.values import CarriedValues
@@ -139,8 +139,8 @@ def _shrink(
         return
     module = gm.get_submodule(name)
     if isinstance(module, Convolution | nn.Linear):
-        transposed = isinstance(module, Convolution) and module.transposed
-        along = {"weight": ("inputs", "outputs") if transposed else ("outputs", "inputs"), "bias": ("outputs",)}
+        swapped = isinstance(module, Convolution) and filter_dim(module) == 1
+        along = {"weight": ("inputs", "outputs") if swapped else ("outputs", "inputs"), "bias": ("outputs",)}
     else:
         along = {scale.attribute: ("outputs",) for scale in analysis.scales if scale.owner == name}
     depthwise = isinstance(module, Convolution) and module.groups > 1

@@ -290,6 +290,18 @@ class TransposedGroupedConv(Between):
         return self.up(x.relu()).relu()
 
 
+@feature(grouped=2, gathers=1, also_skipped={"up": DEPTHWISE}, integer=True)
+class TransposedDepthwise(Between):
+    """A depthwise ConvTranspose2d, as networks for segmentation enlarge: it passes the order of channels through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(32, 32, 4, stride=2, padding=1, groups=32)
+
+    def feature(self, x: Tensor) -> Tensor:
+        return self.up(x.relu())
+
+
 @feature(grouped=2, gathers=2, also_skipped={"normed": "parametri"})
 class WeightNorm(Between):
     """A parametrised weight is computed from others at every call: nothing can be stored in it."""

@@ -31,7 +31,7 @@ from fxprune.channels.analysis import family_of
 from fxprune.channels.atoms import UNLABELLED
 from fxprune.channels.interpreter import varying
 from fxprune.graph.containers import holds_tensor
-from fxprune.graph.convolutions import Convolution
+from fxprune.graph.convolutions import Convolution, is_depthwise
 from fxprune.graph.editing import called_module, label, tensor_sources
 from fxprune.graph.layers import TrainingFlag
 from fxprune.graph.memory import is_mutating
@@ -225,7 +225,7 @@ def _convolution(walk: _Walk, node: fx.Node, conv: Convolution, source: fx.Node)
         walk.refuse(walk.present(source) | walk.present(node), reason)
     elif conv.groups == 1:
         walk.refuse(walk.carried(node), f"{label(node)} reads it where zero has become another value")
-    elif conv.groups != conv.in_channels or conv.transposed:
+    elif not is_depthwise(conv):
         reason = f"{label(node)} is a grouped convolution, whose groups have a fixed size"
         walk.refuse(walk.present(source) | walk.present(node), reason)
     return walk.none()  # its filters are set to zero, those of a depthwise convolution too

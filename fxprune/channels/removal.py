@@ -14,7 +14,7 @@ from fxprune.channels.atoms import UNLABELLED
 from fxprune.channels.compaction import Classes, Compaction, StuckError
 from fxprune.channels.removability import irremovable
 from fxprune.channels.units import STAYS, ChannelUnits, Chosen, UnitLayer, Units
-from fxprune.graph.convolutions import Convolution, convolutions
+from fxprune.graph.convolutions import Convolution, convolutions, is_depthwise
 from fxprune.graph.tracing import is_hooked
 from fxprune.plans import RemovedChannels
 from fxprune.plans.eligibility import QUANTIZED_PACKAGES, parameters_of_several_modules
@@ -104,7 +104,7 @@ def find_removable(
     layers = {}
     for name, (params, macs) in costs.items():
         layer = module.get_submodule(name)
-        depthwise = isinstance(layer, Convolution) and layer.groups == layer.in_channels > 1
+        depthwise = isinstance(layer, Convolution) and is_depthwise(layer)
         layers[name] = UnitLayer(
             writes=_units_at(unit_of, (owned if depthwise else writers).get(name), channels_of(layer)[0]),
             reads=None if depthwise else _units_at(unit_of, reads.get(name), channels_of(layer)[1]),

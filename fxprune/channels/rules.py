@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.channels.interpreter import LARGEST_SPREAD, State, along, compress, layer_name, varying
-from fxprune.graph.convolutions import Convolution, channel_dim
+from fxprune.graph.convolutions import Convolution, channel_dim, is_depthwise
 from fxprune.graph.editing import called_module, label
 from fxprune.graph.norms import GroupNormWithZeros, LayerNormWithZeros
 
@@ -337,7 +337,7 @@ def convolution(state: State) -> Any:
         return state.boundary(f"{label(state.node)} is given an unbatched image")
     inputs = state.channels(*state.source(), 1)
     weight_in, weight_out = (0, 1) if conv.transposed else (1, 0)
-    if conv.groups == conv.in_channels > 1 and not conv.transposed:
+    if is_depthwise(conv):
         return _depthwise(state, name, conv, inputs)
     outputs = state.atoms.mint(conv.out_channels, state.node.name)
     if conv.groups > 1:

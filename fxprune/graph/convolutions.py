@@ -35,6 +35,18 @@ def channel_dim(conv: Convolution) -> int:
     return -1 - len(conv.kernel_size)
 
 
+def is_depthwise(conv: Convolution) -> bool:
+    """Whether each filter reads one input channel, and the filters of a channel stand side by side in the first
+    dimension of the weight.
+    """
+    return conv.groups == conv.in_channels > 1 and (not conv.transposed or conv.out_channels == conv.in_channels)
+
+
+def filter_dim(conv: Convolution) -> int:
+    """The dimension of the weight that counts filters, inside groups if it is the second."""
+    return 1 if conv.transposed and not is_depthwise(conv) else 0
+
+
 def kernels_of(conv: Convolution) -> Tensor:
     """The weight of a convolution of one group as `(O, C, *kernel)`, whatever its kind: a view of it, not detached."""
     return oriented(conv.weight, conv)

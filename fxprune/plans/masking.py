@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import PlanError
-from fxprune.graph.convolutions import Convolution, conv_at, kernels_of, oriented
+from fxprune.graph.convolutions import Convolution, conv_at, filter_dim, kernels_of, oriented
 from fxprune.graph.copying import copied
 from fxprune.plans import PrunePlan, RemovedChannels
 
@@ -57,12 +57,12 @@ def entries_without_removed(model: nn.Module, plan: PrunePlan) -> dict[str, Tens
             kept[name] = stays
             continue
         module = model.get_submodule(name)
-        transposed = isinstance(module, Convolution) and module.transposed
+        dim = filter_dim(module) if isinstance(module, Convolution) else 0
         for attribute in ("weight", "bias"):
             parameter = getattr(module, attribute, None)
             if isinstance(parameter, Tensor) and outputs:
                 stays = torch.ones_like(parameter, dtype=torch.bool)
-                stays.transpose(0, 1 if transposed and attribute == "weight" else 0)[outputs] = False
+                stays.transpose(0, dim if attribute == "weight" else 0)[outputs] = False
                 kept[f"{name}.{attribute}"] = stays
     return kept
 

@@ -141,6 +141,10 @@ WAYS = {
     "norm over channels": Way(lambda x: x.norm(p=2, dim=1, keepdim=True), inner=1),
     "mean over positions": Way(lambda x: x.mean((2, 3), keepdim=True)),
     "depthwise with multiplier": Way(lambda x, c: c(x), lambda: (conv(8, 16, 8),), inner=16),
+    "transposed, depthwise": Way(lambda x, up: up(x), lambda: (nn.ConvTranspose2d(8, 8, 3, 2, groups=8),)),
+    "transposed, depthwise, over volumes": Way(
+        lambda x, up: up(x.unflatten(2, (2, 2))).flatten(2, 3), lambda: (nn.ConvTranspose3d(8, 8, 2, 2, groups=8),)
+    ),
     "transposed": Way(lambda x, up: up(x), lambda: (nn.ConvTranspose2d(8, 6, 2, 2),), inner=6),
     "constant shuffle": Way(lambda x: x.view(2, 4, 2, 4, 4).transpose(1, 2).contiguous().view(2, 8, 4, 4)),
     "dynamic shuffle": Way(shuffled),
@@ -225,6 +229,12 @@ WAYS = {
         lambda x, norm: norm(x.movedim(1, -1)).movedim(-1, 1),
         lambda: (nn.RMSNorm(8),),
         reason=f"given0 (RMSNorm) {SEVERAL}",
+    ),
+    "transposed with several filters a channel": Way(
+        lambda x, up: up(x),
+        lambda: (nn.ConvTranspose2d(8, 16, 2, groups=8),),
+        inner=16,
+        reason="is a grouped convolution",
     ),
     "grouped": Way(lambda x, c: c(x), lambda: (conv(8, 8, 2),), reason="is a grouped convolution, whose groups"),
     "number of channels": Way(

@@ -69,6 +69,7 @@ ZOO = {
             "up": "up is a grouped convolution, whose groups have a fixed size",
         },
     ),
+    "TransposedDepthwise": Expected("stem 16, first 32, second 16"),
     "WeightNorm": Expected(
         "stem 16, second 16",
         {
