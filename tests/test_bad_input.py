@@ -361,7 +361,7 @@ def test_a_parametrized_weight_stays_dense() -> None:
     pruned = fxprune.compile(model, example_inputs=image())
     reasons = {layer.name: layer.reason for layer in fxprune.report(pruned).layers}
     assert "parametrized" in reasons["conv1"]
-    assert "remove_parametrizations" in reasons["conv1"]
+    assert "bake=True" in reasons["conv1"]
     assert grouped(pruned) == ["conv2"]
     assert_same_function(pruned.double(), masked_by_hand(model, fxprune.make_plan(model)).double(), (image().double(),))
 

@@ -86,11 +86,12 @@ def item(state: State) -> Any:
 
 
 def named_item(state: State) -> Any:
-    """x.values, x.indices: pick from what max and min give. Of a tensor itself it is a boundary."""
+    """x.values, x.indices: pick from what max and min give. Of a tensor, or of anything else, it is a boundary."""
     source, name = state.node.args
     assert isinstance(source, fx.Node)
-    names = getattr(type(state.values[source]), "__match_args__", ())
-    if isinstance(state.values[source], Tensor) or name not in names:
+    kind = type(state.values[source])
+    names = getattr(kind, "__match_args__", ()) if kind.__module__ == "torch.return_types" else ()
+    if name not in names:
         return state.boundary(f"{label(source)} is asked for its {name}")
     return tuple(state.labels[source])[names.index(name)]
 

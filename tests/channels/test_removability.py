@@ -194,6 +194,9 @@ WAYS = {
     "one where another is": Way(
         lambda x, m: torch.where(m, x, torch.exp(x)), lambda: (torch.rand(1, 1, 4, 4) > 0.5,), reason=CHANGED
     ),
+    "state of zeros, written into": Way(
+        lambda x: x + x.new_zeros(x.shape[0], 8, 4, 4).add_(1), reason="combines it with a value whose order is fixed"
+    ),
     "state of ones": Way(lambda x: x + x.new_ones(x.shape[0], 8, 4, 4), reason=CHANGED),
     "instance norm with statistics": Way(
         lambda x, norm: norm(x), lambda: (tracking(nn.InstanceNorm2d(8, track_running_stats=True)),), reason=CHANGED
