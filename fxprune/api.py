@@ -18,6 +18,7 @@ from fxprune.exact.record import ACCELERATION, record_of
 from fxprune.exact.reporting import Report
 from fxprune.exact.rewriting import rewritten
 from fxprune.exact.verification import verify as verify_models
+from fxprune.graph.baking import baked
 from fxprune.graph.examples import Inputs, as_examples, as_inputs
 from fxprune.inference.acceleration import accelerate, acceleration_report
 from fxprune.planning.kernels import sensitivity_of
@@ -25,7 +26,7 @@ from fxprune.planning.latency_budget import check_target, group_counts
 from fxprune.planning.latency_measure import measure_layers
 from fxprune.planning.latency_table import LatencyTable
 from fxprune.planning.lossy import masked_by
-from fxprune.planning.making import plan_for
+from fxprune.planning.making import noted_as_baked, plan_for
 from fxprune.planning.requests import Request, Scope
 from fxprune.planning.sensitivity import Sensitivity
 from fxprune.plans import PrunePlan
@@ -59,6 +60,7 @@ def compile(
     seed: int = 0,
     progress: bool = False,
     verify: bool | None = None,
+    bake: bool = False,
     fold_batch_norm: bool = False,
     output: Output = "auto",
 ) -> Any:
@@ -92,7 +94,9 @@ def compile(
         scope: of filters: `"local"` removes the same share from each channel space, `"global"` ranks all filters of the
             network (`fxprune.planning.selection.choose_units`).
         round_to: each channel space keeps a multiple of this many filters.
-        groups: number of groups, `"auto"`, or a mapping from pattern to either.
+        groups: number of groups, `"auto"`, or a mapping from pattern to either. One number for all is a wish: a layer
+            whose filters it does not divide takes the nearest divisor, which is noted, or stays dense with the reason;
+            a number in a mapping must divide.
         form: `"partition"`, `"overlap"` or `"auto"`.
         ignore: patterns of layers to leave dense.
 
@@ -127,6 +131,9 @@ def compile(
         share_groups: layers that write the same channels (the blocks of a residual stage) and have equally many groups
             get the same groups of filters, so that one order suits all and their outputs need no gather. It costs some
             accuracy. None is True with a target and channels kept one by one, else False.
+        bake: make computed weights of convolutions plain ones first: weight and spectral normalisation, masks of
+            `torch.nn.utils.prune`, subclasses that standardise their weight. These are pruned then as all others, and
+            are free if trained further. Without it such layers stay as they are.
         fold_batch_norm: fold BatchNorm into the convolutions; the result is then exact in evaluation mode only.
 
         *Result.*
@@ -162,8 +169,10 @@ def compile(
         raise FxpruneError("verify=True needs example_inputs to run the models on; pass them, or leave verify out")
     check_output(output)
     check_target(model, target, example_inputs is not None or calibration is not None)
+    model, computed = baked(model) if bake else (model, ())
     subject = Subject(model, example_inputs, calibration, output if target is None else "graph")
     plan, masked = plan_for(subject, request)
+    plan = noted_as_baked(plan, computed)
     if masked is None:
         masked = masked_by(subject, plan, progress=progress)
     pruned = rewritten(masked, plan, subject.captured(masked), fold_batch_norm=fold_batch_norm)
@@ -211,6 +220,7 @@ def make_plan(
     progress: bool = False,
     after: PrunePlan | None = None,
     output: Output = "auto",
+    bake: bool = False,
 ) -> PrunePlan:
     """Choose which convolutions are pruned and how. Arguments and errors are those of `compile`; the model is only
     read. Equal arguments give equal plans.
@@ -220,11 +230,14 @@ def make_plan(
 
     Args:
         after: an earlier plan of filters for the same model: what it removes stays removed, and counts. For gradual
-            schedules; `compile` has no such argument. The others are those of `compile`.
+            schedules; `compile` has no such argument. The others are those of `compile`. What was made with `bake=True`
+            is masked with it, too.
     """
     request = _request(locals())
     check_output(output)
-    return plan_for(Subject(model, example_inputs, calibration, output if target is None else "graph"), request)[0]
+    model, computed = baked(model) if bake else (model, ())
+    subject = Subject(model, example_inputs, calibration, output if target is None else "graph")
+    return noted_as_baked(plan_for(subject, request)[0], computed)
 
 
 def measure_latency(

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.graph.convolutions import Convolution, channel_dim
 from fxprune.graph.editing import (
     Outcome,
     Skip,
@@ -36,7 +37,7 @@ from fxprune.graph.layers import ChannelGather
 from fxprune.graph.memory import Memory
 from fxprune.graph.tracing import is_hooked
 
-Layer = nn.modules.conv._ConvNd | nn.Linear
+Layer = Convolution | nn.Linear
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _layers_by_weight(gm: fx.GraphModule) -> list[tuple[list[Layer], list[fx.Nod
     """Layers that share one weight, with all their call sites."""
     by_weight: dict[int, tuple[list[Layer], list[fx.Node]]] = {}
     for node, layer in calls(gm, nn.Module):
-        if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
+        if isinstance(layer, Convolution | nn.Linear):
             layers, sites = by_weight.setdefault(id(layer.weight), ([], []))
             layers.extend([layer] if all(layer is not other for other in layers) else [])
             sites.append(node)
@@ -119,7 +120,7 @@ def _moves_channels(gm: fx.GraphModule, node: fx.Node, layer: fx.Node) -> bool:
     if node.op != "call_module" or not isinstance(gather := called_module(gm, node), ChannelGather):
         return False
     kind = called_module(gm, layer)
-    return gather.dim == (-1 if isinstance(kind, nn.Linear) else -1 - len(kind.kernel_size))  # type: ignore[arg-type]
+    return gather.dim == (channel_dim(kind) if isinstance(kind, Convolution) else -1)
 
 
 def _absorb_inputs(tensors: Tensors, layers: Sequence[Layer], index: Tensor) -> bool:

@@ -1,14 +1,14 @@
 """bn(conv(x, W, b)) == conv(x, s * W, s * (b - mean) + beta), s = gamma / sqrt(var + eps), with stored statistics
 (evaluation mode).
 
-W (O, C, kh, kw); b, gamma, beta, mean, var, s (O,). Missing b, gamma, beta count as 0, 1, 0 (Jacob et al. 2018, section
-3.2, has the formula).
+W (O, C, *kernel), over two or three dimensions; b, gamma, beta, mean, var, s (O,). Missing b, gamma, beta count as 0,
+1, 0 (Jacob et al. 2018, section 3.2, has the formula).
 
 1. A plain convolution read by one BatchNorm with stored statistics, both called once, becomes one convolution.
 2. A gather that permutes channels may stand between them: bn(gather(y, p)) == gather(bn'(y), p), where bn' has its
    parameters and statistics in the order of y. The gather stays.
 Left alone, with a reason: shared layers, a convolution with other readers, a BatchNorm without stored statistics,
-transposed convolutions, subclasses, hooks, parameters that the graph reads by name as well.
+transposed convolutions and those over sequences, subclasses, hooks, parameters that the graph reads by name as well.
 The result no longer learns batch statistics: it is exact in evaluation mode only, so the default pipeline leaves this
 pass out.
 """
@@ -16,31 +16,38 @@ pass out.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.graph.convolutions import Convolution, channel_dim
 from fxprune.graph.editing import Outcome, Skip, call_sites, called_module, calls, first_reader, read_by_name
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.tracing import is_hooked
 
+C = TypeVar("C", bound=Convolution)
+
+PAIRS = {nn.BatchNorm2d: nn.Conv2d, nn.BatchNorm3d: nn.Conv3d}
+"""Norms that refuse what their convolution gives for an image without a batch; BatchNorm1d takes it for a batch."""
+
 
 @dataclass(frozen=True)
 class FoldBatchNorm:
-    """Fold each BatchNorm2d into the convolution before it. Exact in evaluation mode."""
+    """Fold each BatchNorm into the convolution before it. Exact in evaluation mode."""
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
         rewritten = []
         skipped = []
         sites, named = call_sites(gm), read_by_name(gm)
-        for node, norm in calls(gm, nn.BatchNorm2d):
+        for node, norm in calls(gm, nn.modules.batchnorm._BatchNorm):
             reason = _why_not(gm, node, norm, sites, named)
             if reason:
                 skipped.append(Skip(node.name, reason))
                 continue
             source, order = _producer(gm, node)
             conv = called_module(gm, source)
-            assert isinstance(conv, nn.Conv2d)
+            assert isinstance(conv, Convolution)
             parent, _, child = str(source.target).rpartition(".")
             setattr(gm.get_submodule(parent), child, folded(conv, norm, order))
             node.replace_all_uses_with(node.all_input_nodes[0])
@@ -50,7 +57,7 @@ class FoldBatchNorm:
         return Outcome(tuple(rewritten), tuple(skipped))
 
 
-def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, order: Tensor | None = None) -> nn.Conv2d:
+def folded(conv: C, norm: nn.modules.batchnorm._BatchNorm, order: Tensor | None = None) -> C:
     """Return a convolution that equals `norm(conv(x))` in evaluation mode.
 
     Args:
@@ -68,7 +75,7 @@ def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, order: Tensor | None = None) -
     fused = copy.copy(conv)
     fused._parameters = dict(conv._parameters)
     fused.weight = nn.Parameter(
-        conv.weight.detach() * scale[:, None, None, None], requires_grad=conv.weight.requires_grad
+        conv.weight.detach() * scale.view(-1, *[1] * (conv.weight.dim() - 1)), requires_grad=conv.weight.requires_grad
     )
     fused.bias = nn.Parameter(shifted, requires_grad=conv.weight.requires_grad)
     return fused
@@ -79,24 +86,28 @@ def _producer(gm: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, Tensor | None
     source = node.all_input_nodes[0]
     if source.op != "call_module" or not isinstance(gather := called_module(gm, source), ChannelGather):
         return source, None
-    if gather.dim not in (-3, 1) or not gather.is_permutation or len(source.users) > 1:
+    before = source.all_input_nodes[0]
+    conv = called_module(gm, before) if before.op == "call_module" else None
+    if not isinstance(conv, Convolution) or gather.dim not in (1, channel_dim(conv)):
         return source, None
-    return source.all_input_nodes[0], gather.index
+    if not gather.is_permutation or len(source.users) > 1:
+        return source, None
+    return before, gather.index
 
 
 def _why_not(
     gm: fx.GraphModule,
     node: fx.Node,
-    norm: nn.BatchNorm2d,
+    norm: nn.modules.batchnorm._BatchNorm,
     sites: Mapping[nn.Module, Sequence[fx.Node]],
     named: Mapping[int, str],
 ) -> str:
     source, _ = _producer(gm, node)
-    if type(norm) is not nn.BatchNorm2d:
-        return f"{type(norm).__name__} is more than a BatchNorm2d"
+    if type(norm) not in PAIRS:
+        return f"{type(norm).__name__} is no BatchNorm2d or BatchNorm3d"
     if norm.running_mean is None:
         return "no stored statistics: it normalises by the batch also in evaluation"
-    if source.op != "call_module" or type(conv := called_module(gm, source)) is not nn.Conv2d:
+    if source.op != "call_module" or type(conv := called_module(gm, source)) is not PAIRS[type(norm)]:
         return "its input is not a plain convolution"
     if len(source.users) > 1:
         return "the convolution has other readers"

@@ -8,8 +8,8 @@ x (N, C, H, W); a (groups * k,), b (O,) long; evaluation mode.
    takes the other as residual. The shape must be the same for larger inputs too.
 3. The fused node stands where the last of them stood, unless an in-place operator changes its input on the way there;
    then the chain ends before.
-Left alone, with a reason: subclasses of Conv2d, padding other than zeros, hooks and computed weights, values that are
-no batches of images, parameters that the graph reads by name.
+Left alone, with a reason: convolutions of other kinds and subclasses of Conv2d, padding other than zeros, hooks and
+computed weights, values that are no batches of images, parameters that the graph reads by name.
 """
 
 import operator
@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from fxprune.channels.orders import alignment
+from fxprune.graph.convolutions import Convolution
 from fxprune.graph.editing import Outcome, Skip, called_module, calls, first_reader, new_path, read_by_name
 from fxprune.graph.fused import FusedConv2d
 from fxprune.graph.layers import ChannelGather
@@ -58,8 +59,10 @@ class FuseConvs:
         named, memory = read_by_name(gm), Memory(gm)
         convs: dict[fx.Node, nn.Conv2d] = {}
         skipped = []
-        for node, conv in calls(gm, nn.Conv2d):
-            if reason := _why_not(node, conv, values, first_reader(conv.parameters(), named)):
+        for node, conv in calls(gm, Convolution):
+            if not isinstance(conv, nn.Conv2d):
+                skipped.append(Skip(node.name, f"there is no fused form of a {type(conv).__name__}"))
+            elif reason := _why_not(node, conv, values, first_reader(conv.parameters(), named)):
                 skipped.append(Skip(node.name, reason))
             else:
                 convs[node] = conv

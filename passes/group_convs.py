@@ -1,8 +1,10 @@
 """conv(x) == gather(grouped_conv(gather(x, kept)), inverse(out_order)), if the kernels that the plan drops are zero.
 
-x (N, C, H, W); W (O, C, kh, kw); n groups of d = O / n filters that keep k channels each. The grouped weight is (O, k,
-kh, kw): row j of group g is filter out_order[g * d + j], its column i is channel kept[g][i]. Stride, padding, padding
-mode, dilation and bias are those of the dense convolution.
+x (N, C, *space); W (O, C, *kernel), over one, two or three dimensions; n groups of d = O / n filters that keep k
+channels each. The grouped weight is (O, k, *kernel): row j of group g is filter out_order[g * d + j], its column i is
+channel kept[g][i]. A transposed convolution holds W as (C, O, *kernel) and its grouped form as (n * k, d, *kernel): row
+i of group g is channel kept[g][i]. Stride, padding, padding mode, output padding, dilation and bias are those of the
+dense convolution.
 
 1. A convolution of the plan is replaced at all its call sites, so a shared module stays shared.
 2. A gather whose index is the identity is not inserted.
@@ -17,12 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.errors import PassError
+from fxprune.graph.convolutions import Convolution, channel_dim, kernels_of
 from fxprune.graph.editing import Outcome, call_sites, first_reader, gather_after, gather_before, read_by_name
 from fxprune.graph.layers import ChannelGather
 from fxprune.plans import GroupedKernels, PrunePlan
-
-CHANNELS = -3
-"""The channel dimension of `(N, C, H, W)` and of an image without a batch, `(C, H, W)`."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class GroupConvs:
         named = read_by_name(gm)
         for name, kernels in self.plan.layers.items():
             conv = modules.get(name)
-            if not isinstance(conv, nn.Conv2d) or conv not in sites:
+            if not isinstance(conv, Convolution) or conv not in sites:
                 raise PassError(
                     f"{name}: the plan groups it, but the traced graph never calls it; "
                     "make the plan with the model that is rewritten"
@@ -51,11 +51,9 @@ class GroupConvs:
             grouped = grouped_convolution(name, conv, kernels)
             parent, _, child = name.rpartition(".")
             setattr(gm.get_submodule(parent), child, grouped)
-            device = conv.weight.device
-            read = ChannelGather(torch.tensor(kernels.kept, device=device).reshape(-1), conv.in_channels, CHANNELS)
-            restore = ChannelGather(
-                torch.tensor(kernels.out_order, device=device).argsort(), conv.out_channels, CHANNELS
-            )
+            device, dim = conv.weight.device, channel_dim(conv)
+            read = ChannelGather(torch.tensor(kernels.kept, device=device).reshape(-1), conv.in_channels, dim)
+            restore = ChannelGather(torch.tensor(kernels.out_order, device=device).argsort(), conv.out_channels, dim)
             for node in sites[conv]:
                 node.target = name
                 if not read.is_identity:
@@ -66,14 +64,15 @@ class GroupConvs:
         return Outcome(tuple(rewritten))
 
 
-def grouped_convolution(name: str, conv: nn.Conv2d, kernels: GroupedKernels) -> nn.Conv2d:
-    """Return `conv` with groups: weight `(O, k, kh, kw)` and bias `(O,)` in the filter order of `kernels`.
+def grouped_convolution(name: str, conv: Convolution, kernels: GroupedKernels) -> Convolution:
+    """Return `conv` with groups, weight and bias `(O,)` in the filter order of `kernels`: `(O, k, *kernel)`, of a
+    transposed convolution `(n * k, d, *kernel)`.
 
     Raises:
         PassError: a kernel that the plan drops is not zero.
     """
     order = torch.tensor(kernels.out_order, device=conv.weight.device)
-    dense = conv.weight.detach()
+    dense = kernels_of(conv).detach()
     columns = torch.tensor(kernels.kept, device=dense.device).repeat_interleave(kernels.group_width, dim=0)
     kept = dense[order[:, None], columns]
     if int(dense.count_nonzero()) != int(kept.count_nonzero()):
@@ -86,6 +85,8 @@ def grouped_convolution(name: str, conv: nn.Conv2d, kernels: GroupedKernels) -> 
     grouped._parameters = dict(conv._parameters)
     grouped.in_channels = columns.shape[1] * kernels.groups
     grouped.groups = kernels.groups
+    if conv.transposed:  # (O, k) -> (n, d, k) -> (n, k, d) -> (n * k, d)
+        kept = kept.reshape(kernels.groups, -1, *kept.shape[1:]).transpose(1, 2).flatten(0, 1).contiguous()
     grouped.weight = _like(conv.weight, kept)
     if conv.bias is not None:
         grouped.bias = _like(conv.bias, conv.bias.detach()[order])

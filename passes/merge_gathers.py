@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from fxprune.channels.orders import alignment, feeds_convolution
 from fxprune.graph.contexts import is_switch
+from fxprune.graph.convolutions import Convolution
 from fxprune.graph.editing import KEPT_BECAUSE, Outcome, Skip, call_sites, called_module, calls, erase_gather, new_path
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.memory import Memory, is_mutating, storage_roots
@@ -118,5 +119,5 @@ def _share(gm: fx.GraphModule) -> list[str]:
 
 def _are_readers(gm: fx.GraphModule, users: Iterable[fx.Node]) -> bool:
     """Whether all users are layers that neither write into their input nor return it."""
-    layers = (nn.modules.conv._ConvNd, nn.Linear, ChannelGather)
+    layers = (Convolution, nn.Linear, ChannelGather)
     return all(user.op == "call_module" and isinstance(called_module(gm, user), layers) for user in users)

@@ -4,13 +4,16 @@ W1 (O, C, kh, kw), W2 (P, O, kh, kw): y = W2 * f(W1 * x) reads channel o of f(W1
 bias and the BatchNorm scale and shift of o are zero, and f keeps zero, that channel is zero: W2[:, o] does not matter.
 
 1. Every module and parameter that the plan names loses its channels: filters, input channels, entries.
-2. Operators that move channels with sizes written into them (slices, views, shuffles, padding) are corrected, see
+2. GroupNorm and LayerNorm go on counting the zeros in their statistics, see `fxprune.graph.norms`.
+3. Operators that move channels with sizes written into them (slices, views, shuffles, padding) are corrected, see
    `fxprune.channels.compaction`; what cannot be corrected becomes a gather.
 Left alone: nothing that the plan names. An error: channels that are not zero, or of which the plan names some but not
 all that go together; channels that cannot go, with the reason (`fxprune.channels.removability`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +24,9 @@ from fxprune.channels.compaction import Classes, Compaction, shorten
 from fxprune.channels.removability import irremovable
 from fxprune.channels.removal import entries_of
 from fxprune.errors import PassError
-from fxprune.graph.editing import Outcome, Tensors
+from fxprune.graph.convolutions import Convolution, filter_dim
+from fxprune.graph.editing import Outcome, Tensors, calls
+from fxprune.graph.norms import norm_kind, with_zeros
 from fxprune.graph.values import CarriedValues
 from fxprune.plans import PrunePlan, RemovedChannels
 from fxprune.plans.masking import entries_without_removed, remaining
@@ -59,6 +64,11 @@ class RemoveChannels:
         tensors, shorter = Tensors(gm), set[int]()
         for name, channels in self.plan.removed.items():
             _shrink(gm, tensors, shorter, analysis, compaction, name, channels)
+        _count_zeros(gm, compaction, values)
+        for node, norm in calls(gm, nn.modules.instancenorm._InstanceNorm):
+            if str(node.target) not in self.plan.removed and node in values:  # it counts channels without having any
+                dim = -norm._get_no_batch_dim()  # type: ignore[no-untyped-call]
+                norm.num_features = compaction.size(node, dim)
         self.values.forget()
         return Outcome((*self.plan.removed, *changed))
 
@@ -95,6 +105,18 @@ class RemoveChannels:
                 )
 
 
+def _count_zeros(gm: fx.GraphModule, compaction: Compaction, values: Mapping[fx.Node, Any]) -> None:
+    """Let normalisations over channels count those that are gone."""
+    done: dict[nn.Module, nn.Module] = {}
+    for node, norm in calls(gm, nn.Module):
+        kind = None if norm in done.values() else norm_kind(norm)
+        kept = None if kind is None else compaction.positions(node, kind.dim)
+        if kind is not None and kept is not None:
+            parent, _, child = str(node.target).rpartition(".")
+            new = with_zeros(norm, kind, kept, channels=values[node].shape[kind.dim])
+            setattr(gm.get_submodule(parent), child, done.setdefault(norm, new))
+
+
 def _shrink(
     gm: fx.GraphModule,
     tensors: Tensors,
@@ -116,12 +138,12 @@ def _shrink(
         tensors.replace(tensor, shorten(tensor.detach(), compaction.keep(labels) or {}))
         return
     module = gm.get_submodule(name)
-    if isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
-        transposed = isinstance(module, nn.modules.conv._ConvNd) and module.transposed
-        along = {"weight": ("inputs", "outputs") if transposed else ("outputs", "inputs"), "bias": ("outputs",)}
+    if isinstance(module, Convolution | nn.Linear):
+        swapped = isinstance(module, Convolution) and filter_dim(module) == 1
+        along = {"weight": ("inputs", "outputs") if swapped else ("outputs", "inputs"), "bias": ("outputs",)}
     else:
         along = {scale.attribute: ("outputs",) for scale in analysis.scales if scale.owner == name}
-    depthwise = isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1
+    depthwise = isinstance(module, Convolution) and module.groups > 1
     for attribute, kinds in along.items():
         tensor = getattr(module, attribute)
         if isinstance(tensor, Tensor) and id(tensor) not in shorter:
@@ -134,7 +156,7 @@ def _shrink(
             if isinstance(count := getattr(module, attribute, None), int):
                 setattr(module, attribute, count - len(getattr(channels, kind)))
     if depthwise:
-        assert isinstance(module, nn.modules.conv._ConvNd)
+        assert isinstance(module, Convolution)
         module.in_channels = module.groups = (
             module.in_channels * module.out_channels // (module.out_channels + len(channels.outputs))
         )

@@ -82,14 +82,15 @@ def masked_by_hand(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """A copy of the dense model in which the kernels that the plan drops are zero, read from the raw plan."""
     masked = copy.deepcopy(model)
     for name, kernels in plan.layers.items():
-        weight = masked.get_submodule(name).weight
-        assert isinstance(weight, nn.Parameter)
+        conv = masked.get_submodule(name)
+        assert isinstance(conv, nn.modules.conv._ConvNd)
+        weight = conv.weight.data.transpose(0, 1) if conv.transposed else conv.weight.data  # (O, C, *kernel)
         keep = torch.zeros(weight.shape[:2], dtype=weight.dtype)
         width = weight.shape[0] // len(kernels.kept)
         for group, channels in enumerate(kernels.kept):
             filters = torch.tensor(kernels.out_order[group * width : (group + 1) * width])
             keep[filters[:, None], torch.tensor(channels)] = 1
-        weight.data.mul_(keep[..., None, None])
+        weight.mul_(keep.view(*keep.shape, *[1] * (weight.dim() - 2)))
     return masked
 
 

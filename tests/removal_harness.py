@@ -97,7 +97,8 @@ def zeroed(model: nn.Module, plan: PrunePlan) -> nn.Module:
         for attribute in ("weight", "bias"):
             tensor = getattr(module, attribute, None)
             if tensor is not None:
-                transposed = attribute == "weight" and getattr(module, "transposed", False)
+                depthwise = getattr(module, "groups", 1) > 1
+                transposed = attribute == "weight" and getattr(module, "transposed", False) and not depthwise
                 (tensor.movedim(1, 0) if transposed else tensor)[list(channels.outputs)] = 0
     return masked
 

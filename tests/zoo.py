@@ -223,11 +223,11 @@ class PrimeWidth(Net):
     def __init__(self) -> None:
         super().__init__()
         self.first = conv3(16, 17)
-        self.narrow = nn.Conv1d(17, 16, 1)
+        self.narrow = nn.Linear(17, 16)
         self.second = conv3(16, 16)
 
     def body(self, x: Tensor) -> Tensor:
-        return self.second(self.narrow(self.first(x).relu().flatten(2)).unflatten(2, (8, 8)))
+        return self.second(self.narrow(self.first(x).relu().movedim(1, -1)).movedim(-1, 1))
 
 
 @feature(grouped=2, gathers=2, also_skipped={"middle": GROUPED}, integer=True)
@@ -266,9 +266,9 @@ class DepthwiseMultiplier(Between):
         return self.depthwise(x.relu())
 
 
-@feature(grouped=2, gathers=0, integer=True)
+@feature(grouped=3, gathers=2, integer=True)
 class TransposedConv(Between):
-    """ConvTranspose2d keeps its input channels in dimension 0 of the weight."""
+    """ConvTranspose2d keeps its input channels in dimension 0 of the weight, grouped or not."""
 
     def __init__(self) -> None:
         super().__init__(inner=24)
@@ -278,7 +278,7 @@ class TransposedConv(Between):
         return self.up(x.relu())
 
 
-@feature(grouped=2, gathers=2, integer=True)
+@feature(grouped=2, gathers=2, also_skipped={"up": GROUPED}, integer=True)
 class TransposedGroupedConv(Between):
     """ConvTranspose2d with groups=2."""
 
@@ -288,6 +288,18 @@ class TransposedGroupedConv(Between):
 
     def feature(self, x: Tensor) -> Tensor:
         return self.up(x.relu()).relu()
+
+
+@feature(grouped=2, gathers=1, also_skipped={"up": DEPTHWISE}, integer=True)
+class TransposedDepthwise(Between):
+    """A depthwise ConvTranspose2d, as networks for segmentation enlarge: it passes the order of channels through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(32, 32, 4, stride=2, padding=1, groups=32)
+
+    def feature(self, x: Tensor) -> Tensor:
+        return self.up(x.relu())
 
 
 @feature(grouped=2, gathers=2, also_skipped={"normed": "parametri"})
@@ -334,7 +346,7 @@ class FunctionalConv(Between):
         return F.conv2d(x.relu(), self.weight, padding=1).relu()
 
 
-@feature(grouped=2, gathers=0, integer=True)
+@feature(grouped=3, gathers=2, integer=True)
 class Conv1dOverPixels(Between):
     """Conv1d on the flattened image reads the same channels."""
 
@@ -344,6 +356,54 @@ class Conv1dOverPixels(Between):
 
     def feature(self, x: Tensor) -> Tensor:
         return self.line(x.flatten(2).relu()).relu().unflatten(2, (8, 8))
+
+
+def sequence() -> Inputs:
+    """One batch of sequences, (2, 3, 16)."""
+    return (torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64),)
+
+
+def volume() -> Inputs:
+    """One batch of volumes, (2, 3, 4, 6, 6)."""
+    return (torch.randn(2, 3, 4, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64),)
+
+
+@feature(grouped=4, gathers=4, integer=True, inputs=sequence)
+class OverSequences(nn.Module):
+    """Conv1d, BatchNorm1d and ConvTranspose1d with stride, dilation and output padding, and a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(3, 16, 3, padding=1)
+        self.first, self.norm = nn.Conv1d(16, 32, 3, padding=2, dilation=2, bias=False), nn.BatchNorm1d(32)
+        self.second = nn.Conv1d(32, 32, 3, padding="same", padding_mode="circular")
+        self.down = nn.Conv1d(32, 16, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose1d(16, 32, 3, stride=2, padding=2, output_padding=1, dilation=2)
+        self.head = nn.Conv1d(32, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.norm(self.first(self.stem(x).relu())).relu()
+        deep = self.second(wide) + wide
+        return self.head(self.up(self.down(deep).relu()).relu())
+
+
+@feature(grouped=4, gathers=4, integer=True, inputs=volume)
+class OverVolumes(nn.Module):
+    """Conv3d, BatchNorm3d and ConvTranspose3d, a residual and pooling over volumes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv3d(3, 16, 3, padding=1)
+        self.first, self.norm = nn.Conv3d(16, 32, (1, 3, 3), padding=(0, 1, 1), bias=False), nn.BatchNorm3d(32)
+        self.second = nn.Conv3d(32, 32, (3, 1, 1), padding=(1, 0, 0))
+        self.down = nn.Conv3d(32, 16, 1)
+        self.up = nn.ConvTranspose3d(16, 32, 2, stride=2)
+        self.head = nn.Conv3d(32, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.norm(self.first(self.stem(x).relu())).relu()
+        deep = F.max_pool3d(self.second(wide) + wide, 2)
+        return self.head(self.up(self.down(deep).relu()).relu())
 
 
 # --- modules and parameters used more than once ---------------------------------------------------------------------
@@ -617,7 +677,7 @@ class DenseBlock(Net):
         return torch.cat(features, 1)
 
 
-@feature(grouped=5, gathers=4, integer=True)
+@feature(grouped=6, gathers=5, integer=True)
 class UNet(Net):
     """Encoder, ConvTranspose decoder, skip connection by concatenation."""
 
@@ -1145,6 +1205,59 @@ class InstanceNorm(Between):
         return self.norm(x).relu()
 
 
+@feature(grouped=2, gathers=1)
+class PlainInstanceNorm(Between):
+    """InstanceNorm as it comes, without parameters: a zero channel stays zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm2d(32)
+
+    def feature(self, x: Tensor) -> Tensor:
+        return self.norm(x).relu()
+
+
+@feature(grouped=3, gathers=3, integer=True)
+class SegNet(Between):
+    """Pooling that also gives indices, by which the result is laid out again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.unpool = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+        self.middle = conv3(32, 32)
+
+    def feature(self, x: Tensor) -> Tensor:
+        pooled, indices = self.pool(x.relu())
+        return self.unpool(self.middle(pooled).relu(), indices)
+
+
+@feature(grouped=4, gathers=4, integer=True)
+class MaxoutValues(Between):
+    """The larger of two branches, read as `.values`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = conv3(32, 32), conv3(32, 32)
+
+    def feature(self, x: Tensor) -> Tensor:
+        return torch.max(torch.stack([self.left(x.relu()), self.right(x.relu())], 4), 4).values
+
+
+@feature(grouped=3, gathers=3)
+class RecurrentFromZeros(Between):
+    """A recurrent cell whose state begins at zero, with its number of channels written into forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = conv3(32, 32)
+
+    def feature(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(x.shape[0], 32, x.shape[2], x.shape[3])
+        for _ in range(2):
+            state = torch.tanh(self.cell(state) + x)
+        return state
+
+
 @feature(grouped=2, gathers=1, also_skipped={"depthwise": DEPTHWISE})
 class ConvNeXtBlock(Between):
     """Depthwise, permute, LayerNorm over channels, two linears, layer scale, permute back, residual."""
@@ -1470,7 +1583,7 @@ class SqueezeExciteWide(Between):
         return x.mul(self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid())
 
 
-@feature(grouped=2, gathers=2)
+@feature(grouped=2, gathers=2, also_skipped={"over_channels": FEW_IN})
 class EfficientChannelAttention(Between):
     """ECA convolves over neighbouring channels: their order counts."""
 

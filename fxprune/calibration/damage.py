@@ -24,7 +24,7 @@ def damage_path(weight: Tensor, samples: Samples, groups: int, seed: int = 0) ->
     next layer reads: `(C,)`, interpolated between `SHARES` of the channels.
 
     Args:
-        weight: `(O, C, kh, kw)` of the dense layer.
+        weight: `(O, C, *kernel)` of the dense layer.
         samples: of it, in the dense network.
         groups: `n`, a divisor of `O`.
         seed: of the clustering.

@@ -13,6 +13,8 @@ from fxprune.graph.memory import Memory
 
 Bounds = tuple[float, float]
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 _ADDITIONS = frozenset((operator.add, operator.iadd, torch.add))
 _RECTIFIERS: dict[object, Bounds] = {
     nn.ReLU: (0.0, math.inf),
@@ -69,7 +71,7 @@ def _is_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op != "call_module":
         return False
     norm = gm.get_submodule(str(node.target))
-    return type(norm) is nn.BatchNorm2d and norm.running_mean is not None and len(call_sites(gm)[norm]) == 1
+    return type(norm) in BATCH_NORMS and norm.running_mean is not None and len(call_sites(gm)[norm]) == 1
 
 
 def _is_addition(node: fx.Node) -> bool:

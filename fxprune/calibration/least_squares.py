@@ -30,7 +30,7 @@ def columns_of(out_order: ArrayLike, kept: ArrayLike, area: int, device: torch.d
     Args:
         out_order: the filters of one group after those of the other.
         kept: `(n, k)`, the input channels of each group.
-        area: `kh * kw`.
+        area: weights of one kernel.
         device: of the result.
     """
     channels = torch.as_tensor(np.array(kept), device=device)
@@ -138,7 +138,7 @@ def regularized(
 
     Args:
         samples: of the layer.
-        weight: `(O, C, kh, kw)` of the dense layer.
+        weight: `(O, C, *kernel)` of the dense layer.
         groups: see `cocluster`, as for the others.
         kept: input channels of each group.
         seed: of the clustering.

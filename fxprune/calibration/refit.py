@@ -19,13 +19,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxprune.calibration.batches import Batch
 from fxprune.calibration.following import Bounds, Following, follow
 from fxprune.calibration.least_squares import GroupedRidge, choose_ridge, columns_of
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.samples import Samples, draw
+from fxprune.graph.convolutions import Convolution, conv_at, kernels_of
 from fxprune.graph.editing import call_sites
 from fxprune.plans import GroupedKernels
 
@@ -52,7 +53,7 @@ class LayerFit:
 FITS = "fxprune_fits"
 """Attribute of a masked model under which the fit of each layer is kept for the report."""
 
-Choose = Callable[[str, nn.Conv2d, Samples], GroupedKernels]
+Choose = Callable[[str, Convolution, Samples], GroupedKernels]
 """Decides, when its turn comes, how a layer is grouped: name, dense convolution, samples of its input and target."""
 
 Follow = Callable[[fx.GraphModule, fx.Node], Following]
@@ -92,20 +93,20 @@ def reconstruct(
     with torch.no_grad(), Lockstep(dense, pruned, batches, progress=progress) as networks:
         for node, *more in sites:
             name = str(node.target)
-            original, conv = dense.get_submodule(name), pruned.get_submodule(name)
-            assert isinstance(original, nn.Conv2d)
-            assert isinstance(conv, nn.Conv2d)
+            original, conv = conv_at(dense, name), conv_at(pruned, name)
+            weight = kernels_of(conv)  # a view: written in place
             following = Following() if more else follow(dense, node)
             if following.other and not networks.can_look_ahead(node.name, following.other, stops):
                 following = following.without_other()
             samples = draw(name, node.name, original, following, networks.pause_before(node.name), seed)
             kernels = chosen[name] = choose(name, original, samples)
             if more:
-                conv.weight.mul_(kernels.mask().to(conv.weight.device)[:, :, None, None])
+                stays = kernels.mask().to(weight.device)
+                weight.mul_(stays.view(*stays.shape, *[1] * (weight.dim() - 2)))
                 continue
-            solution = solve(original.weight, kernels, samples, following.bounds)
+            solution = solve(kernels_of(original), kernels, samples, following.bounds)
             fits[name] = solution.fit
-            conv.weight.copy_(solution.weight)
+            weight.copy_(solution.weight)
             if conv.bias is not None:
                 conv.bias.copy_(solution.intercept)
             elif following.norm is not None:
@@ -117,7 +118,7 @@ def reconstruct(
 
 @dataclass(frozen=True)
 class Solution:
-    """New weight `(O, C, kh, kw)` and intercept `(O,)`, float64, and how well they fit."""
+    """New weight `(O, C, *kernel)` and intercept `(O,)`, float64, and how well they fit."""
 
     weight: Tensor
     intercept: Tensor
@@ -128,7 +129,7 @@ def solve(weight: Tensor, kernels: GroupedKernels, samples: Samples, bounds: Bou
     """Solve one layer.
 
     Args:
-        weight: `(O, C, kh, kw)` of the dense layer.
+        weight: `(O, C, *kernel)` of the dense layer.
         kernels: which kernels stay.
         samples: what the layer reads and should give.
         bounds: of the rectifier that reads the result.

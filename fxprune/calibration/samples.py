@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fxprune.calibration.following import Following
 from fxprune.calibration.lockstep import Sample
 from fxprune.errors import CalibrationError
+from fxprune.graph.convolutions import Convolution, kernels_of
 
 # Rows: at most MAX_ROWS, and fewer if they would take more than MAX_BYTES in float32, but then still ROWS_PER_UNKNOWN
 # for each unknown of an output.
@@ -43,7 +44,7 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True)
 class Samples:
-    """Rows of a least squares problem for one convolution with `O` filters and `D = C * kh * kw` inputs of each.
+    """Rows of a least squares problem for one convolution with `O` filters and `D = C * taps` inputs of each.
 
     Attributes:
         inputs: `(N, D)` float32, patches that the pruned network feeds it, less their mean.
@@ -121,7 +122,7 @@ def rows_for(unknowns: int) -> int:
 
 
 def draw(
-    name: str, node: str, conv: nn.Conv2d, following: Following, pairs: Sequence[tuple[Sample, Sample]], seed: int = 0
+    name: str, node: str, conv: Convolution, following: Following, pairs: Sequence[tuple[Sample, Sample]], seed: int = 0
 ) -> Samples:
     """Sample a convolution before which both networks pause.
 
@@ -146,10 +147,11 @@ def draw(
         others = [torch.as_tensor(dense.value(following.other)).shape for dense, _ in pairs]
         shapes = [torch.Size(np.broadcast_shapes(*terms)) for terms in zip(shapes, others, strict=True)]
     for shape in shapes:
-        if len(shape) != 4:
-            raise CalibrationError(f"{name}: gives {tuple(shape)}; calibrate with batches of images (N, C, H, W)")
+        if len(shape) != 2 + len(conv.kernel_size):
+            axes = ", ".join(("N", "C", *"DHW"[-len(conv.kernel_size) :]))
+            raise CalibrationError(f"{name}: gives {tuple(shape)}; calibrate with batches of images ({axes})")
     available = [math.prod(_grid(shape)) for shape in shapes]
-    share = min(1.0, rows_for(conv.weight[0].numel()) / max(1, sum(available)))
+    share = min(1.0, rows_for(kernels_of(conv)[0].numel()) / max(1, sum(available)))
     rows, targets, offsets = [], [], []
     for output, shape, count, (dense, pruned) in zip(outputs, shapes, available, pairs, strict=True):
         positions = torch.randperm(count, generator=generator)[: max(1, round(share * count))].sort().values
@@ -185,30 +187,48 @@ def draw(
     return Samples(inputs, input_mean, wanted, target_mean, scale, offset, centered)
 
 
-def patches(conv: nn.Conv2d, value: Tensor, image: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """The inputs of one output position each: `(R, C * kh * kw)` float32, in the order of the flattened weight.
+def patches(conv: Convolution, value: Tensor, image: Tensor, *place: Tensor) -> Tensor:
+    """The inputs of one output position each: `(R, C * taps)` float32, in the order of the flattened `(O, C, *kernel)`.
 
     Args:
-        conv: any kernel size, stride, padding and dilation.
-        value: its input `(N, C, H, W)`.
+        conv: any kernel size, stride, padding and dilation, transposed or not.
+        value: its input `(N, C, *space)`.
         image: `(R,)` index of the sample.
-        row: `(R,)` row in the output.
-        column: `(R,)` column in the output.
+        place: `(R,)` each, the position in the output.
     """
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    padded = F.pad(value, conv._reversed_padding_repeated_twice, mode=mode).permute(0, 2, 3, 1)
-    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
-    rows = row[:, None] * sh + torch.arange(kh, device=value.device) * dh
-    columns = column[:, None] * sw + torch.arange(kw, device=value.device) * dw
-    read = padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]  # (R, kh, kw, C)
-    return read.permute(0, 3, 1, 2).flatten(1).float()
+    dims = len(conv.kernel_size)
+    if not conv.transposed:
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        value = F.pad(value, conv._reversed_padding_repeated_twice, mode=mode)
+    index = [image.view(-1, *[1] * dims)]
+    missing = torch.zeros((), dtype=torch.bool, device=value.device)
+    for d in range(dims):
+        stride, taps = conv.stride[d], torch.arange(conv.kernel_size[d], device=value.device) * conv.dilation[d]
+        if conv.transposed:  # the output at p is tap t of the input at i where i * stride + t == p + padding
+            reached = place[d][:, None] + int(conv.padding[d]) - taps
+            read = reached.div(stride, rounding_mode="floor")
+            outside = (reached % stride != 0) | (read < 0) | (read >= value.shape[2 + d])
+            read = read.clamp(0, value.shape[2 + d] - 1)
+            missing = missing | _along(outside, d, dims)
+        else:
+            read = place[d][:, None] * stride + taps
+        index.append(_along(read, d, dims))
+    picked = value.movedim(1, -1)[tuple(index)]  # (R, *kernel, C)
+    if conv.transposed:
+        picked = picked.masked_fill(missing[..., None], 0)
+    return picked.movedim(-1, 1).flatten(1).float()
+
+
+def _along(positions: Tensor, dim: int, dims: int) -> Tensor:
+    """`(R, taps)` for one dimension of space as `(R, 1, taps, 1)`, to be broadcast against the others."""
+    return positions.view(len(positions), *(-1 if d == dim else 1 for d in range(dims)))
 
 
 def affine(norm: nn.Module | None, filters: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Scale and shift `(O,)` float32 that a BatchNorm applies in evaluation mode; 1 and 0 without one."""
     if norm is None:
         return torch.ones(filters, device=device), torch.zeros(filters, device=device)
-    assert isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     with torch.no_grad():
@@ -219,9 +239,10 @@ def affine(norm: nn.Module | None, filters: int, device: torch.device) -> tuple[
     return scale.float(), shift.float()
 
 
-def _grid(shape: torch.Size) -> tuple[int, int, int]:
-    return shape[0], shape[2], shape[3]
+def _grid(shape: torch.Size) -> tuple[int, ...]:
+    return shape[0], *shape[2:]
 
 
-def _pick(value: Tensor, image: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    return value[image, :, row, column].float()
+def _pick(value: Tensor, image: Tensor, *place: Tensor) -> Tensor:
+    where: tuple[Tensor | slice, ...] = (image, slice(None), *place)
+    return value[where].float()  # (R, C): the dimension between comes last

@@ -3,12 +3,13 @@
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from fxprune.calibration.batches import Batch
 from fxprune.calibration.following import Following, follow
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.samples import Samples, draw
+from fxprune.graph.convolutions import conv_at
 from fxprune.graph.editing import call_sites
 
 
@@ -31,7 +32,6 @@ def survey(
     with torch.no_grad(), Lockstep(dense, dense, batches, progress=progress) as network:
         for node, *more in sites:
             name = str(node.target)
-            conv = dense.get_submodule(name)
-            assert isinstance(conv, nn.Conv2d)
+            conv = conv_at(dense, name)
             following = Following() if more else follow(dense, node).without_other()
             yield name, draw(name, node.name, conv, following, network.pause_before(node.name), seed)

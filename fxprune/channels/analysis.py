@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 from fxprune.channels.atoms import Array, Blocks, Tie
 from fxprune.channels.interpreter import Port, Scale, State, layer_name
 from fxprune.channels.operators import FUNCTIONS, METHODS, rule_for
-from fxprune.channels.rules import Rule, item
+from fxprune.channels.rules import Rule, constant, item, named_item
 from fxprune.graph.containers import is_plain
 from fxprune.graph.editing import called_module, label
-from fxprune.graph.memory import written_attributes
+from fxprune.graph.memory import written_values
 from fxprune.graph.tracer import METADATA
 from fxprune.graph.tracing import is_hooked, trace_leaf
 
@@ -148,7 +148,7 @@ def analyze_channels(module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> C
         values: what each node gives, tensors as meta tensors (`Trace.values`). Where a value is missing, channels keep
             their order.
     """
-    state = State(module=module, values=dict(values), written=written_attributes(module))
+    state = State(module=module, values=dict(values), written=written_values(module))
     _walk(state, module.graph)
     state.pin_parameters_read_twice()
     blocks = state.atoms.solve()
@@ -212,13 +212,13 @@ def _interpret(state: State) -> Any:
     if rule is None:
         where, name = getattr(node.target, "__module__", None) or "torch", getattr(node.target, "__name__", node.target)
         return state.boundary(f"no rule for {where}.{name}")
-    if not any(
+    if rule is not constant and not any(
         isinstance(leaf, Tensor)
         for n in node.all_input_nodes
         for leaf in torch.utils._pytree.tree_leaves(state.labels[n])
     ):
         return state.unlabelled(state.value)  # made of sizes only: torch.zeros(x.shape[0], 8)
-    if not state.tensors() and rule is not item:
+    if not state.tensors() and rule not in (item, named_item, constant):
         return state.boundary(f"{label(node)} takes several tensors as one argument")
     try:
         return rule(state)
@@ -257,7 +257,8 @@ def _through(state: State, module: nn.Module) -> Tensor | None:
         if inner is None:
             return None
         graph_module, values = inner
-        nested = State(module=graph_module, values=values, atoms=state.atoms)
+        written = written_values(graph_module)
+        nested = State(module=graph_module, values=values, atoms=state.atoms, written=written)
         placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         given = [state.labels[arg] if isinstance(arg, fx.Node) else None for arg in state.node.args]
         nested.labels.update(zip(placeholders, given, strict=False))

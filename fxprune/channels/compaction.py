@@ -35,7 +35,10 @@ MOVEMENT = frozenset("dimensionwise item reshape expand repeat pad".split())
 COPIES = frozenset("contiguous clone detach".split())
 """Operators that stand between movements and give what they are given."""
 
-SIZED = frozenset("view reshape expand".split())
+MADE = (torch.zeros, torch.ones, torch.full)
+"""Functions that are given sizes first."""
+
+SIZED = frozenset("view reshape expand zeros ones full new_zeros new_ones new_full".split())
 """Operators that are called with the sizes of their result."""
 
 Keep = dict[int, Tensor]
@@ -87,6 +90,8 @@ class Compaction:
                 continue
             if self._is_movement(node) and self._moves_channels(node):
                 changed += [node.name] if self._move(node) else []
+            elif family_of(self._gm, node) == "constant" and self.keep(self._labels[node]):
+                changed += [node.name] if self._resize(node) else []
             else:
                 self._shorter[node] = self._without(node)
         for node in reversed(self._virtual):
@@ -97,6 +102,15 @@ class Compaction:
                 )
             self._gm.graph.erase_node(node)
         return tuple(changed)
+
+    def size(self, node: fx.Node, dim: int) -> int:
+        """How many positions of a tensor stay along a dimension, once `apply` has been called."""
+        return int(self._shorter[node].shape[dim])
+
+    def positions(self, node: fx.Node, dim: int) -> Tensor | None:
+        """The positions of a value that stay along a dimension; None if all do."""
+        labels = self._labels.get(node)
+        return (self.keep(labels) or {}).get(dim % labels.dim()) if isinstance(labels, Tensor) else None
 
     def keep(self, labels: Tensor) -> Keep | None:
         """Positions that stay along each dimension of a value with these labels; None if they form no rectangle."""
@@ -182,17 +196,30 @@ class Compaction:
         self._virtual[node] = root, moved
         return False
 
+    def _resize(self, node: fx.Node) -> bool:
+        """Make a constant with as many channels as stay; return whether the sizes written into it were changed."""
+        expected = self._shortened(node, self._values[node])
+        for args in (node.args, *self._corrected(node, expected)):
+            before, node.args = node.args, args
+            found = self._attempt(node, self._shorter)
+            if isinstance(found, Tensor) and found.shape == expected.shape:
+                self._shorter[node] = expected
+                return args is not before
+            node.args = before
+        raise StuckError(node, f"{label(node)} makes channels whose number cannot be changed")
+
     def _corrected(self, node: fx.Node, expected: Any) -> Iterator[tuple[Any, ...]]:
         """Arguments whose sizes fit the value without the removed channels."""
         if not isinstance(expected, Tensor) or not isinstance(self._values[node], Tensor):
             return
         if getattr(node.target, "__name__", node.target) in SIZED:
-            listed = len(node.args) == 2 and isinstance(node.args[1], list | tuple)
-            given = node.args[1] if listed else node.args[1:]
+            first = 0 if node.target in MADE else 1  # where the sizes are: torch.zeros(2, 3), x.view(2, 3)
+            listed = len(node.args) > first and isinstance(node.args[first], list | tuple)
+            given = node.args[first] if listed else node.args[first:]
             if isinstance(given, list | tuple) and len(given) == expected.dim():
                 pairs = zip(given, expected.shape, self._values[node].shape, strict=True)
                 sizes = tuple(size if old == new or size == -1 else new for size, new, old in pairs)
-                yield (node.args[0], sizes) if listed else (node.args[0], *sizes)
+                yield (*node.args[:first], sizes, *node.args[first + 1 :]) if listed else (*node.args[:first], *sizes)
         elif node.target is F.pad:
             yield (node.args[0], self._pad_widths(node), *node.args[2:])
 

@@ -59,7 +59,7 @@ class State:
     ports: list[Port] = field(default_factory=list)
     scales: list[Scale] = field(default_factory=list)
     boundaries: dict[fx.Node, str] = field(default_factory=dict)
-    written: frozenset[fx.Node] = frozenset()  # parameters and buffers that the graph writes into
+    written: frozenset[fx.Node] = frozenset()  # whose memory an operator writes into
     node: fx.Node = field(init=False)
     _bound: dict[tuple[int, int | str], Array] = field(default_factory=dict)
     _ruleless: dict[int, str] = field(default_factory=dict)  # tensors of modules that a boundary calls

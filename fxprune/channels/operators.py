@@ -27,14 +27,18 @@ from fxprune.channels.rules import (
     gated,
     gather,
     group_norm,
+    group_norm_with_zeros,
     item,
     layer_norm,
+    layer_norm_with_zeros,
     linear,
+    named_item,
     pad,
     reduce,
     repeat,
     reshape,
     stack,
+    unpool,
     windows,
 )
 
@@ -70,7 +74,7 @@ _MOVEMENT = (
 )
 _RESHAPES = "view reshape flatten unflatten pixel_shuffle pixel_unshuffle channel_shuffle view_as reshape_as roll"
 _REDUCTIONS = "mean sum amax amin std var norm logsumexp prod max min"
-_CONSTANTS = "zeros_like ones_like empty_like full_like rand_like randn_like"
+_CONSTANTS = "zeros ones full zeros_like ones_like empty_like full_like rand_like randn_like"
 _CONSTANT_METHODS = "new_zeros new_ones new_empty new_full bernoulli bernoulli_"
 _AFFINE = {"running_mean": 1, "running_var": 2, "weight": 3, "bias": 4}
 
@@ -88,9 +92,18 @@ FUNCTIONS: dict[Any, Rule] = {
     **dict.fromkeys(_named("max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d lp_pool1d"), windows(1)),
     **dict.fromkeys(_named("max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d lp_pool2d"), windows(2)),
     **dict.fromkeys(_named("max_pool3d avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d"), windows(3)),
+    **{
+        function: windows(n)
+        for n in (1, 2, 3)
+        for function in _named(
+            f"max_pool{n}d_with_indices adaptive_max_pool{n}d_with_indices fractional_max_pool{n}d_with_indices"
+        )
+    },
+    **{function: unpool(n) for n in (1, 2, 3) for function in _named(f"max_unpool{n}d")},
     **dict.fromkeys(_named("conv1d conv2d conv3d"), functional_convolution),
     F.pad: pad,
     operator.getitem: item,
+    getattr: named_item,
     F.batch_norm: functional_affine(_AFFINE, 1),
     F.layer_norm: functional_affine({"weight": 2, "bias": 3}, -1),
     F.group_norm: functional_affine({"num_groups": 1, "weight": 2, "bias": 3}, 1),
@@ -142,6 +155,7 @@ MODULES: dict[str, Rule] = {
         for _m in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax", "LP")
         for _n in (1, 2, 3)
     },
+    **{f"torch.nn.modules.pooling.MaxUnpool{_n}d": unpool(_n) for _n in (1, 2, 3)},
     **{
         f"torch.nn.modules.padding.{_m}Pad{_n}d": windows(_n)
         for _m in ("Zero", "Reflection", "Replication", "Constant", "Circular")
@@ -164,6 +178,8 @@ MODULES: dict[str, Rule] = {
     "torch.nn.modules.pixelshuffle.PixelUnshuffle": reshape,
     "torch.nn.modules.channelshuffle.ChannelShuffle": reshape,
     "fxprune.graph.layers.ChannelGather": gather,
+    "fxprune.graph.norms.GroupNormWithZeros": group_norm_with_zeros,
+    "fxprune.graph.norms.LayerNormWithZeros": layer_norm_with_zeros,
     "torchvision.models.convnext.LayerNorm2d": channel_scale(1, ("weight", "bias")),
     "torchvision.models.video.resnet.Conv3DSimple": convolution,
     "torchvision.models.video.resnet.Conv3DNoTemporal": convolution,

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from torch import fx, nn
+from torch import fx
 
 from fxprune.channels import ChannelAnalysis
 from fxprune.channels.atoms import Array
 from fxprune.errors import PassError
+from fxprune.graph.convolutions import Convolution
 from fxprune.graph.editing import called_module, calls
 from fxprune.graph.layers import ChannelGather
 
@@ -50,7 +51,7 @@ def alignment(index: Array, block: int) -> int:
 
 def feeds_convolution(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a convolution reads the value itself."""
-    return any(user.op == "call_module" and isinstance(called_module(gm, user), nn.Conv2d) for user in node.users)
+    return any(user.op == "call_module" and isinstance(called_module(gm, user), Convolution) for user in node.users)
 
 
 @dataclass(frozen=True)

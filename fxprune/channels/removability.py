@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -30,22 +31,24 @@ from fxprune.channels.analysis import family_of
 from fxprune.channels.atoms import UNLABELLED
 from fxprune.channels.interpreter import varying
 from fxprune.graph.containers import holds_tensor
+from fxprune.graph.convolutions import Convolution, is_depthwise
 from fxprune.graph.editing import called_module, label, tensor_sources
 from fxprune.graph.layers import TrainingFlag
 from fxprune.graph.memory import is_mutating
+from fxprune.graph.norms import norm_kind
 from fxprune.plans.eligibility import computes_its_own_forward
 
 Classes = npt.NDArray[np.bool_]
 
 # Operators that only move values, by the family of their rule: zero stays zero, wherever it goes.
-_MOVEMENT = frozenset("cast dimensionwise item reshape expand repeat concatenate stack".split())
+_MOVEMENT = frozenset("cast dimensionwise item named_item reshape expand repeat concatenate stack".split())
 # Operators that treat all channels alike and apart, given one tensor.
 _CHANNELWISE = frozenset("windows pad".split())
 _ZERO_ADDS_NOTHING = ("sum", "norm")
 # What is asked of a tensor to know how many channels it has.
 _COUNTS = ("shape", "size", "numel", "nelement", "len", "__len__")
 # Families whose operators may be given such numbers: `fxprune.channels.compaction` sees to it that they fit.
-_SIZED = frozenset("dimensionwise item reshape expand repeat pad".split())
+_SIZED = frozenset("dimensionwise item reshape expand repeat pad constant".split())
 
 
 @dataclass
@@ -140,14 +143,23 @@ def _visit(walk: _Walk, node: fx.Node) -> Classes:
     family = family_of(walk.module, node)
     if family not in _SIZED:
         walk.refuse(walk.numbers(node), f"{label(node)} computes with their number")
-    if node.name in walk.analysis.boundaries or not gives_tensors or not walk.sources(node):
+    if node.name in walk.analysis.boundaries or not gives_tensors:
         return nothing  # what meets a boundary is pinned
+    if family == "constant":
+        return _unless("zeros" in _called(node), walk.present(node))
+    if not walk.sources(node):
+        return nothing
     module = called_module(walk.module, node) if node.op == "call_module" else None
     source = walk.sources(node)[0]
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, Convolution):
         return _convolution(walk, node, module, source)
+    if family in ("item", "named_item") and not isinstance(walk.values[source], Tensor):
+        # of a pair of numbers and indices `lost` is said of the numbers, and no index is surely zero
+        return walk.carried(node) | _unless(_is_floating(walk.values[node]), walk.present(node))
     if family in _MOVEMENT or family == "gated":
         return walk.carried(node)
+    if family == "unpool":
+        return walk.lost[source] & walk.present(source)  # zeros, wherever they are laid
     if family == "elementwise":
         return _elementwise(walk, node)
     if family in _CHANNELWISE:
@@ -160,12 +172,26 @@ def _visit(walk: _Walk, node: fx.Node) -> Classes:
     if isinstance(module, nn.PReLU):
         return walk.carried(node)
     if isinstance(module, nn.modules.batchnorm._NormBase):
-        return _unless(_silences(walk, node, source), walk.present(node))
+        if _silences(walk, node, source):
+            return nothing
+        own = all(getattr(module, name, None) is None for name in ("weight", "running_mean"))
+        return walk.carried(node) | _unless(own and _keeps_zero(walk, node, source), walk.present(node))
+    if node.target is F.instance_norm and len(walk.sources(node)) == 1:
+        return walk.carried(node) | _unless(_keeps_zero(walk, node, source), walk.present(node))
+    if module is not None and _counts_zeros(module, walk.analysis.labels[source]):
+        walk.refuse(walk.carried(node), f"{label(node)} reads it where zero has become another value")
+        return nothing  # its scales and shifts are set to zero
     what = type(module).__name__ if module is not None else _called(node)
     walk.refuse(
         walk.present(source) | walk.present(node), f"{label(node)} ({what}) may compute from several channels at once"
     )
     return walk.present(node)
+
+
+def _counts_zeros(module: nn.Module, labels: Any) -> bool:
+    """Whether a module normalises over channels in a way that goes on without some that are zero."""
+    kind = norm_kind(module)
+    return kind is not None and isinstance(labels, Tensor) and varying(labels) == [kind.dim % labels.dim()]
 
 
 def _called(node: fx.Node) -> str:
@@ -193,13 +219,13 @@ def _sizes(walk: _Walk, node: fx.Node) -> Classes | list[Classes]:
     return along[dim] if name == "size" and isinstance(dim, int) else walk.present(sources[0])
 
 
-def _convolution(walk: _Walk, node: fx.Node, conv: nn.modules.conv._ConvNd, source: fx.Node) -> Classes:
+def _convolution(walk: _Walk, node: fx.Node, conv: Convolution, source: fx.Node) -> Classes:
     if computes_its_own_forward(type(conv)):
         reason = f"{label(node)} is a {type(conv).__name__}, which computes its weight from all input channels"
         walk.refuse(walk.present(source) | walk.present(node), reason)
     elif conv.groups == 1:
         walk.refuse(walk.carried(node), f"{label(node)} reads it where zero has become another value")
-    elif conv.groups != conv.in_channels or conv.transposed:
+    elif not is_depthwise(conv):
         reason = f"{label(node)} is a grouped convolution, whose groups have a fixed size"
         walk.refuse(walk.present(source) | walk.present(node), reason)
     return walk.none()  # its filters are set to zero, those of a depthwise convolution too
@@ -262,13 +288,15 @@ def _reduction(walk: _Walk, node: fx.Node, source: fx.Node) -> Classes:
     return walk.present(node) & walk.carried(node)
 
 
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def _unless(kept: bool, classes: Classes) -> Classes:
     return np.zeros_like(classes) if kept else classes
 
 
-def _evaluate(
-    walk: _Walk, node: fx.Node, operand: Callable[[fx.Node], Tensor], *, silenced: bool = False
-) -> list[Tensor]:
+def _evaluate(walk: _Walk, node: fx.Node, operand: Callable[[fx.Node], Tensor], *, silenced: bool = False) -> list[Any]:
     """What a call gives, in evaluation and in training mode, with other tensors in place of its own; nothing if it
     cannot be called. A `silenced` module has zeros for scale and shift.
     """
@@ -300,5 +328,7 @@ def _evaluate(
     return results
 
 
-def _is_zero(results: list[Tensor]) -> bool:
-    return bool(results) and all(isinstance(result, Tensor) and not bool(result.any()) for result in results)
+def _is_zero(results: list[Any]) -> bool:
+    """Whether the results are zeros; of one with indices beside it the first counts."""
+    numbers = [result if isinstance(result, Tensor) else next(iter(result), None) for result in results]
+    return bool(numbers) and all(isinstance(number, Tensor) and not bool(number.any()) for number in numbers)

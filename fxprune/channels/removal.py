@@ -14,6 +14,7 @@ from fxprune.channels.atoms import UNLABELLED
 from fxprune.channels.compaction import Classes, Compaction, StuckError
 from fxprune.channels.removability import irremovable
 from fxprune.channels.units import STAYS, ChannelUnits, Chosen, UnitLayer, Units
+from fxprune.graph.convolutions import Convolution, convolutions, is_depthwise
 from fxprune.graph.recording import like
 from fxprune.graph.tracing import is_hooked
 from fxprune.plans import RemovedChannels
@@ -94,7 +95,7 @@ def find_removable(
         if reason:
             for c in np.unique(classes[atoms]).tolist():
                 refused.setdefault(c, f"{name} {reason}")
-        elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
+        elif isinstance(layer, Convolution) and layer.groups == 1:
             prunable.add(name)
     written = {name: writers[name] for name in writers if name in prunable}
     unit_of, space, names = _number(analysis, refused, written)
@@ -109,7 +110,7 @@ def find_removable(
     layers = {}
     for name, (params, macs) in costs.items():
         layer = module.get_submodule(name)
-        depthwise = isinstance(layer, nn.modules.conv._ConvNd) and layer.groups == layer.in_channels > 1
+        depthwise = isinstance(layer, Convolution) and is_depthwise(layer)
         layers[name] = UnitLayer(
             writes=_units_at(unit_of, (owned if depthwise else writers).get(name), channels_of(layer)[0]),
             reads=None if depthwise else _units_at(unit_of, reads.get(name), channels_of(layer)[1]),
@@ -119,8 +120,8 @@ def find_removable(
         )
     unknown = {str(node.target): analysis.boundaries.get(node.name, "") for node in module.graph.nodes}
     fixed = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Conv2d) and (name not in layers or (layers[name].writes == STAYS).all()):
+    for name in convolutions(module):
+        if name not in layers or (layers[name].writes == STAYS).all():
             atoms = writers.get(name, owned.get(name, np.zeros(0, dtype=np.int64)))
             why = next((refused[c] for c in classes[atoms].tolist() if c in refused), "")
             never = "one channel of each space stays" if name in layers else "the model never calls it"
@@ -145,7 +146,7 @@ def _writers(module: fx.GraphModule, analysis: ChannelAnalysis) -> dict[str, Uni
 
 def _why_whole(layer: nn.Module, shared: Collection[int]) -> str:
     """Why a layer cannot lose filters, or an empty string."""
-    if not isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
+    if not isinstance(layer, Convolution | nn.Linear):
         return f"is a {type(layer).__name__}, which cannot lose channels"
     if is_hooked(layer):
         return "has hooks or a parametrized weight"

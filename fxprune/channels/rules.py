@@ -12,12 +12,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxprune.channels.interpreter import LARGEST_SPREAD, State, along, compress, layer_name, varying
+from fxprune.graph.convolutions import Convolution, channel_dim, is_depthwise
 from fxprune.graph.editing import called_module, label
+from fxprune.graph.norms import GroupNormWithZeros, LayerNormWithZeros
 
 Rule: TypeAlias = Callable[[State], Any]
+
+UNIFORM = frozenset("zeros ones full new_zeros new_ones new_full zeros_like ones_like full_like".split())
+"""What makes tensors that hold one number everywhere."""
 
 # --- elementwise ------------------------------------------------------------------------------------------------------
 
@@ -40,8 +45,22 @@ def cast(state: State) -> Any:
 
 
 def constant(state: State) -> Any:
-    """A new tensor that does not depend on the values of its inputs, only on their shapes."""
-    return state.unlabelled(state.value)
+    """A new tensor that does not depend on the values of its inputs, only on their shapes.
+
+    One that holds the same number everywhere is itself in any order of its channels, along dimension 1: the initial
+    state of a recurrent cell. What is written into later, and sequences of a length that is computed, keep their order.
+    """
+    name, value = getattr(state.node.target, "__name__", state.node.target), state.value
+    if name not in UNIFORM or not isinstance(value, Tensor) or value.dim() < 2:
+        return state.unlabelled(value)
+    if state.node in state.written or "out" in state.node.kwargs:
+        return state.unlabelled(value)
+    if name.endswith("_like"):
+        return state.source()[0]
+    written = torch.utils._pytree.tree_leaves((state.node.args, state.node.kwargs))
+    if value.shape[1] == 1 or (value.dim() < 4 and value.shape[1] not in written):
+        return state.unlabelled(value)
+    return state.mint_along(1, value.shape[1], value.dim())
 
 
 # --- data movement ----------------------------------------------------------------------------------------------------
@@ -64,6 +83,17 @@ def item(state: State) -> Any:
     if any(isinstance(k, Tensor | list | bool) for k in (keys if isinstance(keys, tuple) else (keys,))):
         return state.boundary(f"{label(state.node)} indexes with a tensor")
     return dimensionwise(state)
+
+
+def named_item(state: State) -> Any:
+    """x.values, x.indices: pick from what max and min give. Of a tensor, or of anything else, it is a boundary."""
+    source, name = state.node.args
+    assert isinstance(source, fx.Node)
+    kind = type(state.values[source])
+    names = getattr(kind, "__match_args__", ()) if kind.__module__ == "torch.return_types" else ()
+    if name not in names:
+        return state.boundary(f"{label(source)} is asked for its {name}")
+    return tuple(state.labels[source])[names.index(name)]
 
 
 def reshape(state: State) -> Any:
@@ -178,18 +208,32 @@ def _execute(state: State, substitute: Callable[[fx.Node], Tensor], *, compresse
 
 def windows(dims: int | None) -> Rule:
     """Pooling, interpolation: a window slides over the last `dims` dimensions (None: all but two), the same for all
-    channels.
+    channels. Indices of a pooling count the positions of one channel.
     """
 
     def rule(state: State) -> Any:
         source = state.tensors()[0]
         labels, shape = state.operand(source)
         last = len(shape) - 2 if dims is None else dims
-        if not isinstance(state.value, Tensor) or state.value.dim() != len(shape):
-            return state.boundary(f"{label(state.node)} gives several tensors")
+        results = [state.value] if isinstance(state.value, Tensor) else list(state.value)
+        if any(result.dim() != len(shape) for result in results):
+            return state.boundary(f"{label(state.node)} gives tensors of another rank")
         if any(d >= len(shape) - last for d in varying(labels)):
             return state.boundary(f"{label(state.node)} slides a window over channels")
-        return labels
+        return labels if isinstance(state.value, Tensor) else (labels,) * len(results)
+
+    return rule
+
+
+def unpool(dims: int) -> Rule:
+    """Max unpooling over the last `dims` dimensions: each channel is laid out by its own indices, so both are tied."""
+
+    def rule(state: State) -> Any:
+        operands = [state.operand(node) for node in state.tensors()]
+        last = len(state.value.shape) - dims
+        if len(operands) != 2 or any(d >= last for labels, _ in operands for d in varying(labels)):
+            return state.boundary(f"{label(state.node)} lays out channels by indices")
+        return state.join(operands, state.value.dim())
 
     return rule
 
@@ -289,21 +333,20 @@ def convolution(state: State) -> Any:
     """
     name = layer_name(state.node)
     conv = state.module.get_submodule(name)
-    assert isinstance(conv, nn.modules.conv._ConvNd)
+    assert isinstance(conv, Convolution)
     if state.value.dim() != len(conv.kernel_size) + 2:
         return state.boundary(f"{label(state.node)} is given an unbatched image")
     inputs = state.channels(*state.source(), 1)
     weight_in, weight_out = (0, 1) if conv.transposed else (1, 0)
-    if conv.groups == conv.in_channels > 1 and not conv.transposed:
+    if is_depthwise(conv):
         return _depthwise(state, name, conv, inputs)
     outputs = state.atoms.mint(conv.out_channels, state.node.name)
     if conv.groups > 1:
         for g in range(conv.groups):
             state.atoms.site(inputs.reshape(conv.groups, -1)[g])
             state.atoms.site(outputs.reshape(conv.groups, -1)[g])
-    channels = -1 - len(conv.kernel_size)  # counted from the end, so that an image without a batch is gathered rightly
-    state.reads(channels, inputs)
-    state.writes(channels, outputs)
+    state.reads(channel_dim(conv), inputs)
+    state.writes(channel_dim(conv), outputs)
     if conv.groups == 1 or conv.transposed:
         state.bind(name, "weight", weight_in, inputs, scales=False)
     else:
@@ -317,7 +360,7 @@ def convolution(state: State) -> Any:
     return along(torch.from_numpy(outputs), 1, state.value.dim())
 
 
-def _depthwise(state: State, name: str, conv: nn.modules.conv._ConvNd, inputs: Any) -> Any:
+def _depthwise(state: State, name: str, conv: Convolution, inputs: Any) -> Any:
     multiplier = conv.out_channels // conv.in_channels
     outputs = inputs
     if multiplier > 1:
@@ -405,6 +448,37 @@ def layer_norm(state: State) -> Any:
         for attribute in ("weight", "bias"):
             state.bind(name, attribute, d - (value.dim() - len(shape)), state.channels(labels, value, d), scales=True)
     return labels
+
+
+def group_norm_with_zeros(state: State) -> Any:
+    """GroupNorm of which channels are gone: those that are left stay in their group."""
+    name = layer_name(state.node)
+    norm = state.module.get_submodule(name)
+    assert isinstance(norm, GroupNormWithZeros)
+    labels, value = state.source()
+    if varying(labels) not in ([], [1]):
+        return state.boundary(f"{label(state.node)} normalises groups of a value whose channels are spread")
+    atoms = state.channels(labels, value, 1)
+    group = norm.group.cpu().numpy()
+    for g in np.unique(group):
+        state.atoms.site(atoms[group == g])
+    for attribute in ("weight", "bias"):
+        state.bind(name, attribute, 0, atoms, scales=True)
+    return along(torch.from_numpy(atoms), 1, value.dim())
+
+
+def layer_norm_with_zeros(state: State) -> Any:
+    """LayerNorm of which channels are gone: symmetric in those that are left."""
+    name = layer_name(state.node)
+    norm = state.module.get_submodule(name)
+    assert isinstance(norm, LayerNormWithZeros)
+    labels, value = state.source()
+    if varying(labels) not in ([], [value.dim() + norm.dim]):
+        return state.boundary(f"{label(state.node)} normalises channels that are spread over several dimensions")
+    atoms = state.channels(labels, value, norm.dim)
+    for attribute in ("weight", "bias"):
+        state.bind(name, attribute, 0, atoms, scales=True)
+    return along(torch.from_numpy(atoms), norm.dim, value.dim())
 
 
 # --- the same, as functions -------------------------------------------------------------------------------------------

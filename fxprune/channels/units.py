@@ -28,7 +28,7 @@ class UnitLayer:
             (depthwise), so that the cost is proportional to the filters alone.
         macs: of one image, over all calls; None if the shapes are unknown.
         params: weights and biases.
-        prunable: it is a dense Conv2d whose filters are scored.
+        prunable: it is a dense convolution whose filters are scored.
     """
 
     writes: Units
@@ -46,7 +46,7 @@ class ChannelUnits:
         space: `(U,)` the channel space of each unit, `0..S - 1`, ascending.
         names: `(S,)` a name for each space, that of its first layer.
         layers: every convolution and linear layer of the network, by module path, in graph order.
-        fixed: Conv2d whose filters all stay, and why.
+        fixed: convolutions whose filters all stay, and why.
     """
 
     space: Units

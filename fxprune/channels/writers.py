@@ -11,9 +11,10 @@ from typing import Any, TypeAlias
 
 import networkx as nx
 import numpy as np
-from torch import fx, nn
+from torch import fx
 
 from fxprune.channels import analyze_channels
+from fxprune.graph.convolutions import Convolution
 from fxprune.graph.editing import calls
 
 Writers: TypeAlias = tuple[tuple[str, ...], ...]
@@ -35,7 +36,7 @@ def common_writers(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> Writers
     written = {port.node: port.atoms for port in analysis.ports if port.kind == "writes"}
     ties = nx.Graph()
     fixed: set[str] = set()
-    for node, _ in calls(gm, nn.Conv2d):
+    for node, _ in calls(gm, Convolution):
         name = str(node.target)
         ties.add_node(name)
         classes = analysis.blocks.classes[written[node]] if node in written else np.zeros(0, dtype=np.int64)

@@ -40,7 +40,8 @@ def run(options: argparse.Namespace) -> int:
         step("loading")
         pruned = fxprune.load(options.file, model)
         step("masking")
-        masked = fxprune.mask(model, record_of(pruned).plan, calibration, progress=shows_progress(options))
+        plan = record_of(pruned).plan
+        masked = fxprune.mask(model, plan, calibration, bake=bool(plan.baked), progress=shows_progress(options))
         step("checking")
         try:
             check = fxprune.verify(pruned, masked, inputs_of(model, options, calibration))

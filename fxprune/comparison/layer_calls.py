@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.graph.convolutions import Convolution
+
 
 def count_macs(module: nn.Module, inputs: Tensor) -> int:
     """Multiply-accumulates of one image over all convolutions and linear layers that are called as modules."""
@@ -19,7 +21,7 @@ def count_macs(module: nn.Module, inputs: Tensor) -> int:
         places = x.numel() if isinstance(layer, nn.modules.conv._ConvTransposeNd) else y.numel()
         total += places * math.prod(weight.shape[1:])
 
-    with watching(module, add, nn.modules.conv._ConvNd | nn.Linear), torch.no_grad():
+    with watching(module, add, Convolution | nn.Linear), torch.no_grad():
         module(inputs[:1])
     return total
 
@@ -55,6 +57,6 @@ def watching(module: nn.Module, see: Callable[[str, nn.Module, Tensor, Tensor], 
 def last_layer(model: nn.Module, inputs: Tensor) -> nn.Module:
     """The convolution or linear layer that gives the classes, which must keep them all."""
     called: list[nn.Module] = []
-    with watching(model, lambda name, layer, x, y: called.append(layer), nn.Conv2d | nn.Linear), torch.no_grad():
+    with watching(model, lambda name, layer, x, y: called.append(layer), Convolution | nn.Linear), torch.no_grad():
         model(inputs[:1])
     return called[-1]

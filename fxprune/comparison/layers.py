@@ -10,6 +10,7 @@ from tqdm import tqdm
 from fxprune.comparison.layer_calls import input_shapes
 from fxprune.comparison.rivals import Network
 from fxprune.comparison.runtimes import RUNTIMES, Call, prepare
+from fxprune.graph.convolutions import Convolution
 from fxprune.graph.editing import calls
 from fxprune.graph.layers import ChannelGather
 from fxprune.inference.race import Timing, race
@@ -61,12 +62,12 @@ def measure_layers(
     assert pruned.ratio is not None
     # Shapes do not depend on the batch but for its size.
     one = torch.zeros(1, *inputs.shape[1:])
-    shapes = input_shapes(dense.folded, one, nn.Conv2d)
-    gathered = input_shapes(graph, one, nn.Conv2d | ChannelGather)
+    shapes = input_shapes(dense.folded, one, Convolution)
+    gathered = input_shapes(graph, one, Convolution | ChannelGather)
     rows = []
     pairs = [
         (node, conv, dense.folded.get_submodule(str(node.target)))
-        for node, conv in calls(graph, nn.Conv2d)
+        for node, conv in calls(graph, Convolution)
         if str(node.target) in shapes
     ]
     changed = [(node, new, old) for node, new, old in pairs if new.weight.shape != old.weight.shape]

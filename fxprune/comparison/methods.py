@@ -17,6 +17,7 @@ import fxprune
 from fxprune.comparison.layer_calls import count_macs
 from fxprune.comparison.torch_pruning import Importance, prune_channels
 from fxprune.criteria.snapshots import Snapshot
+from fxprune.graph.convolutions import convolutions
 from fxprune.graph.costs import layer_costs
 from fxprune.graph.tracing import trace
 from fxprune.planning import Request
@@ -143,7 +144,7 @@ def uniform_ratio(model: nn.Module, example: Tensor, share: float, options: dict
     """
     traced = trace(model, example)
     macs = {name: cost or 0 for name, (_, cost) in layer_costs(traced.module, traced.values).items()}
-    channels = {name: conv.in_channels for name, conv in model.named_modules() if isinstance(conv, nn.Conv2d)}
+    channels = {name: conv.in_channels for name, conv in convolutions(model).items()}
     target = share * sum(macs.values())
 
     def remaining(ratio: float) -> float:

@@ -5,15 +5,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxprune.errors import PlanError
+from fxprune.graph.convolutions import Convolution, filters_first, kernels_of
 from fxprune.methods.clustering import Matrix
 from fxprune.plans.eligibility import check_weight, count_not_finite
 
-ScoreFunction = Callable[[str, nn.Conv2d], Tensor]
+ScoreFunction = Callable[[str, Any], Tensor]  # the convolution, as whichever class the function is written for
 """`(name, conv)` to the importance `(O, C)` of each kernel: finite, 0 or more, high means keep.
 
 The importance of a kernel group is the sum over its filters, so a score should be a quantity that adds up: an energy
@@ -124,14 +126,14 @@ def as_criterion(value: object) -> Criterion | None:
     except TypeError as error:
         raise PlanError(
             f"criterion {name!r} cannot be called as {name}(name, conv) ({error}); it must take the name of a layer "
-            "and its Conv2d, and return scores (O, C)"
+            "and its convolution, and return scores (O, C)"
         ) from error
     except ValueError:  # written in C, with a signature that Python does not know
         pass
     return Custom(name, value)
 
 
-def check_scores(name: str, conv: nn.Conv2d, answer: object, criterion: str) -> Tensor:
+def check_scores(name: str, conv: Convolution, answer: object, criterion: str) -> Tensor:
     """See that what a criterion answered are scores, and return them `(O, C)` in float64 on the CPU.
 
     Args:
@@ -144,7 +146,7 @@ def check_scores(name: str, conv: nn.Conv2d, answer: object, criterion: str) -> 
         PlanError: it is no real `(O, C)` tensor with values, or one of these is negative, infinite or NaN.
     """
     who = f"{name}: criterion {criterion!r}"
-    expected = tuple(conv.weight.shape[:2])
+    expected = tuple(kernels_of(conv).shape[:2])
     if not isinstance(answer, Tensor):
         raise PlanError(f"{who} returned a {type(answer).__name__}; it must return a Tensor {expected}")
     if tuple(answer.shape) != expected:
@@ -168,7 +170,7 @@ def check_scores(name: str, conv: nn.Conv2d, answer: object, criterion: str) -> 
     return scores
 
 
-def kernel_scores(name: str, conv: nn.Conv2d, score: ScoreFunction, criterion: str) -> Matrix:
+def kernel_scores(name: str, conv: Convolution, score: ScoreFunction, criterion: str) -> Matrix:
     """Importance of each kernel of a convolution: `(O, C)` float64, whatever the type and device of the weight.
 
     Args:
@@ -185,7 +187,7 @@ def kernel_scores(name: str, conv: nn.Conv2d, score: ScoreFunction, criterion: s
     weight = conv.weight
     before = weight.detach().clone()  # not the version counter: writing through `.data` does not raise it
     with torch.no_grad():
-        answer = score(name, conv)
+        answer = score(name, filters_first(conv))
         if conv.weight is not weight or not torch.equal(weight, before):
             conv.weight = weight
             weight.copy_(before)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import PlanError, StorageError, near_matches
 from fxprune.files import read_state_dict, unwrap, without_parallel_prefix
+from fxprune.graph.convolutions import Convolution, convolutions, oriented
 
 Snapshot = Mapping[str, Any] | nn.Module | str | Path
 
@@ -24,8 +25,8 @@ def load_snapshots(snapshots: Iterable[Snapshot], model: nn.Module) -> tuple[Map
         model: the model as trained, on any device. It is only read.
 
     Returns:
-        for each snapshot the weights of the `Conv2d` layers, `"<module name>.weight"` to a tensor of the shape that it
-        has in `model`, detached, in the type and on the device in which it came (files: on the CPU).
+        for each snapshot the weights of the convolutions, `"<module name>.weight"` to a tensor `(O, C, *kernel)`,
+        detached, in the type and on the device in which it came (files: on the CPU).
 
     Raises:
         PlanError: there is no snapshot, or one cannot be read, belongs to another model, holds NaN or infinity, or
@@ -33,9 +34,9 @@ def load_snapshots(snapshots: Iterable[Snapshot], model: nn.Module) -> tuple[Map
     """
     names = model.state_dict().keys()  # without the weights that a parametrization computes
     convs = {
-        key: module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and (key := f"{name}.weight" if name else "weight") in names
+        key: conv
+        for name, conv in convolutions(model).items()
+        if (key := f"{name}.weight" if name else "weight") in names
     }
     loaded = tuple(
         _checked(f"snapshot {index}{_path_of(snapshot)}", state_of(f"snapshot {index}", snapshot), convs, names)
@@ -90,10 +91,11 @@ def state_of(what: str, snapshot: Snapshot) -> dict[str, Tensor]:
 
 
 def _checked(
-    what: str, state: dict[str, Tensor], convs: Mapping[str, Tensor], names: Iterable[str]
+    what: str, state: dict[str, Tensor], convs: Mapping[str, Convolution], names: Iterable[str]
 ) -> Mapping[str, Tensor]:
     state = without_parallel_prefix(state, list(names))
-    for key, weight in convs.items():
+    for key, conv in convs.items():
+        weight = conv.weight
         if key not in state:
             raise PlanError(
                 f"{what} has no {key!r}, which the model has{near_matches(key, state)}; pass earlier states of the "
@@ -113,4 +115,4 @@ def _checked(
                 f"{what} shares {key!r} with the model, so it is no earlier state: state_dict() does not copy; take "
                 "snapshots by copy.deepcopy(model.state_dict())"
             )
-    return {key: state[key].detach() for key in convs}
+    return {key: oriented(state[key].detach(), conv) for key, conv in convs.items()}

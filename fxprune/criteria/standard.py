@@ -6,13 +6,13 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxprune.criteria.criterion import Criterion, Evidence, ScoreFunction, as_criterion
 from fxprune.errors import PlanError, near_matches
+from fxprune.graph.convolutions import Convolution
 
 # A kernel is `weight[o, c]`; all scores below are computed in float64 on the CPU.
-KERNEL = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Magnitude(Criterion):
     power: int
 
     def bind(self, evidence: Evidence) -> ScoreFunction:
-        return lambda name, conv: _weight(conv).abs().pow(self.power).sum(KERNEL)
+        return lambda name, conv: _weight(conv).abs().pow(self.power).sum(_kernel(conv))
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Random(Criterion):
     name: str = "random"
 
     def bind(self, evidence: Evidence) -> ScoreFunction:
-        def score(name: str, conv: nn.Conv2d) -> Tensor:
+        def score(name: str, conv: Convolution) -> Tensor:
             generator = np.random.default_rng([evidence.seed, *name.encode()])
             return torch.from_numpy(generator.random(conv.weight.shape[:2]))
 
@@ -61,7 +61,7 @@ class Movement(Criterion):
 
     def bind(self, evidence: Evidence) -> ScoreFunction:
         earlier = _earlier(self.name, evidence)
-        return lambda name, conv: (_weight(conv) - earlier(name, conv)).abs().sum(KERNEL)
+        return lambda name, conv: (_weight(conv) - earlier(name, conv)).abs().sum(_kernel(conv))
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class MagnitudeIncrease(Criterion):
     def bind(self, evidence: Evidence) -> ScoreFunction:
         earlier = _earlier(self.name, evidence)
 
-        def score(name: str, conv: nn.Conv2d) -> Tensor:
-            increase = (_weight(conv).abs() - earlier(name, conv).abs()).sum(KERNEL)
+        def score(name: str, conv: Convolution) -> Tensor:
+            increase = (_weight(conv).abs() - earlier(name, conv).abs()).sum(_kernel(conv))
             return increase - increase.min()
 
         return score
@@ -102,7 +102,7 @@ class Activation(Criterion):
         if moments is None:
             raise PlanError(f"criterion {self.name!r} needs the second moments of the inputs; pass calibration=")
 
-        def score(name: str, conv: nn.Conv2d) -> Tensor:
+        def score(name: str, conv: Convolution) -> Tensor:
             who = f"{name}: criterion {self.name!r}"
             if name not in moments:
                 raise PlanError(
@@ -116,7 +116,7 @@ class Activation(Criterion):
                 )
             if not bool((moment.isfinite() & (moment >= 0)).all()):
                 raise PlanError(f"{who}: second moments are negative, NaN or infinite; look at the calibration data")
-            return _weight(conv).square().sum(KERNEL) * moment
+            return _weight(conv).square().sum(_kernel(conv)) * moment
 
         return score
 
@@ -175,19 +175,24 @@ def resolve(criterion: object, evidence: Evidence) -> tuple[str, ScoreFunction]:
 _LEGAL = f"one of {', '.join(map(repr, CRITERIA))}, a Criterion, or a function (name, conv) -> scores (O, C)"
 
 
-def _weight(conv: nn.Conv2d) -> Tensor:
+def _kernel(conv: Convolution) -> tuple[int, ...]:
+    """The dimensions of one kernel in the weight."""
+    return tuple(range(2, conv.weight.dim()))
+
+
+def _weight(conv: Convolution) -> Tensor:
     return conv.weight.detach().to("cpu", torch.float64)
 
 
-def _earlier(criterion: str, evidence: Evidence) -> Callable[[str, nn.Conv2d], Tensor]:
-    """The earlier weight `(O, C, kh, kw)` of a layer, checked."""
+def _earlier(criterion: str, evidence: Evidence) -> Callable[[str, Convolution], Tensor]:
+    """The earlier weight `(O, C, *kernel)` of a layer, checked."""
     state = evidence.earlier
     if state is None:
         raise PlanError(
             f"criterion {criterion!r} needs an earlier state of the weights; pass snapshots=[state_dict, ...]"
         )
 
-    def earlier(name: str, conv: nn.Conv2d) -> Tensor:
+    def earlier(name: str, conv: Convolution) -> Tensor:
         who, key = f"{name}: criterion {criterion!r}", f"{name}.weight"
         if key not in state:
             raise PlanError(

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from fxprune.criteria.criterion import Criterion, Evidence, ScoreFunction
 from fxprune.errors import PlanError
+from fxprune.graph.convolutions import Convolution, convolutions, oriented
 
 
 @dataclass(frozen=True, eq=False)  # batches of tensors cannot be compared by ==
@@ -51,9 +52,11 @@ class Taylor(Criterion):
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             scores = self._scores(copy.deepcopy(evidence.model))
 
-        def score(name: str, conv: nn.Conv2d) -> Tensor:
+        def score(name: str, conv: Convolution) -> Tensor:
             if name not in scores:
-                raise PlanError(f"{name}: criterion {self.name!r} knows no such Conv2d in the model it was bound to")
+                raise PlanError(
+                    f"{name}: criterion {self.name!r} knows no such convolution in the model it was bound to"
+                )
             return scores[name]
 
         return score
@@ -61,13 +64,14 @@ class Taylor(Criterion):
     def _scores(self, model: nn.Module) -> dict[str, Tensor]:
         """The scores of all convolutions of a model, whose mode and flags are changed."""
         model.eval().requires_grad_(False)
+        convs = convolutions(model)
         weights = {
             name: module.weight.requires_grad_()
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Conv2d) and "weight" in module._parameters and module.weight.is_floating_point()
+            for name, module in convs.items()
+            if "weight" in module._parameters and module.weight.is_floating_point()
         }
         if not weights:
-            raise PlanError(f"criterion {self.name!r}: {type(model).__name__} has no Conv2d to score")
+            raise PlanError(f"criterion {self.name!r}: {type(model).__name__} has no convolution to score")
         total = {name: torch.zeros(weight.shape, dtype=torch.float64) for name, weight in weights.items()}
         device = next(iter(weights.values())).device
         count = 0
@@ -85,10 +89,11 @@ class Taylor(Criterion):
                 f"criterion {self.name!r}: data holds no batch; it must hold at least one (input, target). A generator "
                 "is used up by its first plan: pass a list or a loader"
             )
-        return {
-            name: (weight.detach().to("cpu", torch.float64) * total[name] / count).square().sum(dim=(2, 3))
+        effect = {
+            name: oriented(weight.detach().to("cpu", torch.float64) * total[name] / count, convs[name]).square()
             for name, weight in weights.items()
         }
+        return {name: squares.sum(dim=tuple(range(2, squares.dim()))) for name, squares in effect.items()}
 
     def _pair(self, batch: object) -> tuple[Any, Any]:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -108,6 +113,6 @@ class Taylor(Criterion):
             raise PlanError(f"{who} is {loss.item()}; it must be finite: look at the data, the loss and the weights")
         if not loss.requires_grad:
             raise PlanError(
-                f"{who} has no gradient: it does not depend on a Conv2d, or the forward or the loss detaches it"
+                f"{who} has no gradient: it does not depend on a convolution, or the forward or the loss detaches it"
             )
         return loss.reshape(())

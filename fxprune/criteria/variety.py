@@ -287,7 +287,7 @@ def cosine_similarity(kernels: Array) -> Array:
 
     Args:
         kernels: `(..., U, F)` features of each unit: for the kernel groups of a group of filters with weight
-            `(d, C, kh, kw)` this is `weight.swapaxes(0, 1).reshape(C, -1)`, for the filters of a layer
+            `(d, C, *kernel)` this is `weight.swapaxes(0, 1).reshape(C, -1)`, for the filters of a layer
             `weight.reshape(O, -1)`.
 
     Returns:
@@ -305,7 +305,7 @@ def functional_similarity(weight: Array, gram: Matrix) -> Matrix:
     convolution whose mean a BatchNorm removes. A channel that contributes nothing is like no other, and like itself.
 
     Args:
-        weight: `(d, C, kh, kw)` filters of one group.
+        weight: `(d, C, *kernel)` filters of one group.
         gram: `(C kh kw, C kh kw)` second moment or covariance of the input patches, channels outermost, as
             `torch.nn.functional.unfold` orders them.
 
@@ -315,8 +315,8 @@ def functional_similarity(weight: Array, gram: Matrix) -> Matrix:
     Raises:
         PlanError: the sizes do not fit.
     """
-    filters, channels, height, width = weight.shape
-    taps = height * width
+    filters, channels = weight.shape[:2]
+    taps = math.prod(weight.shape[2:])
     if gram.shape != (channels * taps, channels * taps):
         raise PlanError(
             f"weight {weight.shape} needs a gram of {channels * taps} x {channels * taps} input taps, not {gram.shape}"

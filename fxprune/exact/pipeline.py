@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxprune.errors import PassError, VerificationError
 from fxprune.exact.verification import TOLERANCE, difference, evaluate
+from fxprune.graph.convolutions import Convolution
 from fxprune.graph.editing import Outcome, Pass, calls
 from fxprune.graph.examples import Example
 from fxprune.graph.layers import ChannelGather
@@ -141,8 +142,9 @@ def _check(gm: fx.GraphModule, name: str) -> None:
     for node, gather in calls(gm, ChannelGather):
         if gather.index.numel() == 0 or int(gather.index.min()) < 0 or int(gather.index.max()) >= gather.in_channels:
             raise PassError(f"pass {name} left {node.name} with an index outside its {gather.in_channels} channels")
-    for node, conv in calls(gm, nn.Conv2d):
-        if tuple(conv.weight.shape[:2]) != (conv.out_channels, conv.in_channels // conv.groups):
+    for node, conv in calls(gm, Convolution):
+        sizes = (conv.out_channels, conv.in_channels)[:: -1 if conv.transposed else 1]
+        if tuple(conv.weight.shape[:2]) != (sizes[0], sizes[1] // conv.groups):
             raise PassError(
                 f"pass {name} left {node.name} with a weight of shape {tuple(conv.weight.shape)} for {conv}"
             )

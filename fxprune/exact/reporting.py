@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from fxprune.graph.convolutions import Convolution, convolutions
 from fxprune.graph.costs import batch_size, known_sum, layer_costs, total_macs
 from fxprune.graph.editing import KEPT_BECAUSE, RUN, calls
 from fxprune.graph.layers import ChannelGather
@@ -81,7 +82,7 @@ class Report:
     """The account of a compiled model. `str()` is a table; `to_dict()` is JSON-able.
 
     Attributes:
-        layers: every `Conv2d`, in model order.
+        layers: every convolution, in model order.
         gathers: the gathers that remain, in graph order.
         gathered_bytes: what they write for one image; None if shapes are unknown.
         params_dense, params_pruned: parameters of the whole model, as far as forward uses them.
@@ -207,7 +208,7 @@ def make_report(
         notes: passed on.
     """
     after = layer_costs(gm, values)
-    convs = {name: conv for name, conv in gm.named_modules() if isinstance(conv, nn.modules.conv._ConvNd)}
+    convs = convolutions(gm)
     left = [name for name in dense if name in convs and name not in plan.layers and name not in plan.skipped]
     layers = []
     for name in [*plan.layers, *plan.skipped, *left]:
@@ -239,7 +240,7 @@ def make_report(
     )
 
 
-def _became(plan: PrunePlan, name: str, conv: nn.modules.conv._ConvNd | None) -> dict[str, Any]:
+def _became(plan: PrunePlan, name: str, conv: Convolution | None) -> dict[str, Any]:
     """What a plan made of a convolution, as fields of its report."""
     kernels, removed = plan.layers.get(name), plan.removed.get(name, RemovedChannels())
     filters = None if conv is None else conv.out_channels
@@ -256,7 +257,7 @@ def _became(plan: PrunePlan, name: str, conv: nn.modules.conv._ConvNd | None) ->
             "block_cost": kernels.block_cost,
         }
     common["groups"] = 1 if conv is None else conv.groups
-    common["reason"] = plan.skipped.get(name, "" if removed.outputs else _why_left(plan, conv))
+    common["reason"] = plan.skipped.get(name, "" if removed.outputs else _why_left(plan))
     if not removed.outputs and not removed.inputs:
         return common | {"form": "dense", "asked_ratio": 0.0, "reached_ratio": 0.0}
     return common | {
@@ -267,11 +268,9 @@ def _became(plan: PrunePlan, name: str, conv: nn.modules.conv._ConvNd | None) ->
     }
 
 
-def _why_left(plan: PrunePlan, conv: nn.modules.conv._ConvNd | None) -> str:
+def _why_left(plan: PrunePlan) -> str:
     """Why a convolution that the plan does not name kept its filters."""
-    if conv is None or isinstance(conv, nn.Conv2d):
-        return "none of its filters was chosen" if plan.removed else "the plan does not name it"
-    return f"{type(conv).__name__}: filters and kernels of Conv2d layers only are chosen"
+    return "none of its filters was chosen" if plan.removed else "the plan does not name it"
 
 
 def _gathers(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> tuple[GatherReport, ...]:

@@ -15,6 +15,7 @@ from fxprune.exact.reporting import Report
 from fxprune.exact.rewriting import rewritten
 from fxprune.exact.surgery import repeat, tensors_of
 from fxprune.files import write_whole
+from fxprune.graph.baking import baked
 from fxprune.graph.containers import tensors_in
 from fxprune.graph.tracing import trace
 from fxprune.plans import PrunePlan
@@ -66,7 +67,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> Any:
         return _operated_again(path, header, content["state"], model)
     try:
         plan = PrunePlan.from_json(header["plan"])
-        blank = masked_copy(model, plan)
+        blank = masked_copy(baked(model)[0] if plan.baked else model, plan)
         for name in plan.layers:  # any weights will do, but the dropped kernels must be zero, and zero times NaN is NaN
             nn.init.zeros_(blank.get_parameter(f"{name}.weight"))
         inputs = _made_up(header["inputs"], _device_of(model) if header.get("run") else torch.device("meta"))

@@ -9,10 +9,11 @@ from torch import Tensor, fx, nn
 
 from fxprune.graph.containers import convert_tensors, tensors_in
 from fxprune.graph.contexts import undisturbed
+from fxprune.graph.convolutions import Convolution
 from fxprune.graph.copying import share_tensors
 from fxprune.graph.editing import RUN, calls
 
-LAYERS = nn.modules.conv._ConvNd | nn.Linear
+LAYERS = Convolution | nn.Linear
 
 
 def layer_costs(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> dict[str, tuple[int, int | None]]:

@@ -94,13 +94,6 @@ def label(node: fx.Node) -> str:
     return (f"{node.name} in {owner}" if owner else node.name) + code
 
 
-def conv_at(model: nn.Module, name: str) -> nn.Conv2d:
-    """The convolution at a module path, which is known to be one."""
-    conv = model.get_submodule(name)
-    assert isinstance(conv, nn.Conv2d)
-    return conv
-
-
 def call_sites(gm: fx.GraphModule) -> dict[nn.Module, list[fx.Node]]:
     """Return the nodes that call each module: a module is not a node, it may be called several times."""
     sites: dict[nn.Module, list[fx.Node]] = {}

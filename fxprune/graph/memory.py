@@ -8,8 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import fx, nn
 
+from fxprune.graph.convolutions import Convolution
 from fxprune.graph.editing import called_module
 from fxprune.graph.layers import ChannelGather
+from fxprune.graph.norms import NormWithZeros
 
 
 def is_mutating(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -49,14 +51,18 @@ def storage_roots(gm: fx.GraphModule) -> dict[fx.Node, frozenset[fx.Node]]:
     return roots
 
 
-def written_attributes(gm: fx.GraphModule) -> frozenset[fx.Node]:
-    """The parameters and buffers (`get_attr`) into which a node writes, itself or through a view."""
+def written_values(gm: fx.GraphModule) -> frozenset[fx.Node]:
+    """The nodes into whose memory an operator may write, itself or through a view."""
     writers = [node for node in gm.graph.nodes if is_mutating(gm, node) and node.all_input_nodes]
     if not writers:
         return frozenset()
     roots = storage_roots(gm)
-    found = (root for node in writers for root in roots[node.all_input_nodes[0]])
-    return frozenset(root for root in found if root.op == "get_attr")
+    return frozenset(root for node in writers for root in roots[node.all_input_nodes[0]])
+
+
+def written_attributes(gm: fx.GraphModule) -> frozenset[fx.Node]:
+    """The parameters and buffers (`get_attr`) among them."""
+    return frozenset(node for node in written_values(gm) if node.op == "get_attr")
 
 
 class Memory:
@@ -89,21 +95,38 @@ _INPLACE_OPERATORS = frozenset(
 )
 
 _NEW_MEMORY_MODULES = (
-    nn.modules.conv._ConvNd,
+    Convolution,
     nn.Linear,
     nn.modules.batchnorm._NormBase,
     nn.GroupNorm,
     nn.LayerNorm,
+    NormWithZeros,
     nn.modules.pooling._AvgPoolNd,
     ChannelGather,
 )
 
+_NEW_MEMORY_METHODS = frozenset("new_zeros new_ones new_full new_empty".split())
+
 _NEW_MEMORY_FUNCTIONS = frozenset(
-    (torch.cat, torch.stack, operator.add, operator.mul, operator.sub, operator.truediv, torch.add, torch.mul)
+    (
+        torch.zeros,
+        torch.ones,
+        torch.full,
+        torch.cat,
+        torch.stack,
+        operator.add,
+        operator.mul,
+        operator.sub,
+        operator.truediv,
+        torch.add,
+        torch.mul,
+    )
 )
 
 
 def _gives_new_memory(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(called_module(gm, node), _NEW_MEMORY_MODULES) and not is_mutating(gm, node)
+    if node.op == "call_method":
+        return node.target in _NEW_MEMORY_METHODS
     return node.op == "call_function" and node.target in _NEW_MEMORY_FUNCTIONS and "out" not in node.kwargs

@@ -14,16 +14,19 @@ from torch import fx, nn
 
 from fxprune.errors import TraceError
 from fxprune.graph.contexts import GradMode, autocast_recorded
+from fxprune.graph.convolutions import Convolution
 from fxprune.graph.layers import ChannelGather, TrainingFlag
+from fxprune.graph.norms import NormWithZeros
 
 LEAVES: tuple[type[nn.Module], ...] = (
-    nn.modules.conv._ConvNd,
+    Convolution,
     nn.modules.batchnorm._NormBase,
     nn.GroupNorm,
     nn.LayerNorm,
     nn.RMSNorm,
     nn.Linear,
     ChannelGather,
+    NormWithZeros,
     TrainingFlag,
 )
 

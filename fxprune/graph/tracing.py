@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from fxprune.errors import TraceError
+from fxprune.graph.convolutions import Convolution
 from fxprune.graph.copying import copied, share_tensors
 from fxprune.graph.examples import Inputs, as_inputs, positional_parameters
 from fxprune.graph.memory import written_attributes
@@ -239,7 +240,7 @@ def _untraceable(model: nn.Module, cause: Exception) -> str:
     children = [
         name
         for name, child in model.named_children()
-        if any(isinstance(m, nn.Conv2d) for m in child.modules()) and _is_traceable(child)
+        if any(isinstance(m, Convolution) for m in child.modules()) and _is_traceable(child)
     ]
     said = first_line(cause)
     way_out = (

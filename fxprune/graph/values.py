@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from fxprune.errors import TraceError
 from fxprune.graph.containers import convert_tensors, tensors_in
 from fxprune.graph.contexts import undisturbed
+from fxprune.graph.convolutions import Convolution
 from fxprune.graph.copying import share_tensors
 from fxprune.graph.editing import called_module
 from fxprune.graph.layers import ChannelGather
@@ -152,7 +153,7 @@ def _probes(module: fx.GraphModule) -> Iterator[Tensor]:
     """Plausible inputs for a module with a single tensor input, two samples each."""
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     layers = [module.get_submodule(node.target) for node in module.graph.nodes if node.op == "call_module"]
-    first = next((m for m in layers if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)), None)
+    first = next((m for m in layers if isinstance(m, Convolution | nn.Linear)), None)
     if len(placeholders) != 1 or first is None:
         return
     dtype = first.weight.dtype

@@ -63,12 +63,12 @@ def similarity(filters: Matrix) -> Matrix:
     """`1 - ` Euclidean distance between the kernel groups of one group of filters.
 
     Args:
-        filters: `(d, C, kh, kw)`.
+        filters: `(d, C, *kernel)`.
 
     Returns:
         `(C, C)`, 1 on the diagonal; it may be negative.
     """
-    kernels = filters.transpose(1, 0, 2, 3).reshape(filters.shape[1], -1)
+    kernels = filters.swapaxes(0, 1).reshape(filters.shape[1], -1)
     result: Matrix = 1 - cdist(kernels, kernels)
     return result
 

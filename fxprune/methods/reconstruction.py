@@ -51,8 +51,8 @@ def reconstruction(
     The search starts from what `cocluster` gives for the energy of each kernel's output.
 
     Args:
-        weight: `(O, C, kh, kw)` of the dense layer.
-        gram: `(D, D)` float64, mean of `u^T u` over input patches `u`, `D = C * kh * kw`.
+        weight: `(O, C, *kernel)` of the dense layer.
+        gram: `(D, D)` float64, mean of `u^T u` over input patches `u`, `D = C * taps`.
         cross: `(O, D)` float64, mean of `t^T u` for the wanted outputs `t`.
         energy: `(O,)` float64, mean of `t^2`.
         groups: `n`, a divisor of `O`.

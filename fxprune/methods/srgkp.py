@@ -6,6 +6,8 @@ published code and its settings for ResNet-20; objective and similarity are thos
 The result is in overlap form.
 """
 
+import itertools
+import math
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -35,7 +37,7 @@ def srgkp(weight: Matrix, groups: int, kept: int) -> Clustering:
     and 1x1 only; here all others are treated like 3x3.
 
     Args:
-        weight: `(O, C, kh, kw)`, finite.
+        weight: `(O, C, *kernel)`, finite.
         groups: `n`, a divisor of `O`.
         kept: `k`, input channels of each group, `1..C`; for the published count see `select_kernel_groups`.
 
@@ -48,9 +50,11 @@ def srgkp(weight: Matrix, groups: int, kept: int) -> Clustering:
     check_divisible(filters, groups)
     if not 1 <= kept <= channels:
         raise PlanError(f"a group cannot keep {kept} of {channels} channels; use 1 to {channels}")
-    single = weight.shape[2:] == (1, 1)
+    single = math.prod(weight.shape[2:]) == 1
     rough = roughness(weight)
-    labels = deal_in_snake_order(-weight.sum(axis=(1, 2, 3)) if single else rough.sum(axis=1), groups)
+    labels = deal_in_snake_order(
+        -weight.sum(axis=tuple(range(1, weight.ndim))) if single else rough.sum(axis=1), groups
+    )
     chosen = np.zeros((groups, channels), dtype=np.bool_)
     for group, row in enumerate(chosen):
         members = labels == group
@@ -63,19 +67,20 @@ def srgkp(weight: Matrix, groups: int, kept: int) -> Clustering:
 
 
 def roughness(weight: Matrix) -> Matrix:
-    """`|a^2 - b^2|` summed over each entry `a` of a kernel and each of its up to 8 neighbours `b`: `(O, C)`.
+    """`|a^2 - b^2|` summed over each entry `a` of a kernel and each of its neighbours `b`, up to 8 in a kernel of two
+    dimensions: `(O, C)`.
 
     Args:
-        weight: `(O, C, kh, kw)`.
+        weight: `(O, C, *kernel)`.
     """
-    square = weight**2
-    differences = (
-        square[..., :, 1:] - square[..., :, :-1],
-        square[..., 1:, :] - square[..., :-1, :],
-        square[..., 1:, 1:] - square[..., :-1, :-1],
-        square[..., 1:, :-1] - square[..., :-1, 1:],
-    )
-    result: Matrix = 2 * sum(np.abs(difference).sum(axis=(2, 3)) for difference in differences)  # both ways
+    square, dims = weight**2, weight.ndim - 2
+    total = np.zeros(weight.shape[:2])
+    for step in itertools.product((0, 1, -1), repeat=dims):
+        if next((s for s in step if s), -1) > 0:  # of a step and its reverse the one that goes ahead first
+            ahead = tuple(slice(max(s, 0), min(s, 0) or None) for s in step)
+            behind = tuple(slice(max(-s, 0), min(-s, 0) or None) for s in step)
+            total += np.abs(square[..., *ahead] - square[..., *behind]).sum(axis=tuple(range(2, weight.ndim)))
+    result: Matrix = 2 * total  # both ways
     return result
 
 

@@ -53,7 +53,7 @@ def tmi_gkp(
     filter, the published code by their label; the groups are the same.
 
     Args:
-        weight: `(O, C, kh, kw)`, finite.
+        weight: `(O, C, *kernel)`, finite.
         snapshots: the weight of the same layer at earlier epochs, in their order, each of the same shape. The paper
             takes every epoch from 35 to 70 of 300.
         groups: `n`, a divisor of `O`.
@@ -82,10 +82,10 @@ def tmi_scores(final: Matrix, snapshot: Matrix) -> Matrix:
     """How much the magnitudes of each filter changed: the sum of `| |final| - |snapshot| |` over its weights, `(O,)`.
 
     Args:
-        final: `(O, C, kh, kw)`.
+        final: `(O, C, *kernel)`.
         snapshot: the same at an earlier epoch.
     """
-    result: Matrix = np.abs(np.abs(final) - np.abs(snapshot)).sum(axis=(1, 2, 3))
+    result: Matrix = np.abs(np.abs(final) - np.abs(snapshot)).sum(axis=tuple(range(1, final.ndim)))
     return result
 
 

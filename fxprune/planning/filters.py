@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxprune.calibration import survey
 from fxprune.calibration.subject import Subject
@@ -15,7 +15,7 @@ from fxprune.criteria.snapshots import load_snapshots
 from fxprune.criteria.variety import Redundancy
 from fxprune.errors import PlanError
 from fxprune.exact.narrowing import CountedError
-from fxprune.graph.editing import conv_at
+from fxprune.graph.convolutions import conv_at, convolutions
 from fxprune.planning.lossy import without_removed
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.requests import Request
@@ -91,9 +91,9 @@ def removable_of(subject: Subject, ignore: Iterable[str] = ()) -> Removable:
     """
     model = subject.layers
     check_model(model)
-    convs = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    convs = list(convolutions(model))
     if not convs:
-        raise PlanError(f"{type(model).__name__} has no Conv2d; fxprune prunes only these")
+        raise PlanError(f"{type(model).__name__} has no convolution; fxprune prunes only these")
     if not subject.trace.inputs:
         raise PlanError(
             "which channels go together depends on the shapes of the model, and no usual input size fits it; pass "

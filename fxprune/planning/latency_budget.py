@@ -14,6 +14,7 @@ from torch import nn
 from fxprune.calibration.subject import Subject
 from fxprune.errors import AccelerationError, PlanError
 from fxprune.exact.rewriting import rewrite
+from fxprune.graph.convolutions import convolutions
 from fxprune.graph.examples import as_inputs
 from fxprune.inference.acceleration import accelerate, acceleration_report
 from fxprune.methods import Matrix, cocluster
@@ -78,11 +79,11 @@ def meet_latency(
 
 def group_counts(subject: Subject, request: Request) -> dict[str, tuple[int, ...]]:
     """The numbers of groups to time for each convolution that can be pruned."""
-    convs = [name for name, module in subject.model.named_modules() if isinstance(module, nn.Conv2d)]
+    convs = list(convolutions(subject.model))
     asked = request.groups
     wanted = match_patterns("groups", asked, convs) if isinstance(asked, Mapping) else dict.fromkeys(convs, asked)
-    counts = ((name, wanted.get(name, "auto")) for name in prunable_shapes(subject, request))
-    return {name: GROUP_COUNTS if count == "auto" else (count,) for name, count in counts}
+    shapes = prunable_shapes(subject, request)
+    return {name: GROUP_COUNTS if wanted.get(name, "auto") == "auto" else (s.groups,) for name, s in shapes.items()}
 
 
 def check_target(model: nn.Module, target: str | None, has_inputs: bool) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import PlanError
+from fxprune.graph.convolutions import convolutions
 from fxprune.plans import Form
 
 # A share is met if the whole network exceeds it by no more than this. If its time is further than this from what was
@@ -170,14 +171,14 @@ class LatencyTable:
         Raises:
             PlanError: the table is of another model, device, type or input size.
         """
-        convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+        convs = convolutions(model)
         remedy = "measure again with fxprune.measure_latency"
         for layer in self.layers:
             conv = convs.get(layer.name)
             if conv is None or (conv.out_channels, conv.in_channels) != (layer.filters, layer.channels):
                 found = "none" if conv is None else f"one of {conv.out_channels} and {conv.in_channels}"
                 raise PlanError(
-                    f"latency table: {layer.name} is a Conv2d of {layer.filters} filters and {layer.channels} "
+                    f"latency table: {layer.name} is a convolution of {layer.filters} filters and {layer.channels} "
                     f"channels, but {type(model).__name__} has {found} there; {remedy}"
                 )
         for measured, now in zip((self.device, self.dtype, self.input_shapes), setting(model, inputs), strict=True):

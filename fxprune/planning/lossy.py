@@ -9,6 +9,8 @@ from fxprune.calibration import FITS, Calibration
 from fxprune.calibration.subject import Subject
 from fxprune.exact.narrowing import narrow
 from fxprune.exact.pipeline import run
+from fxprune.graph.baking import baked
+from fxprune.graph.convolutions import Convolution, convolutions, oriented
 from fxprune.graph.copying import copied, own_tensors
 from fxprune.graph.recording import Recording
 from fxprune.graph.values import CarriedValues
@@ -18,7 +20,12 @@ from fxprune.plans.masking import entries_without_removed, masked_copy, remainin
 
 
 def mask(
-    model: nn.Module, plan: PrunePlan, calibration: Calibration | None = None, *, progress: bool = False
+    model: nn.Module,
+    plan: PrunePlan,
+    calibration: Calibration | None = None,
+    *,
+    bake: bool = False,
+    progress: bool = False,
 ) -> nn.Module:
     """Return a copy of `model` in which the kernels and channels that `plan` drops are zero: the oracle of all that
     follows.
@@ -27,12 +34,15 @@ def mask(
         model: the dense model. It is not changed.
         plan: what to drop.
         calibration: see `compile`; with it the kernels that stay are refitted.
+        bake: make computed weights plain ones first, as for `make_plan(..., bake=True)`.
         progress: show a bar on stderr.
 
     Raises:
         PlanError: the plan was made for another model.
         CalibrationError: the calibration data are malformed, or do not fit the model.
     """
+    if bake:
+        model, _ = baked(model)
     plan.check(model)
     if calibration is None:
         return masked_copy(model, plan)
@@ -66,11 +76,11 @@ def refit_readers(subject: Subject, masked: nn.Module, plan: PrunePlan, *, progr
     """Refit, in place, the convolutions that read channels which `plan` removes: the others make up for them."""
     readers = [
         name
-        for name, conv in masked.named_modules()
-        if isinstance(conv, nn.Conv2d) and conv.groups == 1 and name in plan.removed and plan.removed[name].inputs
+        for name, conv in convolutions(masked).items()
+        if conv.groups == 1 and name in plan.removed and plan.removed[name].inputs
     ]
 
-    def choose(name: str, conv: nn.Conv2d, samples: object) -> GroupedKernels:
+    def choose(name: str, conv: Convolution, samples: object) -> GroupedKernels:
         kept = tuple(remaining(conv.in_channels, plan.removed[name].inputs).tolist())
         return GroupedKernels(tuple(range(conv.out_channels)), (kept,), conv.in_channels, 0.0)
 
@@ -95,11 +105,14 @@ def without_removed(subject: Subject, masked: nn.Module, plan: PrunePlan) -> nn.
 def put_back(masked: nn.Module, smaller: nn.Module, plan: PrunePlan) -> None:
     """Write the tensors of the network without the removed channels to their places in the masked one, in place."""
     setattr(masked, FITS, getattr(masked, FITS, {}) | getattr(smaller, FITS, {}))
-    found = smaller.state_dict()
+    found, convs = smaller.state_dict(), convolutions(masked)
     for name, tensor in masked.state_dict().items():
         if name not in found:
             continue
-        new, channels = found[name], plan.removed.get(name.rpartition(".")[0])
+        holder, _, attribute = name.rpartition(".")
+        new, channels = found[name], plan.removed.get(holder)
+        if attribute == "weight" and holder in convs:
+            tensor, new = oriented(tensor, convs[holder]), oriented(new, convs[holder])
         if tensor.shape == new.shape:
             tensor.copy_(new)
         elif channels is not None:

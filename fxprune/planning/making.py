@@ -39,6 +39,18 @@ def plan_for(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module |
     return together, masked
 
 
+def noted_as_baked(plan: PrunePlan, names: tuple[str, ...]) -> PrunePlan:
+    """The plan of a model in which the weights of some convolutions were computed, and are plain ones now."""
+    notes = dict(plan.notes)
+    for name in names:
+        if name in plan.layers or name in plan.removed:
+            notes[name] = f"{notes[name]}; {_BAKED}" if name in notes else _BAKED
+    return replace(plan, baked=names, notes=notes)
+
+
+_BAKED = "its weight was computed, and is a plain one now"
+
+
 def _joined(filters: PrunePlan, kernels: PrunePlan) -> PrunePlan:
     """One plan of both; why a layer keeps its filters is said beside why it stays dense, or noted."""
     skipped, notes = dict(kernels.skipped), dict(kernels.notes)

@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from fxprune.errors import PlanError, near_matches
+from fxprune.graph.convolutions import convolutions
 
 Value = TypeVar("Value")
 
@@ -24,7 +25,9 @@ def match_patterns(what: str, patterns: Mapping[str, Value], names: Collection[s
         matches = [n for n in names if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, f"{pattern}.*")]
         if not matches:
             known = {prefix: None for n in names for prefix in _prefixes(n)}
-            raise PlanError(f"{what}: pattern {pattern!r} matches no Conv2d of the model{near_matches(pattern, known)}")
+            raise PlanError(
+                f"{what}: pattern {pattern!r} matches no convolution of the model{near_matches(pattern, known)}"
+            )
         for match in matches:
             values.setdefault(match, value)
     return values
@@ -36,11 +39,11 @@ def left_out(model: nn.Module, only: str | None) -> tuple[str, ...]:
     Raises:
         PlanError: `only` means none of the model.
     """
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    convs = convolutions(model)
     if only is None:
         return ()
     if only == "1x1":
-        meant = {name for name, conv in convs.items() if conv.kernel_size == (1, 1)}
+        meant = {name for name, conv in convs.items() if set(conv.kernel_size) == {1}}
     else:
         meant = set(match_patterns("only", {only: True}, convs))
     if not meant:

@@ -18,12 +18,14 @@ from fxprune.criteria import Evidence, kernel_scores, resolve
 from fxprune.criteria.snapshots import load_snapshots
 from fxprune.criteria.variety import cosine_similarity, functional_similarity, vary
 from fxprune.errors import PlanError
+from fxprune.graph.convolutions import Convolution, convolutions, kernels_of
 from fxprune.methods import Clustering, Labels, Mask, Matrix, cocluster, common_groups, reconstruction, srgkp, tmi_gkp
 from fxprune.methods.cocluster import Layer, choose_channels, in_blocks, share_lost
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.requests import DEFAULT_RATIO, PUBLISHED, Request
 from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.plans.eligibility import check_model, check_weight, parameters_of_several_modules, skip_reason
+from fxprune.plans.fields import nearest_divisor
 from fxprune.plans.shapes import Shape, choose_shape
 
 PUBLISHED_GROUPS = 8
@@ -37,7 +39,7 @@ class Planner:
     names goes by the first.
 
     Args:
-        model: any module with `Conv2d` layers, on any device, in any floating-point type. It is only read.
+        model: any module with convolutions, on any device, in any floating-point type. It is only read.
         request: what is asked for. Of its amounts only the ratio counts here.
         calibrated: whether `choose` will be given samples.
         obstacles: convolutions that the graph does not allow to be grouped, with the reason.
@@ -49,8 +51,8 @@ class Planner:
         skipped: the others, with the reason.
 
     Raises:
-        PlanError: a pattern matches nothing, the model has no `Conv2d` or is quantized, an explicit `groups` does not
-            divide the filters of a layer, or the method needs data that are not there.
+        PlanError: a pattern matches nothing, the model has no convolution or is quantized, a number of groups that was
+            given for single layers does not divide the filters of one, or the method needs data that are not there.
     """
 
     def __init__(
@@ -66,15 +68,16 @@ class Planner:
         self._ratio = DEFAULT_RATIO if request.ratio is None else request.ratio
         self._method = request.method_for(calibrated)
         check_model(model)
-        convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+        convs = convolutions(model)
         if not convs:
-            raise PlanError(f"{type(model).__name__} has no Conv2d; fxprune prunes only these")
+            raise PlanError(f"{type(model).__name__} has no convolution; fxprune prunes only these")
         if "" in convs:
-            raise PlanError("the model is itself a Conv2d; wrap it: torch.nn.Sequential(conv)")
+            raise PlanError("the model is itself a convolution; wrap it: torch.nn.Sequential(conv)")
         self._snapshots = () if request.snapshots is None else load_snapshots(request.snapshots, model)
         self._moments: dict[str, Tensor] | None = {} if calibrated else None
         evidence = Evidence(model, next(iter(self._snapshots), None), self._moments, self._seed)
         self._criterion, self._score = resolve("l2" if request.criterion is None else request.criterion, evidence)
+        self._near: dict[str, str] = {}  # why a layer has another number of groups than was asked for
         self._ratios, self.shapes, self.skipped = self._shapes(model, convs, obstacles)
         self._convs = convs
         self._together = self._sharing(writers)
@@ -95,8 +98,8 @@ class Planner:
         self._moments[name] = samples.second_moment(conv.in_channels)
         # About the mean, which the intercept of the refit takes care of.
         variance = samples.inputs.square().mean(0, dtype=torch.float64)
-        energy = (conv.weight.detach().double().flatten(1) * samples.scale[:, None]).square() * variance
-        self._energies[name] = energy.view(*conv.weight.shape[:2], -1).sum(2).cpu().numpy()
+        energy = (kernels_of(conv).detach().double().flatten(1) * samples.scale[:, None]).square() * variance
+        self._energies[name] = energy.view(*kernels_of(conv).shape[:2], -1).sum(2).cpu().numpy()
 
     def from_weights(self, progress: bool = False) -> PrunePlan:
         """Make the whole plan, without samples.
@@ -110,7 +113,7 @@ class Planner:
         names = tqdm(self.shapes, desc="planning", unit="conv", disable=not progress)
         return self.plan({name: self.choose(name, self._convs[name]) for name in names})
 
-    def choose(self, name: str, conv: nn.Conv2d, samples: Samples | None = None) -> GroupedKernels:
+    def choose(self, name: str, conv: Convolution, samples: Samples | None = None) -> GroupedKernels:
         """Group the filters of a layer of `shapes` and choose the channels of each group.
 
         Args:
@@ -141,10 +144,13 @@ class Planner:
         notes = {name: note for name, shape in self.shapes.items() if (note := shape.note)}
         if self._request.gives_up_blocks:
             notes = dict.fromkeys(layers, f"method {self._method!r} keeps channels one by one, not in aligned blocks")
+        for name, note in self._near.items():
+            if name in layers:
+                notes[name] = f"{notes[name]}; {note}" if name in notes else note
         return PrunePlan(layers, self.skipped, self._ratio, self._method, criterion, self._seed, notes)
 
     def _shapes(
-        self, model: nn.Module, convs: Mapping[str, nn.Conv2d], obstacles: Mapping[str, str]
+        self, model: nn.Module, convs: Mapping[str, Convolution], obstacles: Mapping[str, str]
     ) -> tuple[dict[str, float], dict[str, Shape], dict[str, str]]:
         """Asked ratio and shape of each convolution that is pruned, and the reason for each other."""
         request, groups = self._request, self._request.groups
@@ -173,9 +179,17 @@ class Planner:
             if reason:
                 skipped[name] = reason
                 continue
-            count = wanted.get(name, "auto")
+            asked = count = wanted.get(name, "auto")
             if count == "auto" and self._method in PUBLISHED and conv.out_channels % PUBLISHED_GROUPS == 0:
                 count = PUBLISHED_GROUPS
+            if asked != "auto" and not isinstance(groups, Mapping):  # one number for all: a wish
+                near = nearest_divisor(conv.out_channels, asked)
+                if near is None or (near != asked and form == "partition"):
+                    skipped[name] = f"{conv.out_channels} filters do not divide into {asked} groups"
+                    continue
+                count = near
+                if near != asked:
+                    self._near[name] = f"in {near} groups: {conv.out_channels} filters do not divide into {asked}"
             try:
                 shape = choose_shape(
                     conv.out_channels,
@@ -242,14 +256,14 @@ class Planner:
         return self._labels.get(name)
 
     def _cluster(
-        self, name: str, conv: nn.Conv2d, shape: Shape, samples: Samples | None
+        self, name: str, conv: Convolution, shape: Shape, samples: Samples | None
     ) -> tuple[Clustering, float | None]:
         """The clustering, and the share of redundant kernel groups if variety looked for them."""
         if self._method == "reconstruction":
             assert samples is not None
-            moments = regularized(samples, conv.weight, shape.groups, shape.kept, self._seed)
+            moments = regularized(samples, kernels_of(conv), shape.groups, shape.kept, self._seed)
             clustering = reconstruction(
-                conv.weight,
+                kernels_of(conv),
                 *moments,
                 shape.groups,
                 shape.kept,
@@ -261,11 +275,11 @@ class Planner:
             return clustering, None
         with self._one_thread():
             if self._method == "tmi":
-                weight = _as_matrix(conv.weight)
+                weight = _as_matrix(kernels_of(conv))
                 earlier = [state[f"{name}.weight"].double().cpu().numpy() for state in self._snapshots]
                 return tmi_gkp(weight, earlier, shape.groups, shape.kept, seed=self._seed)[0], None
             if self._method == "srgkp":
-                return srgkp(_as_matrix(conv.weight), shape.groups, shape.kept), None
+                return srgkp(_as_matrix(kernels_of(conv)), shape.groups, shape.kept), None
             if samples is not None and self._moments is not None:
                 self._moments[name] = samples.second_moment(conv.in_channels)
             scores = kernel_scores(name, conv, self._score, self._criterion)
@@ -275,7 +289,7 @@ class Planner:
             )
             if self._variety is None:
                 return clustering, None
-            return self._varied(clustering, _as_matrix(conv.weight), scores, shape, samples)
+            return self._varied(clustering, _as_matrix(kernels_of(conv)), scores, shape, samples)
 
     def _varied(
         self, clustering: Clustering, weight: Matrix, scores: Matrix, shape: Shape, samples: Samples | None
@@ -298,15 +312,17 @@ class Planner:
     ) -> tuple[Mask, float]:
         """The channels `(n, C)` of each group, in blocks that are told apart as channels are, and the redundancy."""
         assert self._variety is not None
-        filters, channels, height, width = weight.shape
-        weight = weight.reshape(filters, channels // block, block * height, width)  # a block as a channel of many taps
+        filters, channels = weight.shape[:2]
+        weight = weight.reshape(
+            filters, channels // block, -1
+        )  # (O, C / block, taps): a block as a channel of many taps
         if self._variety.similarity_for(samples is not None) == "functional":
             assert samples is not None
             gram = samples.gram().cpu().numpy()
             similarity = np.stack([functional_similarity(weight[members], gram) for members in groups])
         else:
-            kernels = weight[groups].swapaxes(1, 2)  # (n, C / block, d, block * kh, kw)
-            similarity = cosine_similarity(kernels.reshape(*kernels.shape[:2], -1))
+            slabs = weight[groups].swapaxes(1, 2)  # (n, C / block, d, taps)
+            similarity = cosine_similarity(slabs.reshape(*slabs.shape[:2], -1))
         kept = shape.kept // block
         remapped, redundancy = vary(in_blocks(totals, block), kept, similarity, self._variety)
         return choose_channels(remapped, kept, shape.form).repeat(block, axis=1), redundancy.share

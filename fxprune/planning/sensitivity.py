@@ -30,6 +30,7 @@ from fxprune.calibration.following import follow
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.samples import draw
 from fxprune.errors import PlanError
+from fxprune.graph.convolutions import conv_at, convolutions, kernels_of
 from fxprune.graph.editing import call_sites
 from fxprune.methods import Matrix, cocluster
 from fxprune.plans.fields import check_share
@@ -129,13 +130,15 @@ class Sensitivity:
         Raises:
             PlanError: the table was measured on another model.
         """
-        convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+        convs = convolutions(model)
         for layer in self.layers:
             conv = convs.get(layer.name)
             found = None if conv is None else (conv.in_channels, conv.weight.numel())
             if found != (len(layer.damage), layer.params):
                 has = (
-                    "no such Conv2d" if found is None else "a Conv2d of {} channels and {} weights there".format(*found)
+                    "no such convolution"
+                    if found is None
+                    else "a convolution of {} channels and {} weights there".format(*found)
                 )
                 raise PlanError(
                     f"sensitivity: {layer.name} has {len(layer.damage)} channels and {layer.params} weights, but "
@@ -306,13 +309,12 @@ def _from_data(
             name = str(node.target)
             if name not in groups:
                 continue
-            conv = dense.get_submodule(name)
-            assert isinstance(conv, nn.Conv2d)
+            conv = conv_at(dense, name)
             following = follow(dense, node)
             if following.other and not network.can_look_ahead(node.name, following.other, frozenset()):
                 following = following.without_other()
             samples = draw(name, node.name, conv, following, network.pause_before(node.name), seed)
-            damages[name] = _falling(damage_path(conv.weight, samples, groups[name], seed))
+            damages[name] = _falling(damage_path(kernels_of(conv), samples, groups[name], seed))
     return damages
 
 
@@ -321,8 +323,8 @@ def _from_weights(
 ) -> dict[str, tuple[float, ...]]:
     damages = {}
     for name in tqdm(groups, desc="measuring", unit="conv", disable=not progress):
-        weight = dense.get_parameter(f"{name}.weight").detach().double().cpu()
-        energy = weight.square().sum((2, 3)).numpy()
+        weight = kernels_of(conv_at(dense, name)).detach().double().cpu()
+        energy = weight.square().sum(tuple(range(2, weight.dim()))).numpy()
         found = cocluster(energy, groups[name], max(1, energy.shape[1] // 2), seed=seed)
         totals = energy[np.array(found.out_order).reshape(groups[name], -1)].sum(1)  # (n, C)
         kept = np.sort(totals, axis=1)[:, ::-1].sum(0).cumsum()

@@ -8,7 +8,7 @@ from fxprune.channels.units import STAYS, ChannelUnits, Chosen, Units, positions
 from fxprune.criteria import ScoreFunction, kernel_scores
 from fxprune.criteria.variety import Array, Redundancy, Variety, cosine_similarity, vary
 from fxprune.errors import PlanError
-from fxprune.graph.editing import conv_at
+from fxprune.graph.convolutions import conv_at, kernels_of
 from fxprune.methods import Matrix
 
 
@@ -33,7 +33,7 @@ def unit_scores(model: nn.Module, units: ChannelUnits, score: ScoreFunction, cri
             continue
         conv = conv_at(model, name)
         filters = kernel_scores(name, conv, score, criterion).sum(axis=1)
-        filters[~conv.weight.detach().flatten(1).any(dim=1).cpu().numpy()] = 0
+        filters[~kernels_of(conv).detach().flatten(1).any(dim=1).cpu().numpy()] = 0
         removable = layer.writes != STAYS
         total += np.bincount(layer.writes[removable], filters[removable], minlength=units.count)
     return total
@@ -88,7 +88,7 @@ def _rows(model: nn.Module, units: ChannelUnits, mine: Units) -> Matrix:
             continue
         filters = filters[np.argsort(layer.writes[filters], kind="stable")]
         owner = layer.writes[filters] - mine[0]
-        flat: Matrix = conv_at(model, name).weight.detach().flatten(1).double().cpu().numpy()
+        flat: Matrix = kernels_of(conv_at(model, name)).detach().flatten(1).double().cpu().numpy()
         nth = positions(owner)
         rows = np.zeros((len(mine), int(nth.max()) + 1, flat.shape[1]))
         rows[owner, nth] = flat[filters]

@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from fxprune.errors import PlanError
+from fxprune.graph.convolutions import Convolution, convolutions
 from fxprune.graph.editing import calls, first_reader, read_by_name
 from fxprune.graph.tracing import Trace
 
@@ -30,15 +31,17 @@ def skip_reason(module: nn.Module, shared_parameters: Set[int] = frozenset()) ->
         module: a module with initialized parameters.
         shared_parameters: `id` of each parameter that several modules own, see `parameters_of_several_modules`.
     """
-    if not isinstance(module, nn.Conv2d):
-        return f"{type(module).__name__} is not a Conv2d"
+    if not isinstance(module, Convolution):
+        return f"{type(module).__name__} is not a convolution"
     conv = module
     if "forward" in vars(conv) or "_conv_forward" in vars(conv):
-        return "its forward was replaced; only plain Conv2d can be regrouped exactly"
+        return "its forward was replaced; only plain convolutions can be regrouped exactly"
     if computes_its_own_forward(type(conv)):
-        return f"subclass {type(conv).__name__} computes its own forward; only plain Conv2d can be regrouped exactly"
+        return (
+            f"subclass {type(conv).__name__} computes its own forward; only plain convolutions can be regrouped exactly"
+        )
     if parametrize.is_parametrized(conv):
-        return "is parametrized, its weight is computed; call torch.nn.utils.parametrize.remove_parametrizations first"
+        return "is parametrized, its weight is computed; make it a plain one with bake=True"
     if conv._forward_pre_hooks or conv._forward_hooks:
         return "has forward hooks, which may change its weight, input or output; remove them first"
     if conv.groups == conv.in_channels and conv.groups > 1:
@@ -109,7 +112,7 @@ def parameters_of_several_modules(model: nn.Module) -> Set[int]:
     return several
 
 
-def computes_its_own_forward(kind: type[nn.modules.conv._ConvNd]) -> bool:
+def computes_its_own_forward(kind: type[Convolution]) -> bool:
     """Whether a convolution does more than pad and convolve with its weight, as torch's own do."""
     if f"{kind.__module__}.{kind.__qualname__}" in EXACT_SUBCLASSES:
         return False
@@ -117,14 +120,17 @@ def computes_its_own_forward(kind: type[nn.modules.conv._ConvNd]) -> bool:
     return any(getattr(kind, name, None) is not getattr(plain, name, None) for name in ("forward", "_conv_forward"))
 
 
+def computes_its_weight(conv: Convolution) -> bool:
+    """Whether a convolution may convolve with something else than the parameter `weight`, which can be masked."""
+    return computes_its_own_forward(type(conv)) or "weight" not in conv._parameters
+
+
 def find_obstacles(model: nn.Module, traced: Trace) -> dict[str, str]:
     """Convolutions that the traced graph does not allow to be grouped, with the reason."""
-    called = {str(node.target): conv for node, conv in calls(traced.module, nn.Conv2d)}
+    called = {str(node.target): conv for node, conv in calls(traced.module, Convolution)}
     named = read_by_name(traced.module)
     obstacles = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Conv2d):
-            continue
+    for name in convolutions(model):
         whole = next((path for path in traced.opaque if name.startswith(f"{path}.")), None)
         if whole is not None:
             obstacles[name] = f"inside {whole}: {traced.opaque[whole]}"

@@ -77,13 +77,28 @@ def check_divisible(filters: int, groups: int) -> None:
     """
     if groups >= 1 and filters % groups == 0:
         return
-    divisors = [d for d in range(1, filters + 1) if filters % d == 0]
+    divisors = _divisors(filters)
     nearest = {
         max((d for d in divisors if d < groups), default=1),
         min((d for d in divisors if d > groups), default=filters),
     }
     ways = " or ".join(str(d) for d in sorted(nearest))
     raise PlanError(f"{filters} filters do not divide into {groups} groups; use a divisor of {filters}, such as {ways}")
+
+
+def nearest_divisor(filters: int, groups: int) -> int | None:
+    """The divisor of `filters` nearest to `groups`, the smaller of two; at least 2 if `groups` is. None if all are less
+    than half of it or more than twice as many.
+
+    >>> nearest_divisor(64, 6), nearest_divisor(12, 8), nearest_divisor(17, 8)
+    (4, 6, None)
+    """
+    near = [d for d in _divisors(filters) if groups <= 2 * d <= 4 * groups and (d > 1 or groups < 2)]
+    return min(near, key=lambda d: abs(d - groups), default=None)
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def set_field(instance: object, name: str, value: object) -> None:

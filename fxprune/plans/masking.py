@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import PlanError
+from fxprune.graph.convolutions import Convolution, conv_at, filter_dim, kernels_of, oriented
 from fxprune.graph.copying import copied
 from fxprune.plans import PrunePlan, RemovedChannels
 
@@ -27,14 +28,14 @@ def kept_entries(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
     plan.check(model)
     kept = entries_without_removed(model, plan)
     for name, kernels in plan.layers.items():
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
+        conv = conv_at(model, name)
+        weight = kernels_of(conv)
         removed = plan.removed.get(name, RemovedChannels())
         rows, columns = remaining(weight.shape[0], removed.outputs), remaining(weight.shape[1], removed.inputs)
         mask = torch.zeros(weight.shape[:2], dtype=torch.bool)
         mask[:, list(removed.inputs)] = True  # zero times anything: these columns go with what wrote them
         mask[rows[:, None], columns] = kernels.mask()
-        stays = mask.to(weight.device)[:, :, None, None].expand(weight.shape)
+        stays = oriented(mask.to(weight.device).view(*mask.shape, *[1] * (weight.dim() - 2)).expand(weight.shape), conv)
         kept[f"{name}.weight"] = stays & kept[f"{name}.weight"] if f"{name}.weight" in kept else stays.contiguous()
     return kept
 
@@ -56,12 +57,12 @@ def entries_without_removed(model: nn.Module, plan: PrunePlan) -> dict[str, Tens
             kept[name] = stays
             continue
         module = model.get_submodule(name)
-        transposed = isinstance(module, nn.modules.conv._ConvNd) and module.transposed
+        dim = filter_dim(module) if isinstance(module, Convolution) else 0
         for attribute in ("weight", "bias"):
             parameter = getattr(module, attribute, None)
             if isinstance(parameter, Tensor) and outputs:
                 stays = torch.ones_like(parameter, dtype=torch.bool)
-                stays.transpose(0, 1 if transposed and attribute == "weight" else 0)[outputs] = False
+                stays.transpose(0, dim if attribute == "weight" else 0)[outputs] = False
                 kept[f"{name}.{attribute}"] = stays
     return kept
 

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from fxprune.errors import PlanError, near_matches
+from fxprune.graph.convolutions import Convolution
+from fxprune.plans.eligibility import computes_its_weight
 from fxprune.plans.fields import (
     check_divisible,
     check_ratio,
@@ -35,7 +37,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class GroupedKernels:
-    """How one dense convolution with weight `(O, C, kh, kw)` becomes a pruned grouped one.
+    """How one dense convolution with weight `(O, C, *kernel)` becomes a pruned grouped one.
 
     Args:
         out_order: `(O,)` the filters in group order: group `g` owns `out_order[g * d:(g + 1) * d]`, `d = O / groups`.
@@ -241,7 +243,7 @@ class PrunePlan:
 
     Args:
         layers: module name to the grouping of that convolution, as it is once `removed` has gone.
-        skipped: module name of each `Conv2d` that stays dense, to the reason.
+        skipped: module name of each convolution that stays dense, to the reason.
         ratio: the ratio that was asked for, or pattern to ratio; an empty mapping in a plan written by hand.
         method: how the groups were chosen.
         criterion: how a kernel's importance was measured.
@@ -249,6 +251,7 @@ class PrunePlan:
         notes: module name of a planned layer, to what the user should know of how it was planned.
         removed: module name (or parameter name, where the model reads a parameter itself) to the channels that go as a
             whole, in every module they touch.
+        baked: names of the convolutions whose computed weight became a plain one before this was planned.
 
     Two plans are equal when all fields are. A plan can be copied and pickled, but not hashed.
 
@@ -264,6 +267,7 @@ class PrunePlan:
     seed: int = 0
     notes: Mapping[str, str] = field(default_factory=dict)
     removed: Mapping[str, RemovedChannels] = field(default_factory=dict)
+    baked: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Make the mappings read-only and check them."""
@@ -273,6 +277,10 @@ class PrunePlan:
         set_field(self, "removed", frozen("removed", self.removed, RemovedChannels))
         set_field(self, "ratio", freeze_ratio(self.ratio))
         set_field(self, "seed", integer("seed", self.seed))
+        names: object = self.baked
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise PlanError(f"baked is {names!r}; it must list names of modules")
+        set_field(self, "baked", tuple(names))
         for name in ("method", "criterion"):
             if not isinstance(getattr(self, name), str):
                 raise PlanError(f"{name} is {getattr(self, name)!r}; it must be a string")
@@ -287,7 +295,7 @@ class PrunePlan:
         """Pickle by the constructor: `pickle` does not know the mapping proxies that keep the plan constant."""
         ratio = dict(self.ratio) if isinstance(self.ratio, Mapping) else self.ratio
         layers, skipped, notes, removed = (dict(m) for m in (self.layers, self.skipped, self.notes, self.removed))
-        return PrunePlan, (layers, skipped, ratio, self.method, self.criterion, self.seed, notes, removed)
+        return PrunePlan, (layers, skipped, ratio, self.method, self.criterion, self.seed, notes, removed, self.baked)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PrunePlan":
         """The plan itself, for it is constant: a compiled model carries it, and would spend more time on a copy of it
@@ -334,6 +342,7 @@ class PrunePlan:
                 "notes": dict(self.notes),
                 "removed": {name: channels.to_dict() for name, channels in self.removed.items()},
             }
+            | ({"baked": list(self.baked)} if self.baked else {})
         )
 
     @classmethod
@@ -353,13 +362,13 @@ class PrunePlan:
         if version != VERSION:
             raise PlanError(f"the plan has version {version!r}, but only {VERSION} can be read; make the plan again")
         names = (field.name for field in fields(cls))
-        values = fields_of({"notes": {}, "removed": {}} | data, *names)  # plans of earlier versions lack these two
+        values = fields_of({"notes": {}, "removed": {}, "baked": []} | data, *names)  # earlier versions lack these
         values["layers"] = parsed("layers", values["layers"], GroupedKernels.from_dict)
         values["removed"] = parsed("removed", values["removed"], RemovedChannels.from_dict)
         return cls(**values)
 
     def check(self, model: nn.Module) -> None:
-        """See that the plan fits the model: each layer exists, is a dense `Conv2d`, and has the planned size.
+        """See that the plan fits the model: each layer exists, is a dense convolution, and has the planned size.
 
         Raises:
             PlanError: naming the first layer that does not fit and what was found in its place.
@@ -370,8 +379,15 @@ class PrunePlan:
             if module is None:
                 close = near_matches(name, modules)
                 raise PlanError(f"{name}: {type(model).__name__} has no module of this name{close}; {_REMAKE}")
-            if not isinstance(module, nn.Conv2d):
-                raise PlanError(f"{name}: the plan prunes a Conv2d, the model has a {type(module).__name__}; {_REMAKE}")
+            if not isinstance(module, Convolution):
+                raise PlanError(
+                    f"{name}: the plan prunes a convolution, the model has a {type(module).__name__}; {_REMAKE}"
+                )
+            if computes_its_weight(module):
+                raise PlanError(
+                    f"{name}: the plan prunes its weight, but the {type(module).__name__} computes another; mask with "
+                    "bake=True if the plan was made so, or leave the layer alone"
+                )
             if module.groups != 1:
                 raise PlanError(
                     f"{name}: the convolution already has groups={module.groups}, but only groups=1 can be regrouped; "
@@ -408,7 +424,7 @@ def channels_of(module: nn.Module) -> tuple[int, int]:
     normalisation.
     """
     weight = getattr(module, "weight", None)
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, Convolution):
         return module.out_channels, module.in_channels
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features

@@ -14,6 +14,7 @@ from torch import nn
 from fxprune.criteria import Evidence, kernel_scores, resolve
 from fxprune.criteria.snapshots import load_snapshots
 from fxprune.criteria.variety import Variety, cosine_similarity, vary
+from fxprune.graph.convolutions import Convolution, conv_at, kernels_of
 from fxprune.methods.clustering import Matrix
 from fxprune.methods.cocluster import choose_channels, in_blocks
 from fxprune.planning.requests import Request
@@ -50,8 +51,7 @@ def narrow(model: nn.Module, target: PrunePlan, before: PrunePlan, share: float,
         elif kept == now.kept_channels:
             layers[name] = replace(now, asked_ratio=ratio)
         else:
-            conv = model.get_submodule(name)
-            assert isinstance(conv, nn.Conv2d)
+            conv = conv_at(model, name)
             scores = kernel_scores(name, conv, score, criterion)
             layers[name] = replace(_narrowed(conv, now, kept, scores, request.rule), asked_ratio=ratio)
     asked = target.ratio
@@ -68,7 +68,7 @@ def _dense(last: GroupedKernels) -> GroupedKernels:
 
 
 def _narrowed(
-    conv: nn.Conv2d, now: GroupedKernels, kept: int, scores: Matrix, variety: Variety | None
+    conv: Convolution, now: GroupedKernels, kept: int, scores: Matrix, variety: Variety | None
 ) -> GroupedKernels:
     """Keep the `kept` most important of the channels that each group has."""
     groups = np.array(now.out_order).reshape(now.groups, -1)  # (n, d)
@@ -76,11 +76,11 @@ def _narrowed(
     totals = in_blocks(np.take_along_axis(scores[groups].sum(1), channels, axis=1), now.block)  # (n, k / block)
     redundancy = None
     if variety is not None:
-        weight = conv.weight.detach().double().cpu().numpy().swapaxes(0, 1)  # (C, O, kh, kw)
-        kernels = np.stack(
+        weight = kernels_of(conv).detach().double().cpu().numpy().swapaxes(0, 1)  # (C, O, *kernel)
+        slabs = np.stack(
             [weight[np.ix_(mine, members)] for mine, members in zip(channels, groups, strict=True)]
-        )  # (n, k, d, kh, kw)
-        similarity = cosine_similarity(kernels.reshape(*totals.shape, -1))  # a block as a channel of many taps
+        )  # (n, k, d, *kernel)
+        similarity = cosine_similarity(slabs.reshape(*totals.shape, -1))  # a block as a channel of many taps
         totals, found = vary(totals, kept // now.block, similarity, variety)
         redundancy = found.share
     chosen = choose_channels(totals, kept // now.block, "overlap").repeat(now.block, axis=1)  # (n, k)

@@ -35,6 +35,7 @@ from fxprune.calibration.subject import Subject
 from fxprune.criteria.snapshots import Snapshot, state_of
 from fxprune.errors import PlanError, near_matches
 from fxprune.files import without_parallel_prefix
+from fxprune.graph.convolutions import convolutions
 from fxprune.graph.examples import Inputs
 from fxprune.methods import Clustering
 from fxprune.planning.filters import removable_of, removed_units
@@ -115,9 +116,7 @@ def _drawn_channels(
 ) -> dict[str, RemovedChannels]:
     """As many units of each channel space as `plan` removes."""
     whole = [
-        glob.escape(name)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and not plan.removed.get(name, RemovedChannels()).outputs
+        glob.escape(name) for name in convolutions(model) if not plan.removed.get(name, RemovedChannels()).outputs
     ]  # left out as the plan left them out, or the same channels may form other spaces
     removable = removable_of(Subject(model, example_inputs, None), whole)
     units = removed_units(removable, plan)

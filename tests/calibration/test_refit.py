@@ -296,14 +296,14 @@ def network(seed: int = 0, **options: bool) -> nn.Module:
     return model.eval()
 
 
-Choice = Callable[[str, nn.Conv2d, Samples], GroupedKernels]
+Choice = Callable[[str, nn.modules.conv._ConvNd, Samples], GroupedKernels]
 
 
-def random_choice(name: str, conv: nn.Conv2d, samples: Samples) -> GroupedKernels:
+def random_choice(name: str, conv: nn.modules.conv._ConvNd, samples: Samples) -> GroupedKernels:
     return random_kernels(conv.out_channels, conv.in_channels, 4, conv.in_channels // 2, len(name))
 
 
-def keep_everything(name: str, conv: nn.Conv2d, samples: Samples) -> GroupedKernels:
+def keep_everything(name: str, conv: nn.modules.conv._ConvNd, samples: Samples) -> GroupedKernels:
     return random_kernels(conv.out_channels, conv.in_channels, 2, conv.in_channels)
 
 
@@ -531,7 +531,7 @@ def test_layers_are_chosen_in_the_order_in_which_they_run_on_what_the_pruned_net
     seen: list[str] = []
     moments: list[Tensor] = []
 
-    def choose(name: str, conv: nn.Conv2d, samples: Samples) -> GroupedKernels:
+    def choose(name: str, conv: nn.modules.conv._ConvNd, samples: Samples) -> GroupedKernels:
         seen.append(name)
         moments.append(samples.second_moment(conv.in_channels))
         return random_choice(name, conv, samples)

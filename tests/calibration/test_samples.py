@@ -18,6 +18,7 @@ from fxprune.calibration.following import Following, follow
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.samples import MAX_ROWS, Samples, affine, draw, patches, rows_for
 from fxprune.errors import CalibrationError
+from fxprune.graph.convolutions import kernels_of
 from fxprune.graph.tracing import trace
 
 
@@ -94,6 +95,34 @@ def test_patches_equal_unfold(geometry: str) -> None:
     columns = F.unfold(padded, conv.kernel_size, conv.dilation, 0, conv.stride)
     read = patches(conv, x, *everywhere(conv(x)))
     assert torch.equal(read, columns.transpose(1, 2).flatten(0, 1))
+
+
+KINDS: dict[str, tuple[nn.modules.conv._ConvNd, tuple[int, ...]]] = {
+    "Conv1d": (nn.Conv1d(3, 5, 3, stride=2, padding=2, dilation=2), (11,)),
+    "Conv1d, circular": (nn.Conv1d(3, 5, 4, padding=(2,), padding_mode="circular"), (9,)),
+    "Conv3d": (nn.Conv3d(3, 5, (2, 3, 1), stride=(1, 2, 1), padding=(1, 0, 0)), (4, 5, 3)),
+    "Conv3d, replicate": (nn.Conv3d(3, 5, 3, padding=1, padding_mode="replicate"), (3, 4, 3)),
+    "ConvTranspose1d": (nn.ConvTranspose1d(3, 5, 3, stride=2, padding=2, output_padding=1, dilation=2), (7,)),
+    "ConvTranspose2d": (nn.ConvTranspose2d(3, 5, (3, 2), stride=(2, 3), padding=(1, 0), output_padding=1), (5, 4)),
+    "ConvTranspose2d, stride above the kernel": (nn.ConvTranspose2d(3, 5, 2, stride=4), (3, 4)),
+    "ConvTranspose3d": (nn.ConvTranspose3d(3, 5, 2, stride=(1, 2, 3), dilation=(2, 1, 1)), (3, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_patches_times_kernels_are_the_output_of_every_kind(kind: str) -> None:
+    conv, space = KINDS[kind]
+    x = torch.randn(2, 3, *space)
+    output = conv(x)
+    place = torch.meshgrid(*(torch.arange(n) for n in (2, *output.shape[2:])), indexing="ij")
+    read = patches(conv, x, *(index.flatten() for index in place))
+    weight = kernels_of(conv)
+    assert weight.shape[:2] == (5, 3)
+    assert conv.bias is not None
+    found = read @ weight.flatten(1).T + conv.bias
+    assert torch.allclose(found, output.movedim(1, -1).flatten(0, -2), atol=1e-5)
+    wrong = read @ weight.flip(1).flatten(1).T + conv.bias  # a control: another order of the channels shows
+    assert not torch.allclose(wrong, output.movedim(1, -1).flatten(0, -2), atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from removal_harness import Subject, check_removal, drawn, image, prepared, subject
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torchvision.models.convnext import LayerNorm2d
 
 from fxprune.channels import removal
 from fxprune.errors import PassError
@@ -68,6 +69,23 @@ def excited(x: Tensor, squeeze: nn.Module, excite: nn.Module) -> Tensor:
     return x * excite(squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
 
 
+def unpooled(x: Tensor, pool: nn.Module, unpool: nn.Module) -> Tensor:
+    pooled, indices = pool(x)
+    return unpool(pooled, indices)
+
+
+def recurrent(x: Tensor, state: Tensor, conv: nn.Module) -> Tensor:
+    for _ in range(2):
+        state = torch.tanh(conv(state) + x)
+    return state
+
+
+def tracking(norm: nn.InstanceNorm2d) -> nn.InstanceNorm2d:
+    assert norm.running_mean is not None
+    norm.running_mean.fill_(0.5)
+    return norm
+
+
 def written_later(x: Tensor, conv: nn.Module) -> Tensor:
     """A value is changed by a sum that it takes part in, and read by its earlier name."""
     before = x.relu()
@@ -123,6 +141,10 @@ WAYS = {
     "norm over channels": Way(lambda x: x.norm(p=2, dim=1, keepdim=True), inner=1),
     "mean over positions": Way(lambda x: x.mean((2, 3), keepdim=True)),
     "depthwise with multiplier": Way(lambda x, c: c(x), lambda: (conv(8, 16, 8),), inner=16),
+    "transposed, depthwise": Way(lambda x, up: up(x), lambda: (nn.ConvTranspose2d(8, 8, 3, 2, groups=8),)),
+    "transposed, depthwise, over volumes": Way(
+        lambda x, up: up(x.unflatten(2, (2, 2))).flatten(2, 3), lambda: (nn.ConvTranspose3d(8, 8, 2, 2, groups=8),)
+    ),
     "transposed": Way(lambda x, up: up(x), lambda: (nn.ConvTranspose2d(8, 6, 2, 2),), inner=6),
     "constant shuffle": Way(lambda x: x.view(2, 4, 2, 4, 4).transpose(1, 2).contiguous().view(2, 8, 4, 4)),
     "dynamic shuffle": Way(shuffled),
@@ -134,6 +156,32 @@ WAYS = {
     "padded with zero channels": Way(lambda x: F.pad(x, (0, 0, 0, 0, 1, 2)), inner=11),
     "zeros where another is": Way(lambda x, m: torch.where(m, x, 0 * x), lambda: (torch.rand(1, 1, 4, 4) > 0.5,)),
     "sizes of positions": Way(lambda x: x.sum((2, 3), keepdim=True) / x.shape[2]),
+    "values of a maximum": Way(lambda x, c: torch.max(torch.stack([x, c(x)], 4), 4).values, lambda: (conv(),)),
+    "pooled with indices": Way(lambda x: F.max_pool2d(x.relu(), 2, return_indices=True)[0]),
+    "pooled and laid out again": Way(unpooled, lambda: (nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2))),
+    "group norm": Way(lambda x, norm: norm(x), lambda: (nn.GroupNorm(2, 8),)),
+    "group norm of one group": Way(lambda x, norm: norm(x), lambda: (nn.GroupNorm(1, 8),)),
+    "group norm of single channels": Way(lambda x, norm: norm(x), lambda: (nn.GroupNorm(8, 8),)),
+    "group norm twice": Way(lambda x, norm, c: norm(c(norm(x).relu())), lambda: (nn.GroupNorm(4, 8), conv())),
+    "layer norm": Way(lambda x, norm: norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), lambda: (nn.LayerNorm(8),)),
+    "layer norm without shift": Way(
+        lambda x, norm: norm(x.movedim(1, -1)).movedim(-1, 1), lambda: (nn.LayerNorm(8, bias=False),)
+    ),
+    "layer norm of channels first": Way(lambda x, norm: norm(x), lambda: (LayerNorm2d(8),)),
+    "rms norm": Way(lambda x, norm: norm(x.movedim(1, -1)).movedim(-1, 1), lambda: (nn.RMSNorm(8, eps=1e-5),)),
+    "plain instance norm": Way(lambda x, norm: norm(x), lambda: (nn.InstanceNorm2d(8),)),
+    "functional instance norm": Way(F.instance_norm),
+    "batch norm of the batch alone": Way(
+        lambda x, norm: norm(x), lambda: (nn.BatchNorm2d(8, affine=False, track_running_stats=False),)
+    ),
+    "state of zeros": Way(lambda x, c: recurrent(x, x.new_zeros(x.shape[0], 8, 4, 4), c), lambda: (conv(),)),
+    "state of zeros, listed": Way(
+        lambda x, c: recurrent(x, torch.zeros([x.shape[0], 8, 4, 4], dtype=x.dtype), c), lambda: (conv(),)
+    ),
+    "state like x": Way(lambda x, c: recurrent(x, torch.zeros_like(x), c), lambda: (conv(),)),
+    "state as wide as x": Way(lambda x, c: recurrent(x, x.new_zeros(x.shape), c), lambda: (conv(),)),
+    "state of ones, multiplied": Way(lambda x: x * x.new_ones(x.shape[0], 8, 4, 4)),
+    "joined with zeros": Way(lambda x: torch.cat([x, x.new_zeros(x.shape[0], 2, 4, 4)], 1), inner=10),
     "called twice": Way(lambda x, c: c(c(x).relu()), lambda: (conv(),)),
     # zero becomes something else
     "sigmoid": Way(torch.sigmoid, reason=CHANGED),
@@ -146,17 +194,50 @@ WAYS = {
     "one where another is": Way(
         lambda x, m: torch.where(m, x, torch.exp(x)), lambda: (torch.rand(1, 1, 4, 4) > 0.5,), reason=CHANGED
     ),
+    "state of zeros, written into": Way(
+        lambda x: x + x.new_zeros(x.shape[0], 8, 4, 4).add_(1), reason="combines it with a value whose order is fixed"
+    ),
+    "state of ones": Way(lambda x: x + x.new_ones(x.shape[0], 8, 4, 4), reason=CHANGED),
+    "instance norm with statistics": Way(
+        lambda x, norm: norm(x), lambda: (tracking(nn.InstanceNorm2d(8, track_running_stats=True)),), reason=CHANGED
+    ),
+    "indices as numbers": Way(lambda x: F.max_pool2d(x, 2, return_indices=True)[1].to(x.dtype), reason=CHANGED),
+    "index of a maximum": Way(
+        lambda x: torch.max(torch.stack([x - 1, x + 1], 4), 4).indices.to(x.dtype), reason=CHANGED
+    ),
     "sum of sigmoids": Way(lambda x: x.sigmoid().sum(1, keepdim=True), inner=1, reason=CHANGED),
     "written later": Way(written_later, lambda: (conv(),), reason="changes zero in place, under other readers"),
     "sigmoid in place": Way(read_after, reason="changes zero in place, under other readers"),
     # channels are computed with one another
     "mean over channels": Way(lambda x: x.mean(1, keepdim=True), inner=1, reason=f"mean (mean) {SEVERAL}"),
     "softmax": Way(lambda x: x.softmax(1), reason=f"softmax (softmax) {SEVERAL}"),
-    "group norm": Way(lambda x, norm: norm(x), lambda: (nn.GroupNorm(2, 8),), reason=f"given0 (GroupNorm) {SEVERAL}"),
-    "layer norm": Way(
-        lambda x, norm: norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
-        lambda: (nn.LayerNorm(8),),
+    "group norm without scales": Way(
+        lambda x, norm: norm(x), lambda: (nn.GroupNorm(2, 8, affine=False),), reason=f"given0 (GroupNorm) {SEVERAL}"
+    ),
+    "group norm of what is no zero": Way(
+        lambda x, norm: norm(x.sigmoid()), lambda: (nn.GroupNorm(2, 8),), reason=CHANGED
+    ),
+    "layer norm of what is no zero": Way(
+        lambda x, norm: norm((x + 1).movedim(1, -1)).movedim(-1, 1), lambda: (nn.LayerNorm(8),), reason=CHANGED
+    ),
+    "layer norm without scales, multiplied": Way(
+        lambda x, norm: norm(x.movedim(1, -1)).movedim(-1, 1) * x,
+        lambda: (nn.LayerNorm(8, elementwise_affine=False),),
         reason=f"given0 (LayerNorm) {SEVERAL}",
+    ),
+    "layer norm over positions as well": Way(
+        lambda x, norm: norm(x), lambda: (nn.LayerNorm([8, 4, 4]),), reason=f"given0 (LayerNorm) {SEVERAL}"
+    ),
+    "rms norm of its own precision": Way(
+        lambda x, norm: norm(x.movedim(1, -1)).movedim(-1, 1),
+        lambda: (nn.RMSNorm(8),),
+        reason=f"given0 (RMSNorm) {SEVERAL}",
+    ),
+    "transposed with several filters a channel": Way(
+        lambda x, up: up(x),
+        lambda: (nn.ConvTranspose2d(8, 16, 2, groups=8),),
+        inner=16,
+        reason="is a grouped convolution",
     ),
     "grouped": Way(lambda x, c: c(x), lambda: (conv(8, 8, 2),), reason="is a grouped convolution, whose groups"),
     "number of channels": Way(

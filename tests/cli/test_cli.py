@@ -415,7 +415,7 @@ def test_analyze(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["compile", "resnet_50"], "did you mean resnet50"),
         (["compile", "handmade_nets:small", *SIZE, "--ratio", "1.5"], "1.5"),
-        (["compile", "handmade_nets:small", *SIZE, "--groups", "3"], "3 groups"),
+        (["compile", "handmade_nets:small", *SIZE, "--groups", "0"], "groups"),
         (["compile", "handmade_nets:small", *SIZE, "--method", "magic"], "magic"),
         (["compile", "handmade_nets:small", *SIZE, "--criterion", "l3"], "l3"),
         (["compile", "handmade_nets:small", *SIZE, "--variety", "hard"], "hard"),

@@ -480,7 +480,7 @@ def test_a_missing_package(
 
 
 def test_patterns_that_match_nothing(run: Callable[..., int], record: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "matches no Conv2d" in refused(run, record, capsys, "--only", "nowhere")
+    assert "matches no convolution" in refused(run, record, capsys, "--only", "nowhere")
 
 
 def test_a_network_that_could_not_be_made_is_never_prepared() -> None:

@@ -415,10 +415,10 @@ def test_taylor_names_the_batch() -> None:
 
 
 def test_taylor_refuses_a_model_without_convolutions_and_a_layer_of_another_model() -> None:
-    with pytest.raises(PlanError, match="'taylor': Linear has no Conv2d to score"):
+    with pytest.raises(PlanError, match="'taylor': Linear has no convolution to score"):
         resolve(Taylor(mse_loss, [(torch.ones(1, 2), torch.ones(1, 2))]), Evidence(model=nn.Linear(2, 2)))
     name, score = resolve(Taylor(cross_entropy, batches()), Evidence(model=Net()))
-    with pytest.raises(PlanError, match=r"^third: criterion 'taylor' knows no such Conv2d"):
+    with pytest.raises(PlanError, match=r"^third: criterion 'taylor' knows no such convolution"):
         kernel_scores("third", make_conv(), score, name)
 
 

@@ -26,7 +26,7 @@ import fxprune
 from fxprune.graph.layers import ChannelGather
 
 # One of each kind of operator that a format may refuse: a residual stream, slices, concatenations, a shuffle by view,
-# permuted layer norms, gates, a flag that follows the mode, a module called twice.
+# permuted layer norms, gates, a flag that follows the mode, a module called twice, a named item.
 NETS = (
     "ResidualAdd",
     "C2f",
@@ -36,6 +36,7 @@ NETS = (
     "SqueezeExcite",
     "FunctionalDropout",
     "SharedConvTwoInputs",
+    "MaxoutValues",
 )
 FEW = ("ResidualAdd", "ShuffleNetUnit", "FunctionalDropout")
 # In single precision a change of the order of sums shows in the last bits.

@@ -26,8 +26,8 @@ REASONS = re.compile(
     r"|no rule for \S*attention\S*"
     r"|the traced graph never calls it"
 )
-# Where all filters stay: every one reaches a LayerNorm, or the attention of a transformer.
-WHOLE = ("convnext", "swin")
+# Where all filters stay: every one reaches the attention of a transformer.
+WHOLE = ("swin",)
 # Whose grouped convolutions, and what is tied to them, stay.
 GROUPED = ("regnet", "resnext")
 # No convolutional networks.

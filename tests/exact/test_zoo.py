@@ -23,6 +23,7 @@ from zoo import CASES, Case, Inputs
 
 import fxprune
 from fxprune.exact.record import record_of
+from fxprune.graph.convolutions import Convolution, convolutions
 from fxprune.graph.layers import ChannelGather
 from fxprune.plans import PrunePlan
 
@@ -89,12 +90,11 @@ def test_same_function_and_as_much_grouped_as_declared(case: Case, ratio: float,
         assert zeros == pytest.approx(kernels.ratio), f"{name}: the mask removes another share than the plan says"
         assert abs(kernels.ratio - ratio) <= 0.5 / kernels.in_channels, f"{name}: reaches ratio {kernels.ratio}"
     rows = {layer.name: layer for layer in fxprune.report(net.pruned).layers}
-    layers = {name: row for name, row in rows.items() if isinstance(net.masked.get_submodule(name), nn.Conv2d)}
-    assert {rows[name].form for name in rows.keys() - layers.keys()} <= {"dense"}  # convolutions of other kinds
-    assert {name for name, layer in layers.items() if layer.form == "dense"} == set(case.skipped)
-    assert {layer.form for name, layer in layers.items() if name not in case.skipped} <= {form}
+    assert rows.keys() == convolutions(net.masked).keys()
+    assert {name for name, layer in rows.items() if layer.form == "dense"} == set(case.skipped)
+    assert {layer.form for name, layer in rows.items() if name not in case.skipped} <= {form}
     for name, fragment in case.skipped.items():
-        assert fragment in layers[name].reason
+        assert fragment in rows[name].reason
     assert_same_function(net.pruned, net.masked, case.inputs())
 
 
@@ -150,7 +150,7 @@ def test_every_shift_of_filters_or_indices_is_seen(case: Case, ratio: float, for
 def ordered_tensors(pruned: torch.fx.GraphModule) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
     """The filters (with their biases) of each grouped convolution, and the index of each gather."""
     for name, module in pruned.named_modules():
-        if isinstance(module, nn.Conv2d) and module.groups > 1:
+        if isinstance(module, Convolution) and module.groups > 1:
             yield name, (module.weight,) if module.bias is None else (module.weight, module.bias)
         elif isinstance(module, ChannelGather) and torch.unique(module.index).numel() > 1:
             yield name, (module.index,)

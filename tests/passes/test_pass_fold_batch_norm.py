@@ -170,7 +170,7 @@ def calls_the_norm_twice(m: Net, x: Tensor) -> Tensor:
         (net(n=nn.BatchNorm2d(4, track_running_stats=False)), "no stored statistics"),
         (net(c=nn.ConvTranspose2d(4, 4, 2)), "not a plain convolution"),
         (net(c=Doubled(4, 4, 1)), "not a plain convolution"),
-        (net(n=Halved(4)), "Halved is more than a BatchNorm2d"),
+        (net(n=Halved(4)), "Halved is no BatchNorm2d or BatchNorm3d"),
         (net(lambda m, x: m.n(m.c(x).relu())), "not a plain convolution"),
         (net(lambda m, x: m.n(x)), "not a plain convolution"),
     ],
@@ -255,3 +255,15 @@ def test_control_a_wrong_shift_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fold_batch_norm, "folded", wrong)
     with pytest.raises(AssertionError, match=r"max .difference"):
         check_pass(FoldBatchNorm(), net(), image(), after="x -> c -> relu -> output", modes=EVAL)
+
+
+def test_batch_norm_of_a_sequence_without_a_batch_stays() -> None:
+    """It takes the channels for samples: folded, it would normalise another dimension."""
+    model = prepared(nn.Sequential(nn.Conv1d(4, 5, 1), nn.BatchNorm1d(4)))
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gm = trace(model, x).module.eval()
+    outcome = FoldBatchNorm()(gm)
+    assert outcome.rewritten == ()
+    assert "BatchNorm1d is no BatchNorm2d" in reasons(outcome)["_1"]
+    gm.recompile()
+    assert torch.equal(gm(x), model(x))

@@ -475,7 +475,7 @@ def test_patterns_stand_for_the_spaces_of_their_layers() -> None:
     assert not choose_units(units, scores, ratio={"stem": 0.0, "0": 0.0}).any()
     with pytest.raises(PlanError, match=r"stem is to lose 0 and 0.0.conv2 0.5, but .* go together; give both the same"):
         choose_units(units, scores, ratio={"stem": 0.0, "0": 0.5})
-    with pytest.raises(PlanError, match=r"pattern '1.0.conv' matches no Conv2d of the model \(near: '1.0.conv"):
+    with pytest.raises(PlanError, match=r"pattern '1.0.conv' matches no convolution of the model \(near: '1.0.conv"):
         choose_units(units, scores, ratio={"1.0.conv": 0.5})
     with pytest.raises(PlanError, match="maps patterns to shares, but scope='global'"):
         choose_units(units, scores, ratio={"stem": 0.5}, scope="global")

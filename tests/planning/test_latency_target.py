@@ -619,7 +619,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown target": (bad(target="tpu"), PlanError, "target is 'tpu'"),
     "partition": (bad(form="partition"), PlanError, "needs ratios of any value"),
     "out of range": (bad(latency=1.5), PlanError, r"latency is 1\.5; it must be a share in \(0, 1\]"),
-    "out of reach": (bad(latency=0.01, latency_table=FINE), PlanError, "a is a Conv2d of 64 filters"),
+    "out of reach": (bad(latency=0.01, latency_table=FINE), PlanError, "a is a convolution of 64 filters"),
     "table alone": (bad(latency=None, latency_table=FINE), PlanError, "latency_table is for a share of the latency"),
     "table as text": (bad(latency_table="{}"), PlanError, r"latency_table is a str; .*LatencyTable\.from_json"),
     "sensitivity as text": (bad(sensitivity="{}"), PlanError, "sensitivity is a str"),
@@ -650,10 +650,10 @@ def test_a_table_of_something_else(table: LatencyTable) -> None:
     with pytest.raises(PlanError, match="measured for float32, but this is float64" + remedy):
         fxprune.make_plan(net().double(), example_inputs=image().double(), **options)
     with pytest.raises(
-        PlanError, match="first is a Conv2d of 32 filters and 32 channels, but Net has one of 48" + remedy
+        PlanError, match="first is a convolution of 32 filters and 32 channels, but Net has one of 48" + remedy
     ):
         fxprune.make_plan(Net(48).eval(), example_inputs=image(), **options)
-    with pytest.raises(PlanError, match="first is a Conv2d of .*, but Sequential has none there" + remedy):
+    with pytest.raises(PlanError, match="first is a convolution of .*, but Sequential has none there" + remedy):
         fxprune.make_plan(nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 1)), example_inputs=image(), **options)
 
 

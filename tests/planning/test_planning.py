@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import fxprune
 from fxprune.criteria import Evidence, kernel_scores, resolve
 from fxprune.errors import PlanError
 from fxprune.planning import Request
@@ -37,7 +38,7 @@ class Net(nn.Module):
         self.stem = nn.Conv2d(3, 32, 3)
         self.layer1 = nn.Sequential(Block(), Block())
         self.layer10 = Block()
-        self.up = nn.ConvTranspose2d(32, 32, 2)
+        self.up = nn.Bilinear(32, 32, 2)
         self.fc = nn.Linear(32, 10)
 
 
@@ -50,7 +51,7 @@ def net() -> Net:
 BLOCKS = ["layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1", "layer1.1.conv2", "layer10.conv1", "layer10.conv2"]
 
 
-def test_every_conv2d_is_either_planned_or_skipped_with_a_reason(net: Net) -> None:
+def test_every_convolution_is_either_planned_or_skipped_with_a_reason(net: Net) -> None:
     plan = make_plan(net)
     assert list(plan.layers) == BLOCKS
     assert dict(plan.skipped) == {"stem": "too few input channels (3 < 16)"}
@@ -183,8 +184,8 @@ def test_meta_models_are_refused(net: Net) -> None:
 @pytest.mark.parametrize(
     "model, message",
     [
-        (nn.Sequential(nn.Linear(3, 3)), "Sequential has no Conv2d; fxprune prunes only these"),
-        (nn.Conv2d(16, 16, 3), "the model is itself a Conv2d; wrap it: torch.nn.Sequential(conv)"),
+        (nn.Sequential(nn.Linear(3, 3)), "Sequential has no convolution; fxprune prunes only these"),
+        (nn.Conv2d(16, 16, 3), "the model is itself a convolution; wrap it: torch.nn.Sequential(conv)"),
         (nn.Sequential(nn.LazyConv2d(16, 3)), "0: LazyConv2d is not initialized yet"),
     ],
 )
@@ -199,10 +200,10 @@ def test_models_without_a_plan(model: nn.Module, message: str) -> None:
         ({"ratio": 1}, "ratio 1 is not in [0, 1)"),
         ({"ratio": -0.5}, "ratio -0.5 is not in [0, 1)"),
         ({"ratio": {"layer1": 50}}, "layer1: ratio 50 is not in [0, 1)"),
-        ({"ratio": {"layer2": 0.5}}, "ratio: pattern 'layer2' matches no Conv2d of the model (near: 'layer1"),
-        ({"ignore": ("fc",)}, "ignore: pattern 'fc' matches no Conv2d of the model"),
+        ({"ratio": {"layer2": 0.5}}, "ratio: pattern 'layer2' matches no convolution of the model (near: 'layer1"),
+        ({"ignore": ("fc",)}, "ignore: pattern 'fc' matches no convolution of the model"),
         ({"ignore": (3,)}, "ignore: 3 is not a string"),
-        ({"groups": {"layr10": 2}}, "groups: pattern 'layr10' matches no Conv2d of the model (near: 'layer10'"),
+        ({"groups": {"layr10": 2}}, "groups: pattern 'layr10' matches no convolution of the model (near: 'layer10'"),
         ({"method": "coclster"}, "method is 'coclster' (near: 'cocluster'); it must be one of 'auto', 'cocluster'"),
         ({"criterion": "L2"}, "criterion is 'L2' (near: 'l2'); it must be one of 'l1', 'l2'"),
         ({"form": "partial"}, "form is 'partial' (near: 'partition'); it must be one of 'auto', 'partition',"),
@@ -214,7 +215,7 @@ def test_models_without_a_plan(model: nn.Module, message: str) -> None:
         ({"groups": "all"}, "groups is 'all'"),
         ({"groups": {"stem": -2}}, "groups is -2"),
         (
-            {"groups": 6},
+            {"groups": {"*": 6}},
             "layer1.0.conv1: 32 filters do not divide into 6 groups; use a divisor of 32, such as 4 or 8, "
             "or use groups='auto', a mapping from patterns, or ignore the layer",
         ),
@@ -345,7 +346,7 @@ def test_patterns_match_names_and_all_below_them() -> None:
     assert match_patterns("p", {"*": 1}, names) == dict.fromkeys(names, 1)
     assert match_patterns("p", {"layer10": 1, "*.conv": 2}, names)["layer10.conv"] == 1
     assert match_patterns("p", {}, names) == {}
-    with pytest.raises(PlanError, match="matches no Conv2d"):
+    with pytest.raises(PlanError, match="matches no convolution"):
         match_patterns("p", {"LAYER1": 1}, names)
 
 
@@ -354,7 +355,32 @@ def test_all_convolutions_but_those_that_are_meant_are_left_out() -> None:
     assert left_out(model, None) == ()
     assert left_out(model, "1x1") == ("0",)
     assert left_out(model, "0") == ("2",)
-    with pytest.raises(PlanError, match="only: pattern 'layer1' matches no Conv2d"):
+    with pytest.raises(PlanError, match="only: pattern 'layer1' matches no convolution"):
         left_out(model, "layer1")
     with pytest.raises(PlanError, match="no 1x1 convolution"):
         left_out(model[:1], "1x1")
+
+
+def test_one_number_of_groups_is_a_wish_and_a_mapping_is_strict() -> None:
+    torch.manual_seed(0)
+    widths = {"even": 48, "near": 20, "far": 17}
+    model = nn.Sequential()
+    for name, width in widths.items():
+        model.add_module(name, nn.Conv2d(16, width, 1))
+        model.add_module(f"back_from_{name}", nn.Conv2d(width, 16, 1))
+    plan = make_plan(model, 0.6, groups=8, ignore="back_*")
+    assert {name: kernels.groups for name, kernels in plan.layers.items()} == {"even": 8, "near": 10}
+    assert plan.notes == {"near": "in 10 groups: 20 filters do not divide into 8"}
+    assert plan.skipped["far"] == "17 filters do not divide into 8 groups"
+    x = torch.randn(2, 16, 4, 4)
+    pruned = fxprune.compile(model, 0.6, groups=8, ignore="back_*", example_inputs=x)
+    assert "note: near: in 10 groups: 20 filters do not divide into 8" in str(fxprune.report(pruned))
+    with pytest.raises(PlanError, match="near: 20 filters do not divide into 8 groups"):
+        make_plan(model, 0.6, groups={"near": 8})
+
+
+def test_a_number_of_groups_that_a_layer_cannot_have_leaves_it_dense_in_partition_form() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 32, 1), nn.Conv2d(32, 18, 1))
+    plan = make_plan(model, 0.75, groups=4, form="partition")
+    assert list(plan.layers) == ["0"]
+    assert plan.skipped["1"] == "18 filters do not divide into 4 groups"

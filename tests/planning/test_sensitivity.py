@@ -235,8 +235,10 @@ def test_ignore_and_groups() -> None:
     assert [layer.name for layer in table.layers] == ["right", "narrow"]
     assert [layer.groups for layer in table.layers] == [8, 4]
     with pytest.raises(PlanError, match="left: 64 filters do not divide into 5 groups"):
-        fxprune.measure_sensitivity(net(), groups=5, **options)
-    with pytest.raises(PlanError, match="ignore: pattern 'lefd' matches no Conv2d"):
+        fxprune.measure_sensitivity(net(), groups={"left": 5}, **options)
+    nearest = fxprune.measure_sensitivity(net(), groups=5, **options)
+    assert {layer.groups for layer in nearest.layers} == {4}
+    with pytest.raises(PlanError, match="ignore: pattern 'lefd' matches no convolution"):
         fxprune.measure_sensitivity(net(), ignore="lefd", **options)
 
 
@@ -483,8 +485,8 @@ def test_a_table_of_another_model(measured: Sensitivity) -> None:
             return self.head(self.narrow(self.middle(self.left(self.stem(x)))).mean((2, 3)))
 
     for model, match in (
-        (net(64), r"left has 32 channels and 9216 weights, but Net has a Conv2d of 64 channels and 36864 weights"),
-        (Other(), r"wide has 32 channels and 2048 weights, but Other has no such Conv2d.*measure this model"),
+        (net(64), r"left has 32 channels and 9216 weights, but Net has a convolution of 64 channels and 36864 weights"),
+        (Other(), r"wide has 32 channels and 2048 weights, but Other has no such convolution.*measure this model"),
     ):
         with pytest.raises(PlanError, match=match):
             fxprune.make_plan(model, macs=0.5, sensitivity=measured, example_inputs=images(2))

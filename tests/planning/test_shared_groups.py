@@ -267,6 +267,8 @@ def double(case: Case) -> nn.Module:
 
 # The nets of the zoo in which several layers write one channel space.
 SHARING = (
+    "OverSequences",
+    "OverVolumes",
     "SharedConvTwoInputs",
     "SharedConvInARow",
     "SharedConvTwoReaders",
@@ -293,6 +295,9 @@ SHARING = (
     "SqueezeExcite",
     "SqueezeExciteWide",
     "InvertedResidual",
+    "SegNet",
+    "MaxoutValues",
+    "RecurrentFromZeros",
 )
 
 

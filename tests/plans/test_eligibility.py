@@ -59,8 +59,11 @@ def test_these_are_eligible(conv: nn.Conv2d) -> None:
 @pytest.mark.parametrize(
     "module, reason",
     [
-        (nn.ConvTranspose2d(16, 16, 3), "ConvTranspose2d is not a Conv2d"),
-        (OwnForward(16, 16, 3), "subclass OwnForward computes its own forward; only plain Conv2d can be regrouped"),
+        (nn.Linear(16, 16), "Linear is not a convolution"),
+        (
+            OwnForward(16, 16, 3),
+            "subclass OwnForward computes its own forward; only plain convolutions can",
+        ),
         (OwnConvForward(16, 16, 3), "subclass OwnConvForward computes its own forward"),
         (patched(), "its forward was replaced"),
         (parametrizations.weight_norm(nn.Conv2d(16, 16, 3)), "is parametrized"),

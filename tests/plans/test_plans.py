@@ -255,7 +255,7 @@ def test_check_accepts_the_model_of_the_plan() -> None:
     "layer, conv, message",
     [
         ("convv", nn.Conv2d(4, 4, 3), "convv: Net has no module of this name (near: 'conv'); make a plan"),
-        ("conv", nn.Linear(4, 4), "conv: the plan prunes a Conv2d, the model has a Linear"),
+        ("conv", nn.Linear(4, 4), "conv: the plan prunes a convolution, the model has a Linear"),
         ("conv", nn.Conv2d(4, 4, 3, groups=2), "conv: the convolution already has groups=2, but only groups=1"),
         ("conv", nn.Conv2d(8, 4, 3), "conv: the plan is for 4 filters of 4 channels, but the convolution has 4 of 8"),
         ("conv", nn.Conv2d(4, 2, 3), "conv: the plan is for 4 filters of 4 channels, but the convolution has 2 of 4"),
