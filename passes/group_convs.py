@@ -23,6 +23,7 @@ from fxprune.graph.convolutions import Convolution, channel_dim, kernels_of
 from fxprune.graph.editing import Outcome, call_sites, first_reader, gather_after, gather_before, read_by_name
 from fxprune.graph.layers import ChannelGather
 from fxprune.plans import GroupedKernels, PrunePlan
+from fxprune.plans.eligibility import computes_its_own_forward
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class GroupConvs:
                 raise PassError(
                     f"{name}: the plan groups it, but the traced graph never calls it; "
                     "make the plan with the model that is rewritten"
+                )
+            if computes_its_own_forward(type(conv)):
+                raise PassError(
+                    f"{name}: the plan prunes its weight, but the {type(conv).__name__} computes its own forward, "
+                    "perhaps with another; leave the layer alone, or pass output='module', which sees what it does"
                 )
             if reader := first_reader(conv.parameters(), named):
                 raise PassError(

@@ -4,6 +4,7 @@ After the passes every order is stored in parameters or stands as a gather besid
 that layer (`fxprune.exact.placements`). Class, attributes and forward of the model stay, and so does what they see.
 """
 
+import copy
 from collections.abc import Mapping, Set
 
 import torch
@@ -14,6 +15,7 @@ from fxprune.graph.copying import copied
 from fxprune.graph.editing import read_by_name
 from fxprune.graph.gathered import put_gathers_into
 from fxprune.graph.layers import ChannelGather
+from fxprune.graph.norms import NormWithZeros
 from fxprune.plans.eligibility import parameters_of_several_modules
 
 COUNTS = (
@@ -44,6 +46,9 @@ def operate(masked: nn.Module, gm: fx.GraphModule) -> nn.Module:
         own = modules.get(path)
         if own is None or isinstance(layer, ChannelGather):
             continue
+        if isinstance(layer, NormWithZeros) and type(layer) is not type(own):
+            become(own, layer)
+            continue
         read, give = placed.get(path, (None, None))
         _transfer(own, before[path], layer, renewed)
         if (give is not None or (read is not None and _is_dense(own))) and _is_used_elsewhere(layer, shared, named):
@@ -57,6 +62,15 @@ def operate(masked: nn.Module, gm: fx.GraphModule) -> nn.Module:
             _give_in_order(own, give)
         put_gathers_into(own, read, give)
     return result
+
+
+def become(own: nn.Module, layer: nn.Module) -> None:
+    """Make a module what another is, in place: whoever refers to it sees that."""
+    training = own.training
+    own.__class__ = type(layer)
+    vars(own).clear()
+    vars(own).update(vars(copy.deepcopy(layer)))
+    own.train(training)
 
 
 def _transfer(own: nn.Module, before: nn.Module, layer: nn.Module, renewed: dict[int, Tensor]) -> None:

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import StorageError
-from fxprune.exact.operating import COUNTS
+from fxprune.exact.operating import COUNTS, become
 from fxprune.graph.copying import copied
 from fxprune.graph.gathered import GatheredLayer, put_gathers_into
+from fxprune.graph.norms import GroupNormWithZeros, LayerNormWithZeros, NormWithZeros
 
 Surgery = Mapping[str, Mapping[str, Any]]
 """For each changed layer, by path: `counts` of its attributes, `shapes` of its tensors, and the number of channels that
-it `reads` and `gives` through gathers. JSON-able.
+it `reads` and `gives` through gathers; or the `norm` that it became. JSON-able.
 """
+
+_NORM_NUMBERS = ("channels", "eps", "groups", "dim", "centered")
 
 
 def describe(model: nn.Module, result: nn.Module) -> dict[str, dict[str, Any]]:
@@ -25,6 +28,10 @@ def describe(model: nn.Module, result: nn.Module) -> dict[str, dict[str, Any]]:
     modules = dict(model.named_modules())
     for path, layer in result.named_modules():
         before = modules[path]
+        if isinstance(layer, NormWithZeros) and type(layer) is not type(before):
+            numbers = {name: vars(layer)[name] for name in _NORM_NUMBERS if name in vars(layer)}
+            found[path] = {"norm": {**numbers, "left": layer.weight.numel(), "shifts": layer.bias is not None}}
+            continue
         counts = {name: vars(layer)[name] for name in COUNTS if name in vars(layer)}
         known = dict(_tensors(before))
         change: dict[str, Any] = {
@@ -62,6 +69,9 @@ def repeat(model: nn.Module, surgery: Surgery, state: Mapping[str, Tensor]) -> n
         if path not in modules:
             raise StorageError(f"there is no {path} in {type(model).__name__}; build it as it was when it was compiled")
         layer = modules[path]
+        if "norm" in change:
+            become(layer, _blank_norm(layer, **change["norm"]))
+            continue
         for name, value in change["counts"].items():
             setattr(layer, name, tuple(value) if isinstance(value, list) else value)
         for name, shape in change["shapes"].items():
@@ -84,6 +94,17 @@ def repeat(model: nn.Module, surgery: Surgery, state: Mapping[str, Tensor]) -> n
     for name, tensor in own.items():
         tensor.copy_(state[name])
     return result
+
+
+def _blank_norm(norm: nn.Module, left: int, shifts: bool, **numbers: Any) -> NormWithZeros:
+    """What a normalisation became, without its values."""
+    scale = norm.weight
+    assert isinstance(scale, nn.Parameter)
+    weight, bias = (nn.Parameter(scale.new_zeros(left), scale.requires_grad) for _ in range(2))
+    if "groups" in numbers:
+        group = torch.zeros(left, dtype=torch.int64, device=scale.device)
+        return GroupNormWithZeros(group=group, weight=weight, bias=bias if shifts else None, **numbers)
+    return LayerNormWithZeros(weight=weight, bias=bias if shifts else None, **numbers)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

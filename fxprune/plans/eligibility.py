@@ -120,11 +120,6 @@ def computes_its_own_forward(kind: type[Convolution]) -> bool:
     return any(getattr(kind, name, None) is not getattr(plain, name, None) for name in ("forward", "_conv_forward"))
 
 
-def computes_its_weight(conv: Convolution) -> bool:
-    """Whether a convolution may convolve with something else than the parameter `weight`, which can be masked."""
-    return computes_its_own_forward(type(conv)) or "weight" not in conv._parameters
-
-
 def find_obstacles(model: nn.Module, traced: Trace) -> dict[str, str]:
     """Convolutions that the traced graph does not allow to be grouped, with the reason."""
     called = {str(node.target): conv for node, conv in calls(traced.module, Convolution)}

@@ -14,7 +14,7 @@ from torch import nn
 
 from fxprune.errors import PlanError, near_matches
 from fxprune.graph.convolutions import Convolution
-from fxprune.plans.eligibility import computes_its_weight
+from fxprune.plans.eligibility import computes_its_own_forward
 from fxprune.plans.fields import (
     check_divisible,
     check_ratio,
@@ -383,7 +383,7 @@ class PrunePlan:
                 raise PlanError(
                     f"{name}: the plan prunes a convolution, the model has a {type(module).__name__}; {_REMAKE}"
                 )
-            if computes_its_weight(module):
+            if "weight" not in module._parameters or (name in self.baked and computes_its_own_forward(type(module))):
                 raise PlanError(
                     f"{name}: the plan prunes its weight, but the {type(module).__name__} computes another; mask with "
                     "bake=True if the plan was made so, or leave the layer alone"

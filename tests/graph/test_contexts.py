@@ -164,7 +164,8 @@ def test_inference_mode_is_refused_inside_and_works_around() -> None:
             return y
 
     with pytest.raises(TraceError, match="inference_mode"):
-        fxprune.compile(Inference(), 0.5, example_inputs=X)
+        fxprune.compile(Inference(), 0.5, example_inputs=X, output="graph")
+    assert type(fxprune.compile(Inference(), 0.5, example_inputs=X)) is Inference
     with torch.inference_mode():
         assert fxprune.report(fxprune.compile(Net().eval(), 0.5, example_inputs=X)).rewritten == 3
 

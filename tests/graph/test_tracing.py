@@ -195,7 +195,7 @@ def test_only_the_innermost_untraceable_module_stays_whole() -> None:
 
 
 def test_what_surrounds_an_untraceable_module_is_compiled() -> None:
-    pruned = fxprune.compile(StubbornInside(), example_inputs=image())
+    pruned = fxprune.compile(StubbornInside(), example_inputs=image(), output="graph")
     report = fxprune.report(pruned)
     assert {layer.name for layer in report.layers if layer.form != "dense"} == {"inner", "stage.0", "last"}
     reasons = {layer.name: layer.reason for layer in report.layers}
@@ -377,7 +377,7 @@ def test_a_forward_that_differs_in_structure_follows_evaluation() -> None:
     (note,) = traced.notes
     assert note.startswith("the forward of the model itself differs between training and evaluation mode")
     check(AuxiliaryHead(), modes=("eval",))
-    pruned = fxprune.compile(model, example_inputs=image())
+    pruned = fxprune.compile(model, example_inputs=image(), output="graph")
     assert note in fxprune.report(pruned).notes
     assert isinstance(pruned.train()(image()), Tensor)
     reasons = {layer.name: layer.reason for layer in fxprune.report(pruned).layers}
@@ -773,7 +773,7 @@ def test_inputs_by_name_are_those_by_position(names: tuple[str, ...]) -> None:
     "names, message",
     [
         (("x", "scael"), r"Two.forward takes no argument 'scael' \(near: 'scale'\)"),
-        (("x", "shift"), "takes 'shift' by name only, or others before it are left out"),
+        (("x", "shift"), "missing 1 required positional argument: 'scale'"),
     ],
 )
 def test_names_that_do_not_fit(names: tuple[str, ...], message: str) -> None:
