@@ -28,13 +28,13 @@ class Split(nn.Module):
 
     def __init__(self, channels: int, by_size: bool) -> None:
         super().__init__()
-        self.half, self.by_size = channels // 2, by_size
+        self.width, self.by_size = channels // 2, by_size
         self.first, self.last = block(channels, channels, size=1), block(3 * channels // 2, channels, size=1)
         self.inner = nn.ModuleList([block(channels // 2, channels // 2)])
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
-        parts = list(y.split((self.half, self.half), 1) if self.by_size else y.chunk(2, 1))
+        parts = list(y.split((self.width, self.width), 1) if self.by_size else y.chunk(2, 1))
         parts.extend(layer(parts[-1]) for layer in self.inner)
         out: Tensor = self.last(torch.cat(parts, 1))
         return out
@@ -49,9 +49,10 @@ class Detector(nn.Module):
         super().__init__()
         layers = [block(3, 32, 2), Split(32, False), block(32, 64, 2), Split(64, True), nn.Upsample(scale_factor=2)]
         self.layers = nn.ModuleList([*layers, block(96, 32)])
-        self.froms = (-1, -1, -1, -1, -1, (-1, 1))
+        self.froms: tuple[Any, ...] = (-1, -1, -1, -1, -1, (-1, 1))
         self.heads = nn.ModuleList([nn.Conv2d(64, 21, 1), nn.Conv2d(32, 21, 1)])
-        self.anchors, self.shape = torch.empty(0), None
+        self.anchors = torch.empty(0)
+        self.shape: torch.Size | None = None
 
     def forward(self, x: Tensor) -> Any:
         kept: list[Tensor] = []
@@ -65,7 +66,7 @@ class Detector(nn.Module):
             self.shape = x.shape
             self.anchors = torch.cat([torch.arange(f.shape[-1] * f.shape[-2]) for f in levels]).to(x.dtype)
         flat = torch.cat([f.view(len(f), 21, -1) for f in levels], 2)
-        boxes, scores = flat.split((16, 5), 1)
+        boxes, scores = flat[:, :16], flat[:, 16:]
         bins = boxes.view(len(x), 4, 4, -1).transpose(2, 1).softmax(1)
         return torch.cat([bins.sum(2) + self.anchors, scores.sigmoid()], 1), levels
 
@@ -294,7 +295,7 @@ class Cumulated(torch.autograd.Function):
         return x.cumsum(1)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]  # one gradient
+    def backward(ctx: Any, g: Tensor) -> Tensor:
         return g.flip(1).cumsum(1).flip(1)
 
 
@@ -325,7 +326,7 @@ class BranchesOnData(Base):
 class SharesWeight(Base):
     def forward(self, x: Tensor) -> Any:
         x = self.b(self.a(x))
-        back = F.conv_transpose2d(self.c[0](x), self.c[0].weight, padding=1)
+        back = F.conv_transpose2d(self.c[0](x), self.c.get_parameter("0.weight"), padding=1)
         return self.fc((back + x).mean((2, 3)))
 
 
@@ -365,7 +366,7 @@ TRAPS: tuple[type[Base], ...] = (
 )  # fmt: skip
 
 
-def draw(make: Callable[[], nn.Module]) -> nn.Module:
+def draw(make: Callable[[], nn.Module]) -> Any:
     """A network in evaluation mode with BatchNorm statistics that are not trivial, the same in every call."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)

@@ -14,6 +14,7 @@ from torch import nn
 from fxprune.channels.operators import rule_for
 from fxprune.errors import PlanError, TraceError, near_matches
 from fxprune.graph.examples import Example, in_order
+from fxprune.graph.gathered import GatheredLayer
 from fxprune.graph.recording import MODES, Recording, record
 from fxprune.graph.tracing import Trace, trace
 from fxprune.graph.witness import disagreement
@@ -39,12 +40,17 @@ def capture(model: nn.Module, examples: Sequence[Example], output: Output) -> Tr
     Args:
         model: any module; it is not changed.
         examples: arguments of forward, on the device of the model; none leaves nothing but the symbolic trace.
-        output: what is asked for. `"auto"` traces, and records where the model cannot be traced, parts with layers
-            cannot, or the recording says otherwise.
+        output: what is asked for. `"auto"` traces, and records where a part with layers cannot be traced, or the
+            recording says otherwise.
 
     Raises:
         TraceError: the model cannot be traced, or does not run on an example, or there is none.
     """
+    if any(isinstance(layer, GatheredLayer) for layer in model.modules()):
+        raise TraceError(
+            f"{type(model).__name__} is a result of fxprune, with gathers inside its layers; pass the model that it "
+            "was made from"
+        )
     if output == "module":
         if not examples:
             raise TraceError("output='module' records the model while it runs, so it needs inputs; pass example_inputs")
@@ -52,15 +58,12 @@ def capture(model: nn.Module, examples: Sequence[Example], output: Output) -> Tr
     if not examples or not all(map(_is_real, examples)):
         return trace(model, in_order(examples[0], model) if examples else None)
     try:
-        traced = trace(model, in_order(examples[0], model))
+        traced = trace(model, in_order(examples[0], model), partial=output == "graph")
     except TraceError as error:
         if output == "graph":
             raise
         return _because(recorded(model, examples), str(error))
     recording = recorded(model, examples)
-    whole = sorted(path for path in traced.opaque if _holds_layers(traced.module.get_submodule(path)))
-    if whole and output == "auto":
-        return _because(recording, f"{whole[0]}: {traced.opaque[whole[0]]}")
     said = disagreement(traced, recording, _is_known)
     if not said:
         return traced
@@ -84,7 +87,3 @@ def _because(recording: Recording, reason: str) -> Recording:
 
 def _is_real(example: Example) -> bool:
     return not any(tensor.is_meta for tensor in example.tensors)
-
-
-def _holds_layers(module: nn.Module) -> bool:
-    return any(isinstance(inner, nn.modules.conv._ConvNd | nn.Linear) for inner in module.modules())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.exact.placements import PlacementError, placements
+from fxprune.graph.convolutions import Convolution
 from fxprune.graph.copying import copied
 from fxprune.graph.editing import read_by_name
 from fxprune.graph.gathered import put_gathers_into
@@ -60,7 +61,7 @@ def operate(masked: nn.Module, gm: fx.GraphModule) -> nn.Module:
             continue
         if give is not None:
             _give_in_order(own, give)
-        put_gathers_into(own, read, give)
+        put_gathers_into(own, read, give, _channels(before[path]))
     return result
 
 
@@ -102,6 +103,11 @@ def _transfer(own: nn.Module, before: nn.Module, layer: nn.Module, renewed: dict
         value = vars(layer).get(name)
         if value is not None and vars(own).get(name) not in (None, value):
             setattr(own, name, value)
+
+
+def _channels(conv: nn.Module) -> int:
+    assert isinstance(conv, Convolution)
+    return conv.in_channels
 
 
 def _is_used_elsewhere(layer: nn.Module, shared: Set[int], named: Mapping[int, str]) -> bool:

@@ -43,6 +43,7 @@ def describe(model: nn.Module, result: nn.Module) -> dict[str, dict[str, Any]]:
             },
         }
         if isinstance(layer, GatheredLayer):
+            change["counts"]["groups"] = layer.computed_groups
             for name, index in (("reads", layer.read_index), ("gives", layer.give_index)):
                 change[name] = None if index is None else index.numel()
         if any(change.values()):
@@ -86,7 +87,7 @@ def repeat(model: nn.Module, surgery: Surgery, state: Mapping[str, Tensor]) -> n
             store[name] = renewed[id(old)]
         read, give = (_blank_order(change.get(name), layer) for name in ("reads", "gives"))
         if read is not None or give is not None:
-            put_gathers_into(layer, read, give)
+            put_gathers_into(layer, read, give, layer.in_channels)
     own = tensors_of(result)
     wrong = sorted(own.keys() ^ state.keys()) or sorted(n for n in own if own[n].shape != state[n].shape)
     if wrong:

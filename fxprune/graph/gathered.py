@@ -2,15 +2,19 @@
 sees.
 
 The class of a layer is changed in place, so that every reference to it (a plain list, several parents) sees the same
-object, and its parameters keep their names. `weight` and `bias` stay in the order in which filters are given: code that
-scales them, folds BatchNorm into them, or looks at them is right. Code that builds a convolution anew from
-`in_channels` would forget the gathers, so there is no such attribute: it fails and says why.
+object, and its parameters keep their names. What other code sees of it is what it was: `in_channels` counts what it is
+given, `weight` and `bias` stand in the order in which filters are given, so that code that checks sizes, scales filters
+or folds BatchNorm into them is right. Code that builds a convolution anew would forget the gathers; it needs `groups`,
+so there is no such attribute: it fails and says why.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fxprune.graph.convolutions import Convolution, channel_dim
 
 
 class GatheredLayer(nn.Module):
@@ -22,18 +26,20 @@ class GatheredLayer(nn.Module):
         filter_index: which of the filters, as `weight` has them, the layer computes at each position: the inverse of
             `give_index`.
         channel_dim: dimension of the channels, counted from the end.
+        computed_groups: number of groups of the convolution between the gathers.
     """
 
     read_index: Tensor | None
     give_index: Tensor | None
     filter_index: Tensor | None
     channel_dim: int
+    computed_groups: int
 
     def __getattr__(self, name: str) -> Any:
-        if name == "in_channels":
+        if name == "groups":
             raise AttributeError(
-                f"{type(self).__name__} reads its channels through a gather that fxprune put into it, so it has no "
-                "in_channels: a convolution built from it would forget the gather; copy the layer with copy.deepcopy"
+                f"{type(self).__name__} has gathers that fxprune put into it, and no `groups`: a convolution built "
+                "from its attributes would forget them; copy the layer with copy.deepcopy"
             )
         return super().__getattr__(name)
 
@@ -47,7 +53,7 @@ class GatheredLayer(nn.Module):
         if self.read_index is not None:
             parts.append(f"reads {self.read_index.numel()} channels by read_index")
         parts.append(f"gives {weight.shape[0]}{' in the order of give_index' if self.give_index is not None else ''}")
-        names = ("kernel_size", "stride", "padding", "groups")
+        names = ("kernel_size", "stride", "padding", "computed_groups")
         return ", ".join([*parts, *(f"{name}={getattr(self, name)}" for name in names)])
 
 
@@ -69,9 +75,9 @@ class _Plain(GatheredLayer):
         return output
 
 
-def _constants(base: type[nn.modules.conv._ConvNd]) -> list[str]:
+def _constants(base: type[Convolution]) -> list[str]:
     """What TorchScript looks for."""
-    return [name for name in base.__constants__ if name != "in_channels"]
+    return [*(name for name in base.__constants__ if name != "groups"), "computed_groups", "channel_dim"]
 
 
 class GatheredConv1d(_Plain, nn.Conv1d):
@@ -79,11 +85,25 @@ class GatheredConv1d(_Plain, nn.Conv1d):
 
     __constants__ = _constants(nn.Conv1d)
 
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0,)
+        return F.conv1d(input, weight, bias, self.stride, padding, self.dilation, self.computed_groups)
+
 
 class GatheredConv2d(_Plain, nn.Conv2d):
     """A `Conv2d` with gathers in it."""
 
     __constants__ = _constants(nn.Conv2d)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        return F.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.computed_groups)
 
 
 class GatheredConv3d(_Plain, nn.Conv3d):
@@ -91,27 +111,35 @@ class GatheredConv3d(_Plain, nn.Conv3d):
 
     __constants__ = _constants(nn.Conv3d)
 
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0, 0)
+        return F.conv3d(input, weight, bias, self.stride, padding, self.dilation, self.computed_groups)
+
 
 class _Around(GatheredLayer):
     """Gathers around a layer with a forward of its own, which finds its filters in the order in which it computes them
-    under their usual names.
+    under their usual names, and `groups`.
     """
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         read, filters, give = self.read_index, self.filter_index, self.give_index
         if read is not None:
             input = torch.index_select(input, self.channel_dim, read)
-        if filters is None or give is None:
-            return super().forward(input, *args, **kwargs)
-        stored = {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
+        within: dict[str, Any] = {"groups": self.computed_groups}
+        if filters is not None:
+            stored = {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
+            within |= {name: torch.index_select(tensor, 0, filters) for name, tensor in stored.items()}
         attributes = vars(self)  # found before parameters
-        attributes.update((name, torch.index_select(tensor, 0, filters)) for name, tensor in stored.items())
+        attributes.update(within)
         try:
             output = super().forward(input, *args, **kwargs)
         finally:
-            for name in stored:
+            for name in within:
                 del attributes[name]
-        return torch.index_select(output, self.channel_dim, give)
+        return output if give is None else torch.index_select(output, self.channel_dim, give)
 
 
 _KINDS: dict[type[nn.Module], type[GatheredLayer]] = {
@@ -121,23 +149,25 @@ _KINDS: dict[type[nn.Module], type[GatheredLayer]] = {
 }
 
 
-def put_gathers_into(layer: nn.Module, read: Tensor | None, give: Tensor | None) -> None:
+def put_gathers_into(layer: nn.Module, read: Tensor | None, give: Tensor | None, channels: int) -> None:
     """Make a convolution read and give its channels through gathers, in place.
 
     Args:
-        layer: a convolution; its weight and counts are those that follow `read`, with filters in the order in which
+        layer: a convolution; its weight and groups are those that follow `read`, with filters in the order in which
             they shall be given.
         read: positions of the channels to read, `(A,)`.
         give: position of each given channel in the result of the layer, a permutation `(O,)`; for convolutions that
             are not transposed.
+        channels: how many it is given.
     """
-    assert isinstance(layer, nn.modules.conv._ConvNd)
-    vars(layer)["channel_dim"] = -1 - len(layer.kernel_size)
+    assert isinstance(layer, Convolution)
+    attributes = vars(layer)
+    attributes["channel_dim"], attributes["computed_groups"] = channel_dim(layer), attributes.pop("groups")
+    layer.in_channels = channels
     layer.register_buffer("read_index", read)
     layer.register_buffer("give_index", give)
     layer.register_buffer("filter_index", None if give is None else give.argsort())
     layer.__class__ = gathered_kind(type(layer))  # type: ignore[assignment]  # a subclass of both
-    vars(layer).pop("in_channels", None)
 
 
 def gathered_kind(base: type[nn.Module]) -> type[GatheredLayer]:

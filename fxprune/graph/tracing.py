@@ -59,7 +59,7 @@ class Trace:
     notes: tuple[str, ...] = ()
 
 
-def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
+def trace(model: nn.Module, example_inputs: Inputs | None = None, *, partial: bool = True) -> Trace:
     """Trace `model` into a graph.
 
     Args:
@@ -67,13 +67,14 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
         example_inputs: positional arguments of `model.forward`, tensors of any device. Arguments with a default that
             the example leaves out keep their default for good. Without an example, a single tensor input is probed with
             usual image sizes.
+        partial: whether modules with layers that cannot be traced may stay whole; False ends at the first.
 
     Returns:
         The trace. Its modules share parameters and buffers with `model`, but for those that running it changes.
 
     Raises:
         TraceError: the top-level forward cannot be traced; the message names the submodules that can. Or a lazy module
-            has no parameters yet.
+            has no parameters yet, or, unless `partial`, a module with layers cannot be traced.
     """
     check_is_model(model)
     examples = None if example_inputs is None else as_inputs(example_inputs, model)
@@ -84,7 +85,7 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> Trace:
     leaves: dict[str, str] = {}
     while True:
         (evaluation, traced), (training, _) = (
-            _trace_in_mode(scratch, mode, leaves, fixed, tensors) for mode in (False, True)
+            _trace_in_mode(scratch, mode, leaves, fixed, tensors, partial) for mode in (False, True)
         )
         flags, divergent = compare_modes(evaluation, training)
         fresh = {
@@ -182,7 +183,12 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def _trace_in_mode(
-    model: nn.Module, training: bool, leaves: dict[str, str], fixed: Mapping[str, Any], tensors: Collection[str]
+    model: nn.Module,
+    training: bool,
+    leaves: dict[str, str],
+    fixed: Mapping[str, Any],
+    tensors: Collection[str],
+    partial: bool,
 ) -> tuple[fx.Graph, nn.Module]:
     """Trace a fresh copy in one mode until it succeeds. Where forward of a module raises, its buffers become constants,
     for they may be what it decides by; where that does not help, or it writes into them, it becomes a leaf (added to
@@ -200,6 +206,9 @@ def _trace_in_mode(
             if failed not in frozen and any(True for _ in root.get_submodule(failed).buffers()):
                 frozen.append(failed)
                 continue
+            if not partial and (not failed or _has_layers(root, [failed])):
+                where = failed or type(model).__name__
+                raise TraceError(f"{where} cannot be traced ({first_line(cause)})") from cause
             if not failed or failed in leaves:
                 raise TraceError(_untraceable(model, cause)) from cause
             leaves[failed] = f"its forward cannot be traced ({first_line(cause)})"

@@ -12,6 +12,7 @@ from fxprune.exact.pipeline import run
 from fxprune.graph.baking import baked
 from fxprune.graph.convolutions import Convolution, convolutions, oriented
 from fxprune.graph.copying import copied, own_tensors
+from fxprune.graph.examples import Inputs
 from fxprune.graph.recording import Recording
 from fxprune.graph.values import CarriedValues
 from fxprune.passes import RemoveChannels
@@ -24,6 +25,7 @@ def mask(
     plan: PrunePlan,
     calibration: Calibration | None = None,
     *,
+    example_inputs: Inputs | None = None,
     bake: bool = False,
     progress: bool = False,
 ) -> nn.Module:
@@ -34,19 +36,21 @@ def mask(
         model: the dense model. It is not changed.
         plan: what to drop.
         calibration: see `compile`; with it the kernels that stay are refitted.
+        example_inputs: see `compile`; needed where forward takes arguments by name, or more than it requires.
         bake: make computed weights plain ones first, as for `make_plan(..., bake=True)`.
         progress: show a bar on stderr.
 
     Raises:
         PlanError: the plan was made for another model.
         CalibrationError: the calibration data are malformed, or do not fit the model.
+        TraceError: with calibration data, the model does not run on the example.
     """
     if bake:
         model, _ = baked(model)
     plan.check(model)
     if calibration is None:
         return masked_copy(model, plan)
-    return masked_by(Subject(model, None, calibration), plan, progress=progress)
+    return masked_by(Subject(model, example_inputs, calibration, "auto"), plan, progress=progress)
 
 
 def masked_by(subject: Subject, plan: PrunePlan, *, progress: bool = False) -> nn.Module:
