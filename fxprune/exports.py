@@ -20,11 +20,23 @@ TORCHSCRIPT_WARNINGS = (
 
 
 def save_torchscript(model: nn.Module, path: str | os.PathLike[str]) -> torch.jit.ScriptModule:
-    """Script `model`, save it, and return what `torch.jit.load` makes of the file."""
+    """Script `model`, save it, and return what `torch.jit.load` makes of the file.
+
+    Raises:
+        FxpruneError: TorchScript cannot compile the forward of a user's own module.
+    """
     with warnings.catch_warnings():
         for message in TORCHSCRIPT_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
-        torch.jit.save(torch.jit.script(model), path)
+        try:
+            scripted = torch.jit.script(model)
+        except Exception as error:  # it raises whatever its parser does
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise FxpruneError(
+                f"TorchScript cannot compile {type(model).__name__} ({first}); export it with torch.export or ONNX, or "
+                "compile with output='graph' if it can be traced"
+            ) from error
+        torch.jit.save(scripted, path)
         loaded: torch.jit.ScriptModule = torch.jit.load(path)  # type: ignore[no-untyped-call]
     return loaded
 

@@ -4,10 +4,12 @@ import argparse
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 import fxprune
+from fxprune.channels.capture import Output
 from fxprune.cli.options import (
     MODEL_HELP,
     add_model_options,
@@ -41,6 +43,12 @@ def add_to(subparsers: Subparsers) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_pruning_options(parser)
     add_model_options(parser)
+    parser.add_argument(
+        "--result",
+        choices=get_args(Output),
+        default="auto",
+        help="a traced graph, the model's own class with smaller layers, or whichever is right (default)",
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where fxprune.save puts the result")
     parser.add_argument("--torchscript", type=Path, metavar="FILE", help="also write a TorchScript file")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="also write an ONNX file (batch size free)")
@@ -57,11 +65,13 @@ def run(options: argparse.Namespace) -> int:
     inputs = inputs_of(model, options, calibration)
     with steps(4, options) as step:
         step("planning")
-        plan = fxprune.make_plan(model, example_inputs=inputs, calibration=calibration, **pruning_of(options))
+        plan = fxprune.make_plan(
+            model, example_inputs=inputs, calibration=calibration, output=options.result, **pruning_of(options)
+        )
         step("masking")
-        masked = fxprune.mask(model, plan, calibration, progress=shows_progress(options))
+        masked = fxprune.mask(model, plan, calibration, example_inputs=inputs, progress=shows_progress(options))
         step("rewriting")
-        pruned = fxprune.rewrite(masked, plan, inputs)
+        pruned = fxprune.rewrite(masked, plan, inputs, output=options.result)
         step("checking")
         check = None if options.no_verify else fxprune.verify(pruned, masked, inputs)
     written = _write(pruned, inputs, options)
@@ -79,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     return show(options, document, "\n".join(lines))
 
 
-def _write(pruned: fx.GraphModule, inputs: tuple[Tensor], options: argparse.Namespace) -> dict[str, str]:
+def _write(pruned: nn.Module, inputs: tuple[Tensor], options: argparse.Namespace) -> dict[str, str]:
     """Write the files that were asked for; return the path of each kind."""
     targets = {"fxprune": options.output, "TorchScript": options.torchscript, "ONNX": options.onnx}
     written = {kind: path for kind, path in targets.items() if path is not None}
