@@ -20,6 +20,7 @@ from fxprune.exact.rewriting import rewritten
 from fxprune.exact.verification import verify as verify_models
 from fxprune.graph.baking import baked
 from fxprune.graph.examples import Inputs, as_examples, as_inputs
+from fxprune.graph.tracing import check_is_model
 from fxprune.inference.acceleration import accelerate, acceleration_report
 from fxprune.planning.kernels import sensitivity_of
 from fxprune.planning.latency_budget import check_target, group_counts
@@ -317,6 +318,7 @@ def analyze(model: nn.Module, example_inputs: Inputs | None = None) -> ChannelAn
     Raises:
         TraceError: the model cannot be traced, and does not run on the example or has none.
     """
+    check_is_model(model)
     examples = () if example_inputs is None else as_examples(example_inputs, model)
     captured = capture(model, examples, "auto")
     return analyze_channels(captured.module, captured.values)

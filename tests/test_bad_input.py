@@ -292,7 +292,9 @@ def test_example_inputs_that_do_not_run() -> None:
         net(), TraceError, r"does not run on example inputs of shape \(2, 4, 8, 8\)", example_inputs=image()[:, [0] * 4]
     )
     refuse(net(), TraceError, r"forward needs x, but example_inputs has 0 values", example_inputs=())
-    refuse(net(), TraceError, r"takes 1 positional arguments, but example_inputs has 2", example_inputs=[image()] * 2)
+    refuse(
+        net(), TraceError, r"takes 1 positional arguments, but example_inputs has 2", example_inputs=(image(), image())
+    )
 
 
 def test_example_inputs_of_another_type() -> None:
@@ -436,7 +438,7 @@ CALIBRATIONS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "a number": (lambda x: 3, "calibration is a int; it must be"),
     "a dict": (lambda x: {"x": x}, "calibration is a dict; it must be"),
     "a batch of None": (lambda x: [None], "batch 0 is a NoneType; it must be a tensor, or a tuple"),
-    "a batch as dict": (lambda x: [{"x": x}], "batch 0 is a dict; it must be a tensor, or a tuple"),
+    "a batch as dict": (lambda x: [{"image": x}], "batch 0 has 'image', but forward takes 'x'; rename the entry"),
     "an array": (lambda x: x.numpy(), "batch 0 is a ndarray; it must be a tensor"),
     "one dimension": (lambda x: x.flatten(), r"a tensor of shape \(1536,\); the first dimension must count samples"),
     "one image without batch": (lambda x: x[0], "batch 0 does not fit the model: .*expected 4D input"),

@@ -16,9 +16,9 @@ from fxprune.graph.costs import layer_costs
 from fxprune.graph.examples import Example, Inputs, as_examples, in_order, positional_parameters
 from fxprune.graph.recording import Recording
 from fxprune.graph.replaying import SIZES, free_batch
-from fxprune.graph.tracing import Trace, trace
+from fxprune.graph.tracing import Trace, check_is_model, trace
 from fxprune.plans import GroupedKernels
-from fxprune.plans.eligibility import find_obstacles
+from fxprune.plans.eligibility import check_model, find_obstacles
 
 
 class Subject:
@@ -46,6 +46,8 @@ class Subject:
         self.model, self.batches = model, None
         self.counted: dict[str, str] = {}
         self._names: tuple[str, ...] = ()
+        check_is_model(model)
+        check_model(model)
         self.examples = () if example_inputs is None else as_examples(example_inputs, model)
         if self.examples:
             self._names = tuple(self.examples[0].kwargs)
@@ -57,11 +59,13 @@ class Subject:
                 self.examples = (self._example(_first(self.batches[0], 2)),)
         try:
             self.trace = capture(model, self.examples, output)
-        except TraceError as error:
-            if example_inputs is None and calibration is not None:
+        except TraceError as failure:
+            if example_inputs is not None or self.batches is None:
+                raise
+            if output != "module":
                 trace(model)  # it fails too if the model is at fault
-                raise CalibrationError(f"calibration batch 0 does not fit the model: {error}") from error
-            raise
+            error = self._failure_on_batch() or failure
+            raise CalibrationError(f"calibration batch 0 does not fit the model: {error}") from error
 
     @property
     def is_recorded(self) -> bool:
@@ -143,6 +147,15 @@ class Subject:
         )
         setattr(masked, FITS, fits)
         return kernels
+
+    def _failure_on_batch(self) -> TraceError | None:
+        """What a run on the whole of the first batch says, of which two samples alone may look like something else."""
+        assert self.batches is not None
+        try:
+            recorded(self.model, [self._example(self.batches[0])], modes=("eval",))
+        except TraceError as error:
+            return error
+        return None
 
     def _example(self, batch: Batch) -> Example:
         """A batch as arguments of forward."""

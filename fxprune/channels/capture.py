@@ -55,7 +55,7 @@ def capture(model: nn.Module, examples: Sequence[Example], output: Output) -> Tr
         if not examples:
             raise TraceError("output='module' records the model while it runs, so it needs inputs; pass example_inputs")
         return recorded(model, examples)
-    if not examples or not all(map(_is_real, examples)):
+    if not examples or any(tensor.is_meta for tensor in (*examples[0].tensors, *model.parameters())):
         return trace(model, in_order(examples[0], model) if examples else None)
     try:
         traced = trace(model, in_order(examples[0], model), partial=output == "graph")
@@ -83,7 +83,3 @@ def _is_known(layer: nn.Module) -> bool:
 
 def _because(recording: Recording, reason: str) -> Recording:
     return replace(recording, notes=(*recording.notes, f"the result is the model's own module, not a graph: {reason}"))
-
-
-def _is_real(example: Example) -> bool:
-    return not any(tensor.is_meta for tensor in example.tensors)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.graph.convolutions import Convolution, channel_dim
 from fxprune.graph.editing import called_module, label
 from fxprune.graph.layers import ChannelGather
 
@@ -49,11 +50,13 @@ class _End:
     Attributes:
         node: it.
         order: which of the value's channels it sees.
+        dims: along which dimension, counted from the end; none without gathers.
         source: what it reads, the value or the last gather.
     """
 
     node: fx.Node
     order: Order
+    dims: frozenset[int]
     source: fx.Node
 
 
@@ -131,11 +134,13 @@ class _Placements:
             self.wrong[where] = "its result is seen in two orders"
         elif not self._is_layer(node):
             self.wrong[where] = f"a gather would stand behind {label(node)}, in the model's own code"
-        elif getattr(self.layers[where], "transposed", True):
+        elif getattr(self.layers[where], "transposed", True) or not self._along_channels(node, ends):
             self.wrong[where] = "its result is seen in an order in which it cannot give it"
         return seen[0]
 
-    def _ends(self, node: fx.Node, order: Order, channels: int = 0) -> Iterator[_End]:
+    def _ends(
+        self, node: fx.Node, order: Order, channels: int = 0, dims: frozenset[int] = frozenset()
+    ) -> Iterator[_End]:
         """Readers of a value behind chains of gathers; `node` is the value, of so many channels if that is known, or a
         gather that gives it in `order`.
         """
@@ -144,12 +149,19 @@ class _Placements:
                 gather = called_module(self.gm, user)
                 assert isinstance(gather, ChannelGather)
                 index = gather.index if order is None else order[gather.index]
-                yield from self._ends(user, index, channels or gather.in_channels)
+                yield from self._ends(user, index, channels or gather.in_channels, dims | {gather.dim})
             else:
-                yield _End(user, _tidy(order, channels), node)
+                yield _End(user, _tidy(order, channels), dims, node)
 
     def _takes_gather(self, end: _End) -> bool:
-        return self._is_layer(end.node) and end.node.all_input_nodes == [end.source]
+        """Whether a layer can read through the gathers itself: along the dimension that it mixes."""
+        if not self._is_layer(end.node) or end.node.all_input_nodes != [end.source]:
+            return False
+        return end.dims <= {_dim(called_module(self.gm, end.node))}
+
+    def _along_channels(self, node: fx.Node, ends: Sequence[_End]) -> bool:
+        dim = _dim(called_module(self.gm, node))
+        return all(end.dims <= {dim} for end in ends)
 
     def _is_gather(self, node: fx.Node) -> bool:
         return node.op == "call_module" and isinstance(called_module(self.gm, node), ChannelGather)
@@ -157,6 +169,11 @@ class _Placements:
     def _is_layer(self, node: fx.Node) -> bool:
         kinds = nn.modules.conv._ConvNd | nn.Linear
         return node.op == "call_module" and isinstance(called_module(self.gm, node), kinds)
+
+
+def _dim(layer: nn.Module) -> int:
+    """The dimension that a layer mixes, counted from the end."""
+    return channel_dim(layer) if isinstance(layer, Convolution) else -1
 
 
 def _relative(order: Order, give: Order) -> Order:

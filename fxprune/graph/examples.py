@@ -102,9 +102,28 @@ def _example(given: Inputs | Example, model: nn.Module) -> Example:
     else:
         args, kwargs = (given,) if isinstance(given, Tensor) else tuple(given), {}
     example = Example(args, kwargs)
+    _check_fits(example, model)
     if any(tensor.grad_fn is not None for tensor in example.tensors):
         return convert_tensors(example, Tensor.detach)
     return example
+
+
+def _check_fits(example: Example, model: nn.Module) -> None:
+    """See that forward takes as many arguments, and gets all that it needs."""
+    signature = inspect.signature(model.forward).parameters.values()
+    parameters, given = positional_parameters(model), len(example.args)
+    values = given + len(example.kwargs)
+    if given > len(parameters) and not any(p.kind is p.VAR_POSITIONAL for p in signature):
+        raise TraceError(
+            f"{type(model).__name__}.forward takes {len(parameters)} positional arguments, but example_inputs has "
+            f"{values} values; give one for each"
+        )
+    named = [*parameters[given:], *(p for p in signature if p.kind is p.KEYWORD_ONLY)]
+    if missing := [p.name for p in named if p.default is p.empty and p.name not in example.kwargs]:
+        raise TraceError(
+            f"{type(model).__name__}.forward needs {', '.join(missing)}, "
+            f"but example_inputs has {values} values; give one for each"
+        )
 
 
 def positional_parameters(model: nn.Module) -> list[inspect.Parameter]:

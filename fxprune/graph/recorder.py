@@ -105,9 +105,7 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def run(self, model: nn.Module, inputs: list[Tensor]) -> Iterator[None]:
-        """Record what happens in the block as a run of `model`, a copy whose parameters are those of all runs, on
-        `inputs`.
-        """
+        """Record what happens in the block as a run of `model`, a copy that the user does not see, on `inputs`."""
         self._run += 1
         self._known, self._own, self._stack = {}, set(), []
         self._paths = {id(module): path for path, module in model.named_modules()}
@@ -245,8 +243,8 @@ class Recorder(TorchFunctionMode):
         """
         owner = self._stack[-1] if self._stack else None
         given = dict(zip(_CONVOLUTION_ARGUMENTS, args, strict=False)) | dict(kwargs)
-        if not isinstance(owner, CONVOLUTIONS[name]) or id(owner) not in self._paths:
-            return False
+        if not isinstance(owner, CONVOLUTIONS[name]) or not self._paths.get(id(owner)):
+            return False  # without a path it is the model itself, which calls no layer
         if given["weight"] is not owner.weight or given.get("bias") is not owner.bias:
             return False
         dims = len(owner.kernel_size)

@@ -86,8 +86,7 @@ def record(
     """Run a model on examples and write down what it does.
 
     Args:
-        model: any module; it is not changed. Each run has a copy whose parameters are shared and whose buffers and
-            attributes are its own.
+        model: any module; it is not changed. Each run has a copy of its own.
         examples: arguments of forward, on the device of the model.
         modes: in which modes to run. Training mode may need other arguments than evaluation; where it does not run, a
             note says so.
@@ -97,7 +96,7 @@ def record(
         RunError: the model does not run on an example.
     """
     check_is_model(model)
-    recorder = Recorder(whole)
+    recorder, changed = Recorder(whole), set[str]()
     runs: list[tuple[Example, str]] = []
     results: list[Any] = []
     outputs: list[fx.Node] = []
@@ -105,7 +104,7 @@ def record(
     for mode in modes:
         for example in examples:
             try:
-                given, result, found = _run(recorder, model, example, mode)
+                given, result, found = _run(recorder, model, example, mode, changed)
             except RunError as error:
                 if mode == "eval" or len(modes) == 1:
                     raise
@@ -115,7 +114,9 @@ def record(
             results.append(convert_tensors(result, Tensor.detach))
             outputs += found
     recorder.graph.output((*outputs, *recorder.written))
-    layers = share_tensors(model)
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    written = {id(own[name]) for name in changed if name in own}
+    layers = share_tensors(model, lambda tensor: _cloned(tensor) if id(tensor) in written else tensor)
     for path, settings in recorder.padded.items():
         conv: Any = layers.get_submodule(path)
         conv.__class__ = CONVOLUTIONS[f"conv{len(conv.kernel_size)}d"]
@@ -141,8 +142,11 @@ def record(
     )
 
 
-def _run(recorder: Recorder, model: nn.Module, example: Example, mode: str) -> tuple[Example, Any, list[fx.Node]]:
+def _run(
+    recorder: Recorder, model: nn.Module, example: Example, mode: str, changed: set[str]
+) -> tuple[Example, Any, list[fx.Node]]:
     """One run: the example as it was given to forward, what it returned, and the nodes of all that can be seen of it.
+    Names of parameters and buffers that it changed, be it behind autograd's back, are added to `changed`.
 
     In training mode a batch of one is taken twice where batch statistics need it.
     """
@@ -151,7 +155,7 @@ def _run(recorder: Recorder, model: nn.Module, example: Example, mode: str) -> t
         candidates.append(twice)
     failure: RunError | None = None
     for given in candidates:
-        copied = share_tensors(model, lambda t: t if isinstance(t, nn.Parameter) else t.detach().clone())
+        copied = share_tensors(model, _cloned)
         copied.train(mode == "train")
         called = convert_tensors(given, lambda tensor: tensor.detach().clone())  # forward may write into them
         try:
@@ -165,9 +169,25 @@ def _run(recorder: Recorder, model: nn.Module, example: Example, mode: str) -> t
             continue
         seen = [recorder.node_of(tensor) for tensor in tensors_in(result)]
         seen += dict.fromkeys(recorder.node_of(tensor) for tensor in recorder.kept_by(copied))
+        after = {**dict(copied.named_parameters()), **dict(copied.named_buffers())}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name not in after or not _is_unchanged(after[name], tensor):
+                changed.add(name)
         return given, result, seen
     assert failure is not None
     raise failure
+
+
+def _cloned(tensor: Tensor) -> Tensor:
+    clone = tensor.detach().clone()
+    return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
+
+
+def _is_unchanged(now: Tensor, before: Tensor) -> bool:
+    """Whether a tensor is what it was; NaN is what it was."""
+    if now.shape != before.shape or now.dtype != before.dtype:
+        return False
+    return bool(((now == before) | ((now != now) & (before != before))).all())
 
 
 def doubled(example: Example) -> Example | None:

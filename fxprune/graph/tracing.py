@@ -275,17 +275,6 @@ def _fixed_arguments(model: nn.Module, examples: tuple[Any, ...] | None) -> dict
     parameters = positional_parameters(model)
     keywords = [p for p in signature if p.kind is p.KEYWORD_ONLY]
     given = 0 if examples is None else len(examples)
-    if given > len(parameters) and not any(p.kind is p.VAR_POSITIONAL for p in signature):
-        raise TraceError(
-            f"{type(model).__name__}.forward takes {len(parameters)} positional arguments, but example_inputs has "
-            f"{given} values; give one for each"
-        )
-    missing = [p.name for p in parameters[given:] if p.default is p.empty] if examples is not None else []
-    if missing:
-        raise TraceError(
-            f"{type(model).__name__}.forward needs {', '.join(missing)}, "
-            f"but example_inputs has {given} values; give one for each"
-        )
     return {p.name: p.default for p in (*parameters[given:], *keywords) if p.default is not p.empty}
 
 

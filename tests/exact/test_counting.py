@@ -44,7 +44,7 @@ def net(inside: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("inside", [OnShape, OnData])
 def test_modules_that_stay_whole_count(inside: type[nn.Module], options: dict[str, Any]) -> None:
     model = net(inside())
-    pruned = fxprune.compile(model, example_inputs=X, **options)
+    pruned = fxprune.compile(model, example_inputs=X, output="graph", **options)
     report = fxprune.report(pruned)
     assert report.macs_dense == true_macs(model)
     assert report.macs_pruned == true_macs(pruned)
@@ -53,6 +53,20 @@ def test_modules_that_stay_whole_count(inside: type[nn.Module], options: dict[st
     (row,) = [layer for layer in report.layers if layer.name == "4.conv"]
     assert row.macs == row.macs_dense == 64 * 32 * 32 * 9
     assert "inside 4" in row.reason
+
+
+@pytest.mark.parametrize("options", [{"macs": 0.7}, {"macs": 0.75, "granularity": "filter"}, {"ratio": 0.5}], ids=str)
+@pytest.mark.parametrize("inside", [OnShape, OnData])
+def test_in_the_models_own_class_they_are_pruned_and_count(inside: type[nn.Module], options: dict[str, Any]) -> None:
+    """The linear layer inside mixes another dimension than the gathers before it reorder."""
+    model = net(inside())
+    pruned = fxprune.compile(model, example_inputs=X, **options)
+    report = fxprune.report(pruned)
+    assert type(pruned) is nn.Sequential
+    assert report.macs_dense == true_macs(model)
+    assert report.macs_pruned == true_macs(pruned)
+    (row,) = [layer for layer in report.layers if layer.name == "4.conv"]
+    assert (row.macs or 0) < (row.macs_dense or 0)
 
 
 class UNet(nn.Module):
@@ -88,7 +102,7 @@ def test_reasons_name_modules_and_what_is_true() -> None:
     model = net(OnShape())
     assert isinstance(model, nn.Sequential)
     model[5] = Cumulates()
-    report = fxprune.report(fxprune.compile(model, 0.5, example_inputs=X, granularity="filter"))
+    report = fxprune.report(fxprune.compile(model, 0.5, example_inputs=X, granularity="filter", output="graph"))
     reasons = {layer.name: layer.reason for layer in report.layers}
     assert "inside 4: its forward cannot be traced" in reasons["4.conv"]
     assert reasons["2"] != "the model never calls it"

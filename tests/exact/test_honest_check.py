@@ -354,7 +354,7 @@ def test_hooks_on_containers_are_told() -> None:
     seen: list[Tensor] = []
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Sequential(nn.ReLU(), nn.Conv2d(32, 32, 3)), nn.Conv2d(32, 16, 1))
     model[1].register_forward_hook(lambda _, __, y: seen.append(y))
-    notes = fxprune.report(fxprune.compile(model.eval(), 0.5, example_inputs=X)).notes
+    notes = fxprune.report(fxprune.compile(model.eval(), 0.5, example_inputs=X, output="graph")).notes
     assert any("hooks ran once" in note and note.endswith(": 1") for note in notes)
 
 
