@@ -12,7 +12,7 @@ from fxprune.channels import ChannelAnalysis, analyze_channels
 from fxprune.criteria import Criterion, ScoreFunction
 from fxprune.criteria.snapshots import Snapshot
 from fxprune.criteria.variety import Variety
-from fxprune.errors import FxpruneError
+from fxprune.errors import CalibrationError, FxpruneError
 from fxprune.exact.record import ACCELERATION, record_of
 from fxprune.exact.reporting import Report
 from fxprune.exact.rewriting import rewrite
@@ -23,7 +23,7 @@ from fxprune.planning.kernels import sensitivity_of
 from fxprune.planning.latency_budget import check_target, group_counts
 from fxprune.planning.latency_measure import measure_layers
 from fxprune.planning.latency_table import LatencyTable
-from fxprune.planning.lossy import masked_by
+from fxprune.planning.lossy import masked_by, recovered_by
 from fxprune.planning.making import plan_for
 from fxprune.planning.requests import Request, Scope
 from fxprune.planning.sensitivity import Sensitivity
@@ -57,13 +57,14 @@ def compile(
     ignore: str | Iterable[str] = (),
     seed: int = 0,
     progress: bool = False,
+    recover: bool | float | Mapping[str, Any] = False,
     verify: bool | None = None,
     fold_batch_norm: bool = False,
 ) -> fx.GraphModule:
     """Prune a trained model and rewrite it into a smaller graph that computes exactly what the masked model computes.
 
-    The same as `make_plan`, `mask`, `rewrite` and `verify` in turn. The model is never changed; the result shares no
-    memory with it.
+    The same as `make_plan`, `mask`, `recover` if asked for, `rewrite` and `verify` in turn. The model is never changed;
+    the result shares no memory with it.
 
     Args:
         model: any traceable module, on any device, in any floating-point type.
@@ -111,6 +112,9 @@ def compile(
         calibration: a few hundred typical inputs: a tensor `(N, ...)`, a `DataLoader`, or any iterable of batches;
             labels are ignored. With it the kept weights are solved anew so that each layer gives what the dense one
             gave (`fxprune.calibration.refit`), which is worth far more than any choice of groups. It is read once.
+        recover: after that train the kept weights on the calibration data until each block gives what the dense one
+            gave, see `fxprune.recover`: True for its usual time (400 steps, at most 180 seconds), a number of seconds,
+            or a mapping of its arguments, such as `{"steps": 200, "augment": "flip", "checkpoint": "recovery.pt"}`.
         snapshots: earlier states of the same training run, oldest first, as state dicts, modules or paths; for method
             `"tmi"` and for the criteria `"movement"` and `"magnitude_increase"`, which take the first.
 
@@ -139,7 +143,8 @@ def compile(
     Raises:
         PlanError: an argument is not legal, or nothing can be planned.
         AccelerationError: `target` without example inputs, or not the device of the model.
-        CalibrationError: the calibration data are malformed, or do not fit the model.
+        CalibrationError: the calibration data are malformed, or do not fit the model; or `recover` without them.
+        StorageError: the checkpoint of `recover` is of another run, or cannot be written.
         TraceError: the model cannot be traced, or its shapes cannot be found.
         VerificationError: the result differs from the masked model.
 
@@ -149,11 +154,15 @@ def compile(
     request = _request(locals())
     if verify and example_inputs is None and calibration is None:
         raise FxpruneError("verify=True needs example_inputs to run the models on; pass them, or leave verify out")
+    if request.recovery is not None and calibration is None:
+        raise CalibrationError("recover learns from calibration data; pass calibration=, or leave recover out")
     check_target(model, target, example_inputs is not None or calibration is not None)
     subject = Subject(model, example_inputs, calibration)
     plan, masked = plan_for(subject, request)
     if masked is None:
         masked = masked_by(subject, plan, progress=progress)
+    if request.recovery is not None:
+        masked = recovered_by(subject, masked, plan, request.recovery, seed=seed, progress=progress)
     pruned = rewrite(masked, plan, subject.example_inputs, fold_batch_norm=fold_batch_norm)
     if verify or (verify is None and subject.example_inputs is not None):
         assert subject.example_inputs is not None

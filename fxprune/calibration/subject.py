@@ -1,6 +1,6 @@
 """A model that is to be pruned, with its trace, and the inputs that were given with it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct
+from fxprune.calibration.recovery import RECOVERED, Recovery, recover
 from fxprune.errors import CalibrationError, TraceError
 from fxprune.graph.costs import layer_costs
 from fxprune.graph.tracing import Inputs, as_inputs, positional_parameters, trace
@@ -61,6 +62,21 @@ class Subject:
         )
         setattr(masked, FITS, fits)
         return kernels
+
+    def recover(
+        self, masked: nn.Module, kept: Mapping[str, Tensor], recovery: Recovery, seed: int, progress: bool
+    ) -> None:
+        """Train `masked`, a copy of the model in which what is not `kept` is zero, in place."""
+        assert self.batches is not None
+        modes = [(module, module.training) for module in masked.modules()]
+        tensors = dict(masked.named_parameters(remove_duplicate=False))
+        entries = {id(tensors[name]): stays for name, stays in kept.items() if name in tensors}
+        with torch.inference_mode(False):
+            twin = trace(masked.eval(), self._inputs)
+            done = recover(self.trace, twin, self.batches, entries, recovery, seed=seed, progress=progress)
+        for module, mode in modes:
+            module.training = mode
+        setattr(masked, RECOVERED, done)
 
 
 def _arguments_needed(model: nn.Module) -> int:
