@@ -81,9 +81,7 @@ def augmented(batch: Batch, augment: Augment | None, seed: int) -> Batch:
         try:
             changed = change(given)
         except Exception as error:  # the user's function
-            raise CalibrationError(
-                f"augment fails on a calibration batch: {error}; repair it, or leave it out"
-            ) from error
+            raise CalibrationError(f"augment fails on a batch: {error}; repair it, or leave it out") from error
     result: Batch = (changed,) if one else changed
     before, after = _kinds(batch), _kinds(result)
     if before != after:

@@ -23,15 +23,16 @@ class Drawing:
 
     Args:
         batches: arguments of forward; they are read where they are, and only what is drawn is copied.
-        size: the largest minibatch.
         seed: of what is held out, and of the order.
+        largest: samples of a minibatch at most.
+        parts: into how many minibatches all that are drawn are divided at least, as far as they go.
 
     Raises:
         CalibrationError: there is only one sample.
     """
 
-    def __init__(self, batches: Sequence[Batch], size: int, seed: int) -> None:
-        self._batches, self._size, self._seed = batches, size, seed
+    def __init__(self, batches: Sequence[Batch], seed: int, largest: int, parts: int) -> None:
+        self._batches, self._seed = batches, seed
         places = [(number, i) for number, batch in enumerate(batches) for i in range(_count(batch))]
         if len(places) < 2:
             raise CalibrationError(
@@ -41,6 +42,7 @@ class Drawing:
         order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed)).tolist()
         held = max(1, len(places) // HELD_OUT)
         self.held, self.drawn = held, len(places) - held
+        self._largest, self._size = largest, min(largest, max(1, self.drawn // parts))
         self._held = self._alike([places[i] for i in sorted(order[:held])])
         self._drawn = self._alike([places[i] for i in sorted(order[held:])])
         self._epoch, self._parts = -1, [[(0, 0)]]
@@ -49,8 +51,8 @@ class Drawing:
     def held_out(self) -> Iterator[tuple[Batch, int]]:
         """The held-out samples in minibatches, with their sizes."""
         for places in self._held:
-            for start in range(0, len(places), self._size):
-                part = places[start : start + self._size]
+            for start in range(0, len(places), self._largest):
+                part = places[start : start + self._largest]
                 yield self._together(part), len(part)
 
     def minibatch(self, step: int) -> Batch:

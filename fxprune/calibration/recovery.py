@@ -44,9 +44,11 @@ STEPS = 400
 SECONDS = 180.0
 """How long it takes unless it is said: so many steps, or so many seconds where the steps would take longer."""
 BATCH = 64
-"""Images of a step."""
-RATE = 0.02
-"""The largest step, as a share of the weights of a filter."""
+EPOCH = 14
+"""Images of a step: so many, or fewer, that all of them are seen in no less than so many steps."""
+RATE = 0.08
+"""The largest step, as a share of the weights of a filter, where the error that is to be undone is as large as what the
+blocks give; smaller with its root. A step much larger than the error makes another one."""
 LOOKS = 20
 """How often the held-out images are looked at, and the state is saved."""
 DIVERGED = 2.0
@@ -172,11 +174,8 @@ def recover(
     run = _Run(dense, pruned, batches, kept, recovery, seed)
     with contexts_restored(), torch.enable_grad():
         run.resume()
-        try:
-            run.go(progress)
-        finally:
-            recovered = run.finish()
-    return recovered
+        run.go(progress)
+    return run.finish()
 
 
 class _Run:
@@ -200,8 +199,9 @@ class _Run:
         self.teacher, self.student = (up_to(side.module, self.blocks).eval() for side in (dense, pruned))
         self.recovery, self.seed = recovery, seed
         self.steps, self.seconds = recovery.limits
-        self.drawing = Drawing(batches, BATCH, seed)
+        self.drawing = Drawing(batches, seed, BATCH, EPOCH)
         self.device = next((p.device for p in self.student.parameters()), torch.device("cpu"))
+        self.asked = {parameter: parameter.requires_grad for parameter in self.student.parameters()}
         self.weights = weights_of(self.student, kept)
         if not self.weights:
             raise CalibrationError("no convolution, linear layer or normalization of the network has weights to train")
@@ -211,8 +211,11 @@ class _Run:
                     f"{name} is {str(weight.value.dtype).removeprefix('torch.')}, which cannot hold the small steps of "
                     "a recovery; recover the model in float32, and convert the result"
                 )
-        self.step, self.elapsed, self.looks, self.rate = 0, 0.0, 0, RATE
-        self.variances: list[Tensor] = []
+        trained = {id(weight.value) for weight in self.weights.values()}
+        for parameter in self.asked:
+            parameter.requires_grad_(id(parameter) in trained)
+        self.step, self.elapsed, self.looks, self.rate = 0, 0.0, 0, 0.0
+        self.scales: list[Tensor] = []
         self.before = self.best_loss = math.inf
         self.run = "" if recovery.checkpoint is None else self._fingerprint()
         self.best_step, self.best = 0, {name: weight.value.detach().clone() for name, weight in self.weights.items()}
@@ -220,12 +223,10 @@ class _Run:
     def _fingerprint(self) -> str:
         """What a checkpoint must agree in: both networks, the images, and the settings."""
         digest = hashlib.sha256()
-        settings = (
-            self.recovery.limits,
-            getattr(self.recovery.augment, "__qualname__", self.recovery.augment),
-            self.seed,
-        )
-        digest.update(repr((settings, self.blocks)).encode())
+        augment = self.recovery.augment  # of a function, the name is all that can be compared
+        if callable(augment):
+            augment = getattr(augment, "__qualname__", type(augment).__qualname__)
+        digest.update(repr((self.recovery.limits, augment, self.seed, self.blocks)).encode())
         tensors = [*self.teacher.state_dict().values(), *self.student.state_dict().values()]
         tensors += [weight.unit for weight in self.weights.values()]
         for tensor in [*tensors, *self.drawing.tensors()]:
@@ -248,9 +249,10 @@ class _Run:
         bar = tqdm(total=total, unit=unit, desc=f"recovering ({limit})", disable=not progress)
         began = time.perf_counter() - self.elapsed
         with bar:
-            if not self.variances:
-                self.variances = self._variances()
+            if not self.scales:
+                self.scales = self._scales()
                 self.before = self.best_loss = self._held_out_loss()
+                self.rate = RATE * min(1.0, math.sqrt(self.before))
                 if not math.isfinite(self.before):
                     raise CalibrationError(
                         "on the calibration data the blocks give NaN or infinity; check the data and the model"
@@ -269,9 +271,10 @@ class _Run:
         """Give the network the best weights."""
         with torch.no_grad():
             for name, weight in self.weights.items():
-                weight.value.requires_grad_(weight.trained)
-                weight.value.grad = None
                 weight.value.copy_(self.best[name])
+                weight.value.grad = None
+        for parameter, asked in self.asked.items():
+            parameter.requires_grad_(asked)
         done = Recovered(self.step, self.elapsed, self.before, self.best_loss, self.best_step, self.blocks)
         if self.best_step:
             logger.info(
@@ -303,8 +306,8 @@ class _Run:
             wanted = self._outputs(self.teacher, batch)
         given = self._outputs(self.student, batch)
         errors = [
-            (_precise(ours) - _precise(theirs)).square().mean() / variance
-            for ours, theirs, variance in zip(given, wanted, self.variances, strict=True)
+            ((_precise(ours) - _precise(theirs)).square() * scale).mean()
+            for ours, theirs, scale in zip(given, wanted, self.scales, strict=True)
         ]
         return torch.stack(errors).mean()
 
@@ -322,10 +325,20 @@ class _Run:
     # --- the held-out images ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _variances(self) -> list[Tensor]:
-        """Of what the blocks of the dense network give, on a minibatch."""
-        outputs = self._outputs(self.teacher, self._placed(self.drawing.minibatch(0)))
-        return [_precise(output).var().clamp(min=torch.finfo(torch.float32).tiny) for output in outputs]
+    def _scales(self) -> list[Tensor]:
+        """By what the squared errors of each block are multiplied, so that their mean is relative to the variance of
+        what the dense network gives: `(1, C, 1, 1)`. Channels that are removed count for nothing.
+        """
+        batch = self._placed(self.drawing.minibatch(0))
+        scales = []
+        for ours, theirs in zip(self._outputs(self.student, batch), self._outputs(self.teacher, batch), strict=True):
+            others = [axis for axis in range(ours.dim()) if axis != 1]
+            stays = (
+                (ours != 0).any(dim=others, keepdim=True) if ours.dim() > 1 else torch.ones_like(ours, dtype=torch.bool)
+            )
+            variance = _precise(theirs.masked_select(stays)).var().clamp(min=torch.finfo(torch.float32).tiny)
+            scales.append(stays / (variance * _precise(stays).mean()) if stays.any() else _precise(stays))
+        return scales
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:
@@ -396,6 +409,6 @@ def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-_STATE = ("step", "elapsed", "looks", "rate", "variances", "before", "best_loss", "best_step", "best")
+_STATE = ("step", "elapsed", "looks", "rate", "scales", "before", "best_loss", "best_step", "best")
 FORMAT = "fxprune-recovery"
 _START_AGAIN = "remove the file, or choose another checkpoint"

@@ -29,9 +29,8 @@ class Weight:
     """
 
     def __init__(self, value: nn.Parameter, unit: Tensor) -> None:
-        self.value, self.unit, self.trained = value, unit, value.requires_grad
+        self.value, self.unit = value, unit
         self.mean, self.square, self.count = torch.zeros_like(unit), torch.zeros_like(unit), 0
-        value.requires_grad_(True)
 
     @torch.no_grad()
     def move(self, rate: float) -> None:
@@ -89,15 +88,17 @@ _NORMS = nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm
 
 @torch.no_grad()
 def _units(module: nn.Module, kept: Mapping[int, Tensor]) -> dict[str, Tensor]:
-    """The unit of the steps of a layer's parameters: the root mean square of the kept weights of a filter, for a shift
-    what it shifts, were all that the layer reads of size 1.
+    """The unit of the steps of a layer's parameters: for a filter the root mean square of its kept weights, for a scale
+    its size, for a shift the size of what it shifts, were all that the layer reads of size 1.
     """
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     units: dict[str, Tensor] = {}
     if isinstance(module, _NORMS):
         scale = None if weight is None else weight.detach().abs()
+        if isinstance(weight, nn.Parameter) and scale is not None:
+            units["weight"] = scale
         if isinstance(bias, nn.Parameter):
-            units["bias"] = torch.ones_like(bias) if scale is None else scale
+            units["bias"] = torch.ones_like(bias) if scale is None else scale.clone()
     elif isinstance(weight, nn.Parameter):
         stays = kept.get(id(weight), torch.ones_like(weight, dtype=torch.bool))
         transposed = isinstance(module, nn.modules.conv._ConvNd) and module.transposed
