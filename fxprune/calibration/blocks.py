@@ -96,7 +96,8 @@ def _activated(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
 
 def _is_smaller(value: Tensor, source: Tensor) -> bool:
     """Whether a value has fewer positions than the feature map that it is computed from, or none."""
-    return value.dim() < 4 or (value.dim() == 4 and math.prod(value.shape[2:]) < math.prod(source.shape[2:]))
+    before, after = math.prod(source.shape[2:]), math.prod(value.shape[2:]) if value.dim() == 4 else 0
+    return 1 < before > after and value.dim() <= 4
 
 
 def up_to(gm: fx.GraphModule, ends: Collection[str]) -> fx.GraphModule:

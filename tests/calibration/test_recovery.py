@@ -106,7 +106,7 @@ def test_equal_arguments_give_equal_weights_and_leave_random_numbers_alone() -> 
 def test_the_batches_of_a_loader_make_no_difference() -> None:
     model, masked, plan, data = masked_only()
     first = fxprune.recover(model, masked, plan, data, steps=3)
-    labelled = [(part, torch.zeros(len(part))) for part in data.split(7)]
+    labelled = [(part, torch.zeros(len(part))) for part in torch.split(data, 7)]
     assert not differing(fxprune.recover(model, masked, plan, labelled, steps=3), state_of(first))
 
 
@@ -387,7 +387,7 @@ def test_a_step_is_a_share_of_its_filter_whatever_the_scale() -> None:
     rms = conv.weight.detach().flatten(1).square().mean(1).sqrt()
     assert torch.allclose(units["weight"][:, 0, 0, 0], rms)
     assert rms[0] < 1e-2 * rms[2]
-    weight = relative_steps.Weight(conv.weight, units["weight"])
+    weight = relative_steps.Weight(conv.get_parameter("weight"), units["weight"])
     before = conv.weight.detach().clone()
     conv.weight.grad = torch.randn_like(conv.weight) * 1e5
     weight.move(0.01)
