@@ -113,7 +113,7 @@ def compile(
             labels are ignored. With it the kept weights are solved anew so that each layer gives what the dense one
             gave (`fxprune.calibration.refit`), which is worth far more than any choice of groups. It is read once.
         recover: after that train the kept weights on the calibration data until each block gives what the dense one
-            gave, see `fxprune.recover`: True for its usual time (400 steps, at most 180 seconds), a number of seconds,
+            gave, see `fxprune.recover`: True for its usual time (1500 steps, at most 180 seconds), a number of seconds,
             or a mapping of its arguments, such as `{"steps": 200, "augment": "flip", "checkpoint": "recovery.pt"}`.
         snapshots: earlier states of the same training run, oldest first, as state dicts, modules or paths; for method
             `"tmi"` and for the criteria `"movement"` and `"magnitude_increase"`, which take the first.

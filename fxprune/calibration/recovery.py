@@ -40,20 +40,20 @@ from fxprune.graph.tracing import Trace
 
 logger = logging.getLogger("fxprune")
 
-STEPS = 400
+STEPS = 1500
 SECONDS = 180.0
 """How long it takes unless it is said: so many steps, or so many seconds where the steps would take longer."""
-BATCH = 64
+BATCH = 32
 EPOCH = 14
 """Images of a step: so many, or fewer, that all of them are seen in no less than so many steps."""
-RATE = 0.08
+RATE = 0.05
 """The largest step, as a share of the weights of a filter, where the error that is to be undone is as large as what the
 blocks give; smaller with its root. A step much larger than the error makes another one."""
 LOOKS = 20
 """How often the held-out images are looked at, and the state is saved."""
-DIVERGED = 2.0
-"""If the held-out loss is so many times what it was at the start, it begins again from the best weights, with half the
-step."""
+DIVERGED = 1.1
+"""If the held-out loss is more than so many times what it was at the start, the steps are too large for the noise of
+their gradients: it begins again from the best weights, with half the step."""
 VERSION = 1
 
 RECOVERED = "fxprune_recovered"

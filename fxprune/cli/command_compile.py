@@ -8,6 +8,8 @@ from pathlib import Path
 from torch import Tensor, fx
 
 import fxprune
+from fxprune.calibration.augmentation import AUGMENTATIONS
+from fxprune.calibration.recovery import SECONDS, STEPS, Recovery
 from fxprune.cli.options import (
     MODEL_HELP,
     add_model_options,
@@ -27,6 +29,7 @@ examples:
   fxprune compile resnet18 --ratio 0.75 --form partition --ignore 'layer4.*' --torchscript resnet18.ts.pt
   fxprune compile timm:resnest14d --weights resnest14d.pth --json -o resnest.pt
   fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --macs 0.5 -o resnet50.pt
+  fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --recover 300 --augment flip -o r50.pt
   fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --latency 0.6 --target cpu -o resnet50.pt
   fxprune compile resnet50 --weights resnet50.pth --granularity filter --macs 0.5 --scope global -o resnet50.pt
   fxprune compile resnet50 --weights resnet50.pth --granularity filter:0.25,kernel:0.5 -o resnet50.pt
@@ -40,6 +43,14 @@ def add_to(subparsers: Subparsers) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_pruning_options(parser)
+    parser.add_argument(
+        "--recover", nargs="?", type=float, const=True, metavar="SECONDS",
+        help="after the refit train the kept weights on the --calibration inputs, without labels, until each block "
+        f"gives what the dense one gives: so many seconds (default: {SECONDS:.0f}, or {STEPS} steps)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--augment", choices=AUGMENTATIONS, help="for --recover: mirror or shift the inputs, where they are images"
+    )
     add_model_options(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where fxprune.save puts the result")
     parser.add_argument("--torchscript", type=Path, metavar="FILE", help="also write a TorchScript file")
@@ -54,12 +65,18 @@ def run(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     model = model_of(options.model, options)
     calibration = calibration_of(options)
+    recovery = _recovery_of(options)
     inputs = inputs_of(model, options, calibration)
-    with steps(4, options) as step:
+    with steps(4 if recovery is None else 5, options) as step:
         step("planning")
         plan = fxprune.make_plan(model, example_inputs=inputs, calibration=calibration, **pruning_of(options))
         step("masking")
         masked = fxprune.mask(model, plan, calibration, progress=shows_progress(options))
+        if recovery is not None:
+            assert calibration is not None
+            step("recovering")
+            asked = {"seconds": recovery.seconds, "augment": recovery.augment, "seed": options.seed}
+            masked = fxprune.recover(model, masked, plan, calibration, **asked, progress=shows_progress(options))
         step("rewriting")
         pruned = fxprune.rewrite(masked, plan, inputs)
         step("checking")
@@ -77,6 +94,17 @@ def run(options: argparse.Namespace) -> int:
     }
     lines = [str(report), "", verdict(check), *(f"wrote {path} ({kind})" for kind, path in written.items())]
     return show(options, document, "\n".join(lines))
+
+
+def _recovery_of(options: argparse.Namespace) -> Recovery | None:
+    """How long to recover and with what; None if that was not asked for."""
+    if options.recover is None:
+        if options.augment is not None:
+            options.error("--augment is for --recover; add that, or leave it out")
+        return None
+    if options.calibration is None:
+        options.error("--recover learns from calibration data; add --calibration FILE, or leave it out")
+    return Recovery(seconds=None if options.recover is True else options.recover, augment=options.augment)
 
 
 def _write(pruned: fx.GraphModule, inputs: tuple[Tensor], options: argparse.Namespace) -> dict[str, str]:

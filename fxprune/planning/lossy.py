@@ -75,8 +75,8 @@ def recover(
         plan: what is pruned in `masked`.
         calibration: see `compile`; a few hundred inputs. They are drawn one by one, whatever the batches are.
         seconds: how long it may take, by the clock.
-        steps: how many steps of 64 inputs it may make; equal arguments then give equal weights. If both are given, it
-            ends with what comes first. By default 400 steps, and at most 180 seconds.
+        steps: how many steps it may make, of 32 inputs or fewer; equal arguments then give equal weights. If both are
+            given, it ends with what comes first. By default 1500 steps, and at most 180 seconds.
         augment: changes each batch, so that few inputs go further: `"flip"` mirrors images, `"crop"` shifts them by up
             to an eighth, `"flip+crop"` does both; or a function of the tensor that forward takes, of the tuple if it
             takes several. Only what the network has been trained to see alike helps.
