@@ -73,7 +73,7 @@ def net_of(name: str) -> nn.Module:
     return randomize(NETS[name]()).float().eval()
 
 
-def images(count: int = 40, size: int = 8, seed: int = 1) -> Tensor:
+def images(count: int = 100, size: int = 8, seed: int = 1) -> Tensor:
     """Noise, which a refit of small networks cannot reproduce to the end."""
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 

@@ -25,13 +25,14 @@ class Drawing:
         batches: arguments of forward; they are read where they are, and only what is drawn is copied.
         seed: of what is held out, and of the order.
         largest: samples of a minibatch at most.
-        parts: into how many minibatches all that are drawn are divided at least, as far as they go.
+        smallest: samples of a minibatch at least, but for the rests of those of one shape.
+        parts: into how many minibatches all that are drawn are divided at least, as far as `smallest` allows.
 
     Raises:
         CalibrationError: there is only one sample.
     """
 
-    def __init__(self, batches: Sequence[Batch], seed: int, largest: int, parts: int) -> None:
+    def __init__(self, batches: Sequence[Batch], seed: int, largest: int, smallest: int, parts: int) -> None:
         self._batches, self._seed = batches, seed
         places = [(number, i) for number, batch in enumerate(batches) for i in range(_count(batch))]
         if len(places) < 2:
@@ -42,7 +43,7 @@ class Drawing:
         order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed)).tolist()
         held = max(1, len(places) // HELD_OUT)
         self.held, self.drawn = held, len(places) - held
-        self._largest, self._size = largest, min(largest, max(1, self.drawn // parts))
+        self._largest, self._size = largest, min(largest, max(smallest, self.drawn // parts))
         self._held = self._alike([places[i] for i in sorted(order[:held])])
         self._drawn = self._alike([places[i] for i in sorted(order[held:])])
         self._epoch, self._parts = -1, [[(0, 0)]]

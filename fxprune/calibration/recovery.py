@@ -43,12 +43,14 @@ logger = logging.getLogger("fxprune")
 STEPS = 1500
 SECONDS = 180.0
 """How long it takes unless it is said: so many steps, or so many seconds where the steps would take longer."""
-BATCH = 32
-EPOCH = 14
-"""Images of a step: so many, or fewer, that all of them are seen in no less than so many steps."""
-RATE = 0.05
-"""The largest step, as a share of the weights of a filter, where the error that is to be undone is as large as what the
-blocks give; smaller with its root. A step much larger than the error makes another one."""
+BATCH, FEW, EPOCH = 32, 8, 14
+"""Images of a step: so many, or where images are few, fewer but at least so many, that all of them are seen in no less
+than so many steps."""
+STRETCH = 3.0
+"""The largest step, relative to the first one that would lower the loss most, which is found by trying: by how deep the
+network is and by what is left to repair, it differs by a factor of a hundred."""
+TRIED: tuple[float, ...] = tuple(0.064 / 2**i for i in range(14))
+"""Shares of the weights of a filter that are tried, from the largest."""
 LOOKS = 20
 """How often the held-out images are looked at, and the state is saved."""
 DIVERGED = 1.1
@@ -199,10 +201,10 @@ class _Run:
         self.teacher, self.student = (up_to(side.module, self.blocks).eval() for side in (dense, pruned))
         self.recovery, self.seed = recovery, seed
         self.steps, self.seconds = recovery.limits
-        self.drawing = Drawing(batches, seed, BATCH, EPOCH)
+        self.drawing = Drawing(batches, seed, BATCH, FEW, EPOCH)
         self.device = next((p.device for p in self.student.parameters()), torch.device("cpu"))
         self.asked = {parameter: parameter.requires_grad for parameter in self.student.parameters()}
-        self.weights = weights_of(self.student, kept)
+        self.weights = weights_of(self.student, kept, self._placed(self.drawing.minibatch(0)))
         if not self.weights:
             raise CalibrationError("no convolution, linear layer or normalization of the network has weights to train")
         for name, weight in self.weights.items():
@@ -252,11 +254,11 @@ class _Run:
             if not self.scales:
                 self.scales = self._scales()
                 self.before = self.best_loss = self._held_out_loss()
-                self.rate = RATE * min(1.0, math.sqrt(self.before))
                 if not math.isfinite(self.before):
                     raise CalibrationError(
                         "on the calibration data the blocks give NaN or infinity; check the data and the model"
                     )
+                self.rate = STRETCH * self._best_first_step()
             while self.done < 1:
                 self._make_step()
                 self.elapsed = time.perf_counter() - began
@@ -300,6 +302,28 @@ class _Run:
         self.step += 1
         for weight in self.weights.values():
             weight.move(rate)
+
+    def _best_first_step(self) -> float:
+        """The share of the weights by which the first step would lower the loss of its own minibatch most. On another
+        one it would be far too small: what is noise in one gradient goes out in the average of many.
+        """
+        batch = self._placed(self.drawing.minibatch(0))
+        loss = self._loss(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        start = float(loss.detach())
+        best, least = TRIED[-1], start
+        for share in TRIED:
+            for weight in self.weights.values():
+                weight.move(share)
+            with torch.no_grad():
+                reached = float(self._loss(batch))
+            for name, weight in self.weights.items():
+                weight.restart(self.best[name])
+            if reached < least:
+                best, least = share, reached
+            elif least < start:
+                break
+        return best
 
     def _loss(self, batch: Batch) -> Tensor:
         with torch.no_grad():

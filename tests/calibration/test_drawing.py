@@ -16,7 +16,7 @@ def numbered(count: int) -> Tensor:
 
 
 def drawing(batches: list[Any], seed: int = 0, largest: int = 8, parts: int = 1) -> Drawing:
-    return Drawing(batches, seed, largest, parts)
+    return Drawing(batches, seed, largest, 2, parts)
 
 
 def test_a_tenth_is_held_out_and_all_others_are_drawn_once_an_epoch() -> None:
@@ -40,7 +40,7 @@ def test_a_minibatch_depends_on_seed_and_step_alone() -> None:
 
 def test_few_samples_come_in_smaller_minibatches() -> None:
     assert drawing([(numbered(40),)], largest=64, parts=6).minibatch(0)[0].shape == (6, 1)
-    assert drawing([(numbered(4),)], largest=64, parts=14).minibatch(0)[0].shape == (1, 1)
+    assert drawing([(numbered(4),)], largest=64, parts=14).minibatch(0)[0].shape == (2, 1)
 
 
 def test_samples_of_one_shape_and_one_flag_come_together() -> None:

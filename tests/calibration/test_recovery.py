@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from equality import randomize
 from recovery_harness import NETS, PLANS, differing, images, net_of, state_of
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ import fxprune
 from fxprune import CalibrationError, FxpruneError, PlanError, PrunePlan, StorageError
 from fxprune.calibration import recovery, relative_steps
 from fxprune.calibration.recovery import RECOVERED, Recovered, Recovery
+from fxprune.graph.tracing import trace
 from fxprune.plans.masking import kept_entries
 
 Subject = tuple[nn.Module, nn.Module, PrunePlan, Tensor]
@@ -123,7 +125,7 @@ def test_where_nothing_improves_the_refit_is_returned(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, masked, plan, data = subject()
-    monkeypatch.setattr(recovery, "RATE", 1e6)
+    monkeypatch.setattr(recovery, "STRETCH", 1e6)
     with caplog.at_level(logging.WARNING, "fxprune"):
         result = fxprune.recover(model, masked, plan, data, steps=8)
     assert not differing(result, state_of(masked))
@@ -133,21 +135,25 @@ def test_where_nothing_improves_the_refit_is_returned(
     assert "no step of 8 lowered the loss" in caplog.text
 
 
-def test_the_best_state_is_kept_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_state_is_kept_not_the_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, masked, plan, data = masked_only()
     monkeypatch.setattr(recovery, "DIVERGED", float("inf"))
     monkeypatch.setattr(recovery, "schedule", lambda done: 1.0 if done < 0.5 else 100.0)
     result = fxprune.recover(model, masked, plan, data, steps=20)
     done = recovered(result)
     assert 0 < done.best <= 10
-    again = fxprune.recover(model, result, plan, data, steps=1)  # looks before its first step
-    assert recovered(again).before == pytest.approx(done.after)
     assert done.after < done.before
+    last = fxprune.recover(model, masked, plan, data, steps=20, checkpoint=tmp_path / "state.pt")
+    assert not differing(last, state_of(result))
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    kept = dict(result.named_parameters())
+    assert all(torch.equal(kept[name], value) for name, value in state["best"].items())
+    assert not all(torch.equal(kept[name], weight["value"]) for name, weight in state["weights"].items())  # control
 
 
 def test_where_it_diverges_it_goes_on_with_smaller_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     model, masked, plan, data = masked_only()
-    monkeypatch.setattr(recovery, "RATE", 1e3)
+    monkeypatch.setattr(recovery, "STRETCH", 1e4)
     assert recovered(fxprune.recover(model, masked, plan, data, steps=200)).best > 0
     monkeypatch.setattr(recovery, "DIVERGED", float("inf"))  # control
     assert recovered(fxprune.recover(model, masked, plan, data, steps=200)).best == 0
@@ -280,9 +286,9 @@ class TwoInputs(nn.Module):
 
 def test_several_inputs_and_images_of_several_sizes() -> None:
     model = TwoInputs().eval()
-    batches = [tuple(torch.randn(4, 16, size, size) for _ in range(2)) for size in (6, 6, 8)]
+    batches = [tuple(torch.randn(8, 16, size, size) for _ in range(2)) for size in (6, 6, 8)]
     plan = fxprune.make_plan(model, 0.5, calibration=batches, form="overlap", groups=2)
-    masked = fxprune.mask(model, plan, batches)
+    masked = fxprune.mask(model, plan)
     seen = []
 
     def augment(arguments: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -389,16 +395,46 @@ def test_a_step_is_a_share_of_its_filter_whatever_the_scale() -> None:
     with torch.no_grad():
         conv.weight[0] *= 1e-3
         conv.weight[1] = 0
-    units = relative_steps._units(conv, {id(conv.weight): torch.ones_like(conv.weight, dtype=torch.bool)})
+    kept = {id(conv.weight): torch.ones_like(conv.weight, dtype=torch.bool)}
+    small = relative_steps.Moments(torch.zeros(4), torch.full((4,), 1e-6))
+    large = relative_steps.Moments(torch.zeros(3), torch.ones(3))
+    unit = relative_steps._units(conv, kept, small, large)["weight"]
     rms = conv.weight.detach().flatten(1).square().mean(1).sqrt()
-    assert torch.allclose(units["weight"][:, 0, 0, 0], rms)
+    assert torch.allclose(unit[:, 0, 0, 0], rms)
     assert rms[0] < 1e-2 * rms[2]
-    weight = relative_steps.Weight(conv.get_parameter("weight"), units["weight"])
+    weight = relative_steps.Weight(conv.get_parameter("weight"), unit)
     before = conv.weight.detach().clone()
     conv.weight.grad = torch.randn_like(conv.weight) * 1e5
     weight.move(0.01)
     moved = (conv.weight.detach() - before).flatten(1).square().mean(1).sqrt()
     assert torch.allclose(moved, 0.01 * rms, rtol=1e-3)
+
+
+def test_a_filter_that_takes_differences_of_large_inputs_moves_less() -> None:
+    conv = nn.Conv2d(4, 4, 3, groups=2)
+    small, large = (relative_steps.Moments(torch.zeros(4), torch.full((4,), size)) for size in (1e-4, 1e4))
+    unit = relative_steps._units(conv, {}, large, small)["weight"]
+    assert torch.allclose(unit, torch.tensor(1e-2 / (1e4 * 2 * 9) ** 0.5))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_step_leaves_the_mean_of_the_output_to_the_bias(normed: bool) -> None:
+    layers = [nn.Conv2d(4, 6, 1, bias=not normed)] + [nn.BatchNorm2d(6)] * normed
+    net = trace(randomize(nn.Sequential(*layers)).float().eval(), torch.zeros(2, 4, 3, 3)).module
+    x = torch.rand(8, 4, 3, 3) + 5
+    weights = relative_steps.weights_of(net, {}, (x,))
+    before = net(x).detach()
+    net(x).square().sum().backward()
+    weights["0.weight"].move(0.1)
+    after = net(x).detach()
+    assert (after - before).abs().max() > 1e-3
+    assert torch.allclose(after.mean((0, 2, 3)), before.mean((0, 2, 3)), atol=1e-4)
+    weights["0.weight"].shift = None  # control
+    weights["0.weight"].move(0.1)
+    assert (net(x).mean((0, 2, 3)) - after.mean((0, 2, 3))).abs().max() > 1e-2
+
+
+def test_steps_grow_and_shrink() -> None:
     assert relative_steps.schedule(0.0) == 0
     assert relative_steps.schedule(relative_steps.WARM_UP) == 1
     assert relative_steps.schedule(1.0) == pytest.approx(0)
