@@ -6,10 +6,9 @@ the squared error of what the blocks give, relative to its variance, averaged ov
 has to be mapped.
 
 - *Statistics stay.* Both networks run in evaluation mode; BatchNorm normalizes by what the dense network saw.
-- *Steps are relative.* Adam (Kingma & Ba, ICLR 2015) in units of each filter: a step moves a weight by a share of the
-  root mean square of its filter, and a shift by a share of the scale of its channel, as You et al., LARS (2017), and
-  Bernstein et al., Fromage (NeurIPS 2020), have it for layers. Whatever scale a layer has, a step changes what it
-  computes by the same share, so there is no learning rate to tune: usual ones ruin a refitted network.
+- *Steps are relative.* Adam (Kingma & Ba, ICLR 2015) in units of what steps change
+  (`fxprune.calibration.relative_steps`), of a size that is tried on the first minibatch. There is no learning rate to
+  tune: usual ones ruin a refitted network.
 - *A part of the images judges.* A tenth is held out; the weights with the least loss on it are kept, and those of
   before where none had less.
 """
@@ -204,7 +203,8 @@ class _Run:
         self.drawing = Drawing(batches, seed, BATCH, FEW, EPOCH)
         self.device = next((p.device for p in self.student.parameters()), torch.device("cpu"))
         self.asked = {parameter: parameter.requires_grad for parameter in self.student.parameters()}
-        self.weights = weights_of(self.student, kept, self._placed(self.drawing.minibatch(0)))
+        batch = self._placed(self.drawing.minibatch(0))
+        self.weights = weights_of(self.student, kept, lambda: self._outputs(self.student, batch))
         if not self.weights:
             raise CalibrationError("no convolution, linear layer or normalization of the network has weights to train")
         for name, weight in self.weights.items():

@@ -1,22 +1,25 @@
-"""Gradient steps whose size is a share of what they move, so that no learning rate has to be found.
+"""Gradient steps in units of what they change, so that no learning rate has to be found.
 
-Adam (Kingma & Ba, ICLR 2015) in units of each filter. In evaluation mode nothing takes the scale of a layer back, as
-BatchNorm does in training: a step that is small for one layer ruins another. A share of the weights of a filter changes
-what it computes by about that share, whatever its scale. You et al., Large Batch Training of Convolutional Networks
-(LARS, 2017), have it so for layers.
+In evaluation mode nothing takes the scale of a layer back, as BatchNorm does in training: a step that is small for one
+layer ruins another. So Adam (Kingma & Ba, ICLR 2015) moves
+
+- each weight by a share of the root mean square of its filter, as You et al., Large Batch Training of Convolutional
+  Networks (LARS, 2017), have it for layers; or by a share of how much what the filter gives varies, if that is less: a
+  filter that takes differences of large values gives little, and is changed much by little (the first depthwise layer
+  of MobileNetV2 alone makes three quarters of the damage of a random relative change of all);
+- without moving the mean of what a filter gives, which is left to the bias: behind a rectifier all inputs are positive,
+  and steps of all weights would add up in it (Schraudolph, Centering Neural Network Gradient Factors, 1998).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.calibration.batches import Batch
 from fxprune.calibration.following import follow
-from fxprune.graph.containers import convert_tensors
 from fxprune.graph.editing import call_sites
 
 WARM_UP = 0.1
@@ -101,13 +104,13 @@ class Weight:
         self.count = state["count"]
 
 
-def weights_of(network: fx.GraphModule, kept: Mapping[int, Tensor], batch: Batch) -> dict[str, Weight]:
+def weights_of(network: fx.GraphModule, kept: Mapping[int, Tensor], run: Callable[[], object]) -> dict[str, Weight]:
     """The parameters of a network that are trained, by name.
 
     Args:
         network: traced, in evaluation mode.
         kept: `id` of a parameter to the entries that may move; one that is absent may move as a whole.
-        batch: arguments of forward, on which it is measured what steps do.
+        run: runs the network once, so that it can be measured what its layers read and give.
     """
     layers = {
         path: module
@@ -122,7 +125,7 @@ def weights_of(network: fx.GraphModule, kept: Mapping[int, Tensor], batch: Batch
 
     hooks = [module.register_forward_hook(measure) for module in layers.values()]
     with torch.no_grad():
-        network(*convert_tensors(batch, Tensor.clone))
+        run()
     for hook in hooks:
         hook.remove()
     norms = _norms_behind(network)

@@ -422,7 +422,7 @@ def test_a_step_leaves_the_mean_of_the_output_to_the_bias(normed: bool) -> None:
     layers = [nn.Conv2d(4, 6, 1, bias=not normed)] + [nn.BatchNorm2d(6)] * normed
     net = trace(randomize(nn.Sequential(*layers)).float().eval(), torch.zeros(2, 4, 3, 3)).module
     x = torch.rand(8, 4, 3, 3) + 5
-    weights = relative_steps.weights_of(net, {}, (x,))
+    weights = relative_steps.weights_of(net, {}, lambda: net(x))
     before = net(x).detach()
     net(x).square().sum().backward()
     weights["0.weight"].move(0.1)
