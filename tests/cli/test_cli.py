@@ -182,6 +182,7 @@ def test_calibration_refits_the_weights(capsys: pytest.CaptureFixture[str], imag
 
 
 def test_recover_trains_them(capsys: pytest.CaptureFixture[str], images: torch.Tensor) -> None:
+    run_json(capsys, *COMPILE, *SIZE, "-o", "masks.pt")
     run_json(capsys, *COMPILE, "--calibration", "images.pt", "-o", "refitted.pt")
     run_json(
         capsys, *COMPILE, "--calibration", "images.pt", "--recover", "2", "--augment", "flip", "-o", "recovered.pt"
