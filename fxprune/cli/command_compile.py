@@ -21,6 +21,7 @@ from fxprune.cli.options import (
     pruning_of,
 )
 from fxprune.cli.output import Subparsers, show, shows_progress, steps, verdict
+from fxprune.errors import CalibrationError, PlanError
 from fxprune.exports import save_onnx, save_torchscript
 
 EXAMPLES = """\
@@ -97,13 +98,17 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _recovery_of(options: argparse.Namespace) -> Recovery | None:
-    """How long to recover and with what; None if that was not asked for."""
+    """How long to recover and with what; None if that was not asked for.
+
+    Raises:
+        PlanError, CalibrationError: an option is missing beside another.
+    """
     if options.recover is None:
         if options.augment is not None:
-            options.error("--augment is for --recover; add that, or leave it out")
+            raise PlanError("--augment is for --recover; add that, or leave it out")
         return None
     if options.calibration is None:
-        options.error("--recover learns from calibration data; add --calibration FILE, or leave it out")
+        raise CalibrationError("--recover learns from calibration data; add --calibration FILE, or leave it out")
     return Recovery(seconds=None if options.recover is True else options.recover, augment=options.augment)
 
 
