@@ -309,6 +309,10 @@ class _Run:
         """
         batch = self._placed(self.drawing.minibatch(0))
         loss = self._loss(batch)
+        if not loss.requires_grad:
+            raise CalibrationError(
+                "no gradient reaches the weights, because forward computes under torch.no_grad; leave recover out"
+            )
         loss.backward()  # type: ignore[no-untyped-call]
         start = float(loss.detach())
         best, least = TRIED[-1], start

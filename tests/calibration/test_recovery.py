@@ -387,6 +387,24 @@ def test_images_on_which_the_dense_network_overflows_are_told() -> None:
         fxprune.recover(model, masked, plan, data * 1e30, steps=2)
 
 
+class Blind(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y: Tensor = self.b(self.a(x))
+        return y
+
+
+def test_a_network_without_gradients_is_told() -> None:
+    model, data = Blind().eval(), torch.randn(8, 16, 6, 6)
+    plan = fxprune.make_plan(model, 0.5, calibration=data)
+    with pytest.raises(CalibrationError, match="no gradient reaches the weights"):
+        fxprune.recover(model, fxprune.mask(model, plan), plan, data, steps=2)
+
+
 # --- steps ----------------------------------------------------------------------------------------------------------
 
 
