@@ -76,7 +76,8 @@ def augmented(batch: Batch, augment: Augment | None, seed: int) -> Batch:
             "changes a tuple of arguments, or leave augment out"
         )
     change: Callable[[Any], Any] = AUGMENTATIONS[augment] if isinstance(augment, str) else augment
-    with torch.random.fork_rng(), torch.no_grad():
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(seed)
         try:
             changed = change(given)
