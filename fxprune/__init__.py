@@ -30,7 +30,7 @@ from fxprune.graph.layers import ChannelGather
 from fxprune.inference.acceleration import accelerate, acceleration_report
 from fxprune.inference.reporting import AccelerationReport
 from fxprune.planning.latency_table import LatencyTable
-from fxprune.planning.lossy import mask
+from fxprune.planning.lossy import mask, recover
 from fxprune.planning.sensitivity import Sensitivity
 from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.training.sparsification import Sparsifier, hold, sparsify
@@ -70,6 +70,7 @@ __all__ = [
     "measure_latency",
     "measure_sensitivity",
     "random_ticket",
+    "recover",
     "report",
     "rewind",
     "rewrite",

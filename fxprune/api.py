@@ -13,7 +13,7 @@ from fxprune.channels.capture import Output, capture, check_output
 from fxprune.criteria import Criterion, ScoreFunction
 from fxprune.criteria.snapshots import Snapshot
 from fxprune.criteria.variety import Variety
-from fxprune.errors import FxpruneError
+from fxprune.errors import CalibrationError, FxpruneError
 from fxprune.exact.record import ACCELERATION, record_of
 from fxprune.exact.reporting import Report
 from fxprune.exact.rewriting import rewritten
@@ -26,7 +26,7 @@ from fxprune.planning.kernels import sensitivity_of
 from fxprune.planning.latency_budget import check_target, group_counts
 from fxprune.planning.latency_measure import measure_layers
 from fxprune.planning.latency_table import LatencyTable
-from fxprune.planning.lossy import masked_by
+from fxprune.planning.lossy import masked_by, recovered_by
 from fxprune.planning.making import noted_as_baked, plan_for
 from fxprune.planning.requests import Request, Scope
 from fxprune.planning.sensitivity import Sensitivity
@@ -60,6 +60,7 @@ def compile(
     ignore: str | Iterable[str] = (),
     seed: int = 0,
     progress: bool = False,
+    recover: bool | float | Mapping[str, Any] = False,
     verify: bool | None = None,
     bake: bool = False,
     fold_batch_norm: bool = False,
@@ -67,8 +68,8 @@ def compile(
 ) -> Any:
     """Prune a trained model and rewrite it into a smaller one that computes exactly what the masked model computes.
 
-    The same as `make_plan`, `mask`, `rewrite` and `verify` in turn. The model is never changed; the result shares no
-    memory with it.
+    The same as `make_plan`, `mask`, `recover` if asked for, `rewrite` and `verify` in turn. The model is never changed;
+    the result shares no memory with it.
 
     Args:
         model: any module that runs, on any device, in any floating-point type.
@@ -118,6 +119,9 @@ def compile(
         calibration: a few hundred typical inputs: a tensor `(N, ...)`, a `DataLoader`, or any iterable of batches;
             labels are ignored. With it the kept weights are solved anew so that each layer gives what the dense one
             gave (`fxprune.calibration.refit`), which is worth far more than any choice of groups. It is read once.
+        recover: after that train the kept weights on the calibration data until each block gives what the dense one
+            gave, see `fxprune.recover`: True for its usual time (1500 steps, at most 180 seconds), a number of seconds,
+            or a mapping of its arguments, such as `{"steps": 200, "augment": "flip", "checkpoint": "recovery.pt"}`.
         snapshots: earlier states of the same training run, oldest first, as state dicts, modules or paths; for method
             `"tmi"` and for the criteria `"movement"` and `"magnitude_increase"`, which take the first.
 
@@ -158,7 +162,8 @@ def compile(
     Raises:
         PlanError: an argument is not legal, or nothing can be planned.
         AccelerationError: `target` without example inputs, or not the device of the model.
-        CalibrationError: the calibration data are malformed, or do not fit the model.
+        CalibrationError: the calibration data are malformed, or do not fit the model; or `recover` without them.
+        StorageError: the checkpoint of `recover` is of another run, or cannot be written.
         TraceError: the model cannot be traced, or its shapes cannot be found.
         VerificationError: the result differs from the masked model.
 
@@ -169,6 +174,8 @@ def compile(
     if verify and example_inputs is None and calibration is None:
         raise FxpruneError("verify=True needs example_inputs to run the models on; pass them, or leave verify out")
     check_output(output)
+    if request.recovery is not None and calibration is None:
+        raise CalibrationError("recover learns from calibration data; pass calibration=, or leave recover out")
     check_target(model, target, example_inputs is not None or calibration is not None)
     model, computed = baked(model) if bake else (model, ())
     subject = Subject(model, example_inputs, calibration, output if target is None else "graph")
@@ -176,10 +183,13 @@ def compile(
     plan = noted_as_baked(plan, computed)
     if masked is None:
         masked = masked_by(subject, plan, progress=progress)
-    pruned = rewritten(masked, plan, subject.captured(masked), fold_batch_norm=fold_batch_norm)
+    pruned = _rewritten(subject, plan, masked, fold_batch_norm)
     if (followed := record_of(pruned).plan) != plan:  # some layers of the user's own module have to stay dense
-        masked = masked_by(subject, followed, progress=progress)
-        pruned = rewritten(masked, followed, subject.captured(masked), fold_batch_norm=fold_batch_norm)
+        plan, masked = followed, masked_by(subject, followed, progress=progress)
+        pruned = _rewritten(subject, plan, masked, fold_batch_norm)
+    if request.recovery is not None:
+        masked = recovered_by(subject, masked, plan, request.recovery, seed=seed, progress=progress)
+        pruned = _rewritten(subject, plan, masked, fold_batch_norm)
     if verify or (verify is None and subject.examples):
         verify_models(pruned, masked, list(subject.examples))
     if target is None:
@@ -191,6 +201,10 @@ def compile(
         note = f"latency: asked for {latency:.2f} of the best dense time, reached {told.relative:.2f}"
         result.meta[ACCELERATION] = replace(told, notes=(*told.notes, note))
     return result
+
+
+def _rewritten(subject: Subject, plan: PrunePlan, masked: nn.Module, fold_batch_norm: bool) -> nn.Module:
+    return rewritten(masked, plan, subject.captured(masked), fold_batch_norm=fold_batch_norm)
 
 
 def make_plan(

@@ -1,6 +1,6 @@
 """A model that is to be pruned, with its trace or recording, and the inputs that were given with it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct
+from fxprune.calibration.recovery import RECOVERED, Recovery, recover
 from fxprune.channels.capture import Output, capture, recorded
 from fxprune.errors import CalibrationError, TraceError
 from fxprune.graph.costs import layer_costs
@@ -105,9 +106,14 @@ class Subject:
         return layer_costs(self.trace.module, self.trace.values)
 
     @cached_property
-    def network(self) -> fx.GraphModule:
-        """The graph of the model that runs on calibration batches, see `runnable`."""
+    def running(self) -> Trace:
+        """The model as it runs on calibration batches, see `runnable`."""
         return self.runnable(self.model, self.trace)
+
+    @property
+    def network(self) -> fx.GraphModule:
+        """Its graph."""
+        return self.running.module
 
     @cached_property
     def network_batches(self) -> list[Batch] | None:
@@ -116,37 +122,53 @@ class Subject:
             return self.batches
         return [tuple(self._example(batch).tensors) for batch in self.batches]
 
-    def runnable(self, model: nn.Module, captured: Trace | None = None) -> fx.GraphModule:
-        """A graph of `model`, which has the structure of the subject, that runs on calibration batches.
+    def runnable(self, model: nn.Module, captured: Trace | None = None) -> Trace:
+        """A trace of `model`, which has the structure of the subject, that runs on calibration batches.
 
         Raises:
             CalibrationError: the model treats its batches in a way that no graph can follow.
         """
         if not self.is_recorded:
-            return (self.captured(model) if captured is None else captured).module
+            return self.captured(model) if captured is None else captured
         assert self.batches is not None
         batch = self.batches[0]
         try:
             small, large = (recorded(model, [self._example(_first(batch, size))], modes=("eval",)) for size in SIZES)
-            return free_batch(small, large)
+            free_batch(small, large)
+            return small
         except TraceError as error:
             if len({_shapes(batch) for batch in self.batches}) > 1:
                 raise CalibrationError(
                     f"the model cannot be followed over batches of different sizes: {error}; pass batches of one size"
                 ) from error
-        return recorded(model, [self._example(batch)], modes=("eval",)).module
+        return recorded(model, [self._example(batch)], modes=("eval",))
 
     def reconstruct(
         self, masked: nn.Module, layers: Collection[str], choose: Choose, seed: int, progress: bool
     ) -> dict[str, GroupedKernels]:
         """Prune and refit `masked`, a copy of the model, in place."""
         assert self.network_batches is not None
-        twin = self.runnable(masked)
+        twin = self.runnable(masked).module
         kernels, fits = reconstruct(
             self.network, twin, self.network_batches, layers, choose, seed=seed, progress=progress
         )
         setattr(masked, FITS, fits)
         return kernels
+
+    def recover(
+        self, masked: nn.Module, kept: Mapping[str, Tensor], recovery: Recovery, seed: int, progress: bool
+    ) -> None:
+        """Train `masked`, a copy of the model in which what is not `kept` is zero, in place."""
+        assert self.network_batches is not None
+        modes = [(module, module.training) for module in masked.modules()]
+        tensors = dict(masked.named_parameters(remove_duplicate=False))
+        entries = {id(tensors[name]): stays for name, stays in kept.items() if name in tensors}
+        with torch.inference_mode(False):
+            twin = self.runnable(masked.eval())
+            done = recover(self.running, twin, self.network_batches, entries, recovery, seed=seed, progress=progress)
+        for module, mode in modes:
+            module.training = mode
+        setattr(masked, RECOVERED, done)
 
     def _failure_on_batch(self) -> TraceError | None:
         """What a run on the whole of the first batch says, of which two samples alone may look like something else."""

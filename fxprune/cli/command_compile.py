@@ -9,6 +9,8 @@ from typing import get_args
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.calibration.augmentation import AUGMENTATIONS
+from fxprune.calibration.recovery import SECONDS, STEPS, Recovery
 from fxprune.channels.capture import Output
 from fxprune.cli.options import (
     MODEL_HELP,
@@ -21,6 +23,7 @@ from fxprune.cli.options import (
     pruning_of,
 )
 from fxprune.cli.output import Subparsers, show, shows_progress, steps, verdict
+from fxprune.errors import CalibrationError, PlanError
 from fxprune.exports import save_onnx, save_torchscript
 
 EXAMPLES = """\
@@ -29,6 +32,7 @@ examples:
   fxprune compile resnet18 --ratio 0.75 --form partition --ignore 'layer4.*' --torchscript resnet18.ts.pt
   fxprune compile timm:resnest14d --weights resnest14d.pth --json -o resnest.pt
   fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --macs 0.5 -o resnet50.pt
+  fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --recover 300 --augment flip -o r50.pt
   fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --latency 0.6 --target cpu -o resnet50.pt
   fxprune compile resnet50 --weights resnet50.pth --granularity filter --macs 0.5 --scope global -o resnet50.pt
   fxprune compile resnet50 --weights resnet50.pth --granularity filter:0.25,kernel:0.5 -o resnet50.pt
@@ -42,6 +46,14 @@ def add_to(subparsers: Subparsers) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_pruning_options(parser)
+    parser.add_argument(
+        "--recover", nargs="?", type=float, const=True, metavar="SECONDS",
+        help="after the refit train the kept weights on the --calibration inputs, without labels, until each block "
+        f"gives what the dense one gives: so many seconds (default: {SECONDS:.0f}, or {STEPS} steps)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--augment", choices=AUGMENTATIONS, help="for --recover: mirror or shift the inputs, where they are images"
+    )
     add_model_options(parser)
     parser.add_argument(
         "--result",
@@ -62,14 +74,21 @@ def run(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     model = model_of(options.model, options)
     calibration = calibration_of(options)
+    recovery = _recovery_of(options)
     inputs = inputs_of(model, options, calibration)
-    with steps(4, options) as step:
+    with steps(4 if recovery is None else 5, options) as step:
         step("planning")
         plan = fxprune.make_plan(
             model, example_inputs=inputs, calibration=calibration, output=options.result, **pruning_of(options)
         )
         step("masking")
         masked = fxprune.mask(model, plan, calibration, example_inputs=inputs, progress=shows_progress(options))
+        if recovery is not None:
+            assert calibration is not None
+            step("recovering")
+            asked = {"seconds": recovery.seconds, "augment": recovery.augment, "seed": options.seed}
+            asked |= {"example_inputs": inputs, "progress": shows_progress(options)}
+            masked = fxprune.recover(model, masked, plan, calibration, **asked)
         step("rewriting")
         pruned = fxprune.rewrite(masked, plan, inputs, output=options.result)
         step("checking")
@@ -87,6 +106,21 @@ def run(options: argparse.Namespace) -> int:
     }
     lines = [str(report), "", verdict(check), *(f"wrote {path} ({kind})" for kind, path in written.items())]
     return show(options, document, "\n".join(lines))
+
+
+def _recovery_of(options: argparse.Namespace) -> Recovery | None:
+    """How long to recover and with what; None if that was not asked for.
+
+    Raises:
+        PlanError, CalibrationError: an option is missing beside another.
+    """
+    if options.recover is None:
+        if options.augment is not None:
+            raise PlanError("--augment is for --recover; add that, or leave it out")
+        return None
+    if options.calibration is None:
+        raise CalibrationError("--recover learns from calibration data; add --calibration FILE, or leave it out")
+    return Recovery(seconds=None if options.recover is True else options.recover, augment=options.augment)
 
 
 def _write(pruned: nn.Module, inputs: tuple[Tensor], options: argparse.Namespace) -> dict[str, str]:

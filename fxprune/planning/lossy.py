@@ -1,12 +1,16 @@
 """The one step that changes the function: what a plan drops becomes zero, and what stays is refitted."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from fxprune.calibration import FITS, Calibration
+from fxprune.calibration.augmentation import Augment
+from fxprune.calibration.recovery import Recovery
 from fxprune.calibration.subject import Subject
+from fxprune.errors import CalibrationError, PlanError
 from fxprune.exact.narrowing import narrow
 from fxprune.exact.pipeline import run
 from fxprune.graph.baking import baked
@@ -17,7 +21,8 @@ from fxprune.graph.recording import Recording
 from fxprune.graph.values import CarriedValues
 from fxprune.passes import RemoveChannels
 from fxprune.plans import GroupedKernels, PrunePlan
-from fxprune.plans.masking import entries_without_removed, masked_copy, remaining, zero_pruned
+from fxprune.plans.fields import check_seed
+from fxprune.plans.masking import entries_without_removed, kept_entries, masked_copy, remaining, zero_pruned
 
 
 def mask(
@@ -51,6 +56,83 @@ def mask(
     if calibration is None:
         return masked_copy(model, plan)
     return masked_by(Subject(model, example_inputs, calibration, "auto"), plan, progress=progress)
+
+
+def recover(
+    model: nn.Module,
+    masked: nn.Module,
+    plan: PrunePlan,
+    calibration: Calibration,
+    *,
+    example_inputs: Inputs | None = None,
+    seconds: float | None = None,
+    steps: int | None = None,
+    augment: Augment | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    checkpoint: str | Path | None = None,
+) -> nn.Module:
+    """Return a copy of `masked` whose weights were trained on the calibration images, without labels, until its blocks
+    give what those of `model` give: residual additions, concatenations, ends of stages. What `plan` drops stays zero,
+    statistics stay what they are, and nothing has to be tuned (`fxprune.calibration.recovery`).
+
+        plan = fxprune.make_plan(model, macs=0.5, calibration=images)
+        masked = fxprune.mask(model, plan, images)
+        masked = fxprune.recover(model, masked, plan, images, seconds=120, augment="flip+crop")
+        small = fxprune.rewrite(masked, plan, images[:2])
+
+    A tenth of the images is held out; the result has the weights that did best on them, and is `masked` unchanged where
+    none did better. How it went is logged, and is kept with the result (`fxprune.calibration.recovery.RECOVERED`).
+    Under `torch.autocast("cpu", torch.bfloat16)`, or `"cuda"`, it computes in bfloat16.
+
+    Args:
+        model: the dense model, as it was pruned. It is not changed.
+        masked: what `mask` made of it, or training under a `Sparsifier`. It is not changed.
+        plan: what is pruned in `masked`.
+        calibration: see `compile`; a few hundred inputs. They are drawn one by one, whatever the batches are.
+        example_inputs: see `mask`.
+        seconds: how long it may take, by the clock.
+        steps: how many steps it may make, of 32 inputs or fewer; equal arguments then give equal weights. If both are
+            given, it ends with what comes first. By default 1500 steps, and at most 180 seconds.
+        augment: changes each batch, so that few inputs go further: `"flip"` mirrors images, `"crop"` shifts them by up
+            to an eighth, `"flip+crop"` does both; or a function of the tensor that forward takes, of the tuple if it
+            takes several. Only what the network has been trained to see alike helps.
+        seed: of the inputs that are held out, of their order, and of `augment`.
+        progress: show a bar on stderr, with the held-out loss.
+        checkpoint: a file in which the state is kept. If it exists, recovery goes on where it stopped; with the same
+            arguments it must be called with.
+
+    Raises:
+        PlanError: an argument is not legal, the plan was made for another model, or `masked` is not pruned by it.
+        CalibrationError: the calibration data are malformed, do not fit the model or hold one input; `augment` fails or
+            changes shapes.
+        StorageError: the checkpoint cannot be read or written, or is of another run.
+        TraceError: a model cannot be traced.
+    """
+    recovery = Recovery(seconds=seconds, steps=steps, augment=augment, checkpoint=checkpoint)
+    check_seed(seed)
+    plan.check(model)
+    subject = Subject(model, example_inputs, calibration, "auto")
+    return recovered_by(subject, masked, plan, recovery, seed=seed, progress=progress)
+
+
+def recovered_by(
+    subject: Subject, masked: nn.Module, plan: PrunePlan, recovery: Recovery, *, seed: int = 0, progress: bool = False
+) -> nn.Module:
+    """The same for a model whose trace and calibration data are known."""
+    if subject.batches is None:
+        raise CalibrationError("recovery learns from calibration data; pass calibration=, or leave recover out")
+    kept = kept_entries(masked, plan)
+    with torch.inference_mode(False):
+        result = copied(masked)
+    zero_pruned(result, kept)
+    now, before = result.state_dict(), masked.state_dict()
+    if changed := next((name for name in kept if not torch.equal(now[name], before[name])), None):
+        raise PlanError(
+            f"{changed}: the plan drops entries that are not zero; pass what fxprune.mask gave for this plan"
+        )
+    subject.recover(result, kept, recovery, seed, progress)
+    return result
 
 
 def masked_by(subject: Subject, plan: PrunePlan, *, progress: bool = False) -> nn.Module:

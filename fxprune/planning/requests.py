@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from fxprune.calibration.recovery import Recovery
 from fxprune.criteria import Criterion, ScoreFunction, criterion_of
 from fxprune.criteria.snapshots import Snapshot, listed
 from fxprune.criteria.variety import Variety
@@ -43,7 +44,9 @@ class Request:
     copy, an iterable a tuple, and `variety` the rule that its name stands for.
 
     Attributes:
-        after: an earlier plan of filters for the same model: what it removes stays removed, and counts.
+        after: an earlier plan of filters for the same model: what it removes stays removed, and counts. Of `make_plan`
+            alone.
+        recover: of `compile` alone.
 
     Raises:
         PlanError: a value is not legal, or contradicts another. What depends on the model is checked by the planners.
@@ -70,6 +73,7 @@ class Request:
     ignore: str | Iterable[str] = ()
     seed: int = 0
     progress: bool = False
+    recover: bool | float | Mapping[str, Any] = False
     after: PrunePlan | None = None
 
     def __post_init__(self) -> None:
@@ -85,6 +89,9 @@ class Request:
         self._check_method()
         if self.snapshots is not None:
             _freeze(self, "snapshots", listed(self.snapshots))
+        if isinstance(self.recover, Mapping):
+            _freeze(self, "recover", MappingProxyType(dict(self.recover)))
+        Recovery.of(self.recover)
         _freeze(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
 
     # --- what follows from it -----------------------------------------------------------------------------------------
@@ -135,6 +142,11 @@ class Request:
         if self.share_groups is not None:
             return self.share_groups
         return self.target is not None and self.effective_block == 1 and self.method not in PUBLISHED
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """How long to train on the calibration data, if that was asked for."""
+        return Recovery.of(self.recover)
 
     def method_for(self, calibrated: bool) -> str:
         """The method, given whether there is calibration data.

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import fx, nn
 
 import fxprune
-from benchmarks import accuracy, compile_time, planning
+from benchmarks import accuracy, compile_time, planning, recovery
 from benchmarks._images import Images, open_disjoint, open_images
 from fxprune.criteria.snapshots import Snapshot
 from fxprune.environment import environment
@@ -239,8 +239,32 @@ def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (name, weights) == ("tiny", None)
         return tiny(), IMAGENET
 
-    monkeypatch.setattr(accuracy, "build", build)
+    for benchmark in (accuracy, recovery):
+        monkeypatch.setattr(benchmark, "build", build)
     monkeypatch.setattr(planning, "build", build)
+
+
+@pytest.mark.usefixtures("tiny_model")
+def test_recovery_record(album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, record = f"photos:{album}", tmp_path / "record.json"
+    arguments = ["--model", "tiny", "--data", source, "--calibration", source, "--calibration-images", "4"]
+    arguments += ["--ratio", "0.5", "--steps", "2", "--augment", "flip", "--seeds", "0", "1", "--output", str(record)]
+    first = [*arguments, "--refits", str(tmp_path / "refits")]
+    assert recovery.main(first) == 0
+    assert "sd" in capsys.readouterr().out
+    document = json.loads(record.read_text())
+    assert document["settings"]["augment"] == "flip"
+    assert document["settings"]["steps"] == 2
+    assert [run["seed"] for run in document["runs"]] == [0, 1]
+    assert [run["recovery"]["steps"] for run in document["runs"]] == [2, 2]
+    assert len(list((tmp_path / "refits").iterdir())) == 2
+    assert recovery.main(first) == 0  # from the files
+    again = json.loads(record.read_text())["runs"]
+    for key in ("before", "after"):
+        assert [run["recovery"][key] for run in again] == [run["recovery"][key] for run in document["runs"]]
+    wrong = ["--model", "tiny", "--data", "photos:absent", "--calibration", source, "--ratio", "0.5"]
+    assert recovery.main(wrong) == 2
+    assert capsys.readouterr().err.startswith("benchmarks.recovery: error: ")
 
 
 @pytest.mark.usefixtures("tiny_model")

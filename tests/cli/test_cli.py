@@ -181,6 +181,20 @@ def test_calibration_refits_the_weights(capsys: pytest.CaptureFixture[str], imag
     torch.testing.assert_close(file(images), masked(images))
 
 
+def test_recover_trains_them(capsys: pytest.CaptureFixture[str], images: torch.Tensor) -> None:
+    run_json(capsys, *COMPILE, *SIZE, "-o", "masks.pt")
+    run_json(capsys, *COMPILE, "--calibration", "images.pt", "-o", "refitted.pt")
+    run_json(
+        capsys, *COMPILE, "--calibration", "images.pt", "--recover", "2", "--augment", "flip", "-o", "recovered.pt"
+    )
+    assert difference("recovered.pt", images) != difference("refitted.pt", images)
+    assert difference("recovered.pt", images) < 0.5 * difference("masks.pt", images)
+    line = error_of(capsys, *COMPILE, "--recover")
+    assert "--recover learns from calibration data; add --calibration FILE" in line
+    line = error_of(capsys, *COMPILE, "--calibration", "images.pt", "--augment", "flip")
+    assert "--augment is for --recover" in line
+
+
 def test_calibration_files(capsys: pytest.CaptureFixture[str], images: torch.Tensor) -> None:
     np.save("single.npy", images.numpy().astype(np.float32))
     np.save("double.npy", images.numpy().astype(np.float64))

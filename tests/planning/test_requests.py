@@ -47,6 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "seed": {"seed": 7},
     "progress": {"progress": True},
     "after": {"after": PrunePlan({}), "granularity": "filter"},
+    "recover": {"recover": {"steps": 3}},
 }
 
 
@@ -93,7 +94,7 @@ def differences(door: Callable[..., Any], names: list[str]) -> list[str]:
 
 
 def test_compile_and_make_plan_list_every_field_with_its_default() -> None:
-    assert differences(fxprune.make_plan, list(FIELDS)) == []
+    assert differences(fxprune.make_plan, [name for name in FIELDS if name != "recover"]) == []
     assert differences(fxprune.compile, [name for name in FIELDS if name != "after"]) == []
 
 
@@ -121,12 +122,12 @@ def test_every_argument_of_compile_and_make_plan_arrives(net: nn.Module, name: s
     options = OPTIONS[name]
     expected = Request(**options)
     assert getattr(expected, name) != FIELDS[name].default
-    assert request_of(fxprune.make_plan, net, **options, example_inputs=X) == expected
-    if name == "after":
-        with pytest.raises(TypeError, match="after"):
-            fxprune.compile(net, **options)
-    else:
-        assert request_of(fxprune.compile, net, **options, example_inputs=X) == expected
+    for door, foreign in ((fxprune.make_plan, "recover"), (fxprune.compile, "after")):
+        if name == foreign:
+            with pytest.raises(TypeError, match=name):
+                door(net, **options)
+        else:
+            assert request_of(door, net, **options, example_inputs=X, calibration=X) == expected
 
 
 def test_the_ratio_may_stand_behind_the_model(net: nn.Module) -> None:
@@ -201,6 +202,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"criterion": "l1", "method": "reconstruction"}, "method 'reconstruction' has its own score; leave criterion out"),
     ({"variety": "soft", "method": "srgkp"}, "method 'srgkp' has its own score; leave variety out"),
     ({"method": "tmi"}, "method 'tmi' compares the weights with earlier states of the same training run; pass snap"),
+    # what comes after
+    ({"recover": "long"}, "recover is 'long'; it must be True, a number of seconds, or a mapping of seconds, steps"),
+    ({"recover": 0.0}, "seconds is 0.0; it must be a positive number"),
+    ({"recover": {"step": 3}}, "recover names 'step' (near: 'steps'"),
+    ({"recover": {"steps": 2.5}}, "steps is 2.5; it must be a number of steps, 1 or more"),
+    ({"recover": {"seconds": float("nan")}}, "seconds is nan"),
+    ({"recover": {"augment": "flips"}}, "augment is 'flips' (near: 'flip'"),
+    ({"recover": {"checkpoint": 1}}, "checkpoint is a int; it must be the path of a file"),
     ({"snapshots": {"a.weight": torch.zeros(1)}}, "snapshots is a dict; pass a list of earlier states, also for one"),
 ]
 
