@@ -461,8 +461,8 @@ def test_a_model_left_whole_is_warned_of(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_failed_verification_is_exit_code_1(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rewrite(masked: nn.Module, *rest: Any) -> torch.fx.GraphModule:
-        pruned = compiled(masked, *rest)
+    def rewrite(masked: nn.Module, *rest: Any, **options: Any) -> Any:
+        pruned = compiled(masked, *rest, **options)
         for parameter in pruned.parameters():
             parameter.data.mul_(1.1)
         return pruned

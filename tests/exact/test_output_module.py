@@ -417,3 +417,13 @@ def test_layers_that_pad_keep_their_class() -> None:
     assert layer.computed_groups > 1
     found: Mapping[str, Any] = {entry.name: entry for entry in fxprune.report(pruned).layers}
     assert found["b"].form in ("partition", "overlap")
+
+
+def test_recovery_goes_on_where_the_refit_ends() -> None:
+    model = draw(Base)
+    data = image(24, 16)
+    refitted = compiled(model, image(), calibration=data)
+    recovered = compiled(model, image(), calibration=data, recover={"steps": 40})
+    assert type(recovered) is Base
+    assert rewritten(recovered) == rewritten(refitted)
+    assert error_of(recovered, model, data) < error_of(refitted, model, data)
