@@ -15,7 +15,7 @@ from fxprune.channels.operators import rule_for
 from fxprune.errors import PlanError, TraceError, near_matches
 from fxprune.graph.examples import Example, in_order
 from fxprune.graph.gathered import GatheredLayer
-from fxprune.graph.recording import MODES, Recording, record
+from fxprune.graph.recording import MODES, Recording, RunError, record
 from fxprune.graph.tracing import Trace, trace
 from fxprune.graph.witness import disagreement
 
@@ -63,12 +63,15 @@ def capture(model: nn.Module, examples: Sequence[Example], output: Output) -> Tr
         if output == "graph":
             raise
         return _because(recorded(model, examples), str(error))
-    recording = recorded(model, examples)
+    try:
+        recording = recorded(model, examples)
+    except RunError as error:
+        return _noted(traced, f"the trace could not be compared with a run of the model: {error.cause}")
     said = disagreement(traced, recording, _is_known)
     if not said:
         return traced
     if output == "graph":
-        return replace(traced, notes=(*traced.notes, f"{said}; output='module' follows the model"))
+        return _noted(traced, f"{said}; output='module' follows the model")
     return _because(recording, said)
 
 
@@ -81,5 +84,9 @@ def _is_known(layer: nn.Module) -> bool:
     return rule_for(layer) is not None
 
 
-def _because(recording: Recording, reason: str) -> Recording:
-    return replace(recording, notes=(*recording.notes, f"the result is the model's own module, not a graph: {reason}"))
+def _noted(captured: Trace, note: str) -> Trace:
+    return replace(captured, notes=(*captured.notes, note))
+
+
+def _because(recording: Recording, reason: str) -> Trace:
+    return _noted(recording, f"the result is the model's own module, not a graph: {reason}")

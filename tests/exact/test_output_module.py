@@ -296,6 +296,24 @@ def test_auto_gives_the_graph_where_both_witnesses_agree_and_the_module_where_no
     assert any("looks at data" in note and "wild_kinds.py" in note for note in fxprune.report(module).notes)
 
 
+class Stumbles(Base):
+    """Runs where torch's own tensors are seen by nobody."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        if torch._C._len_torch_function_stack():
+            raise RuntimeError("somebody watches")
+        return x
+
+
+def test_what_cannot_be_recorded_is_compiled_by_its_trace_and_checked() -> None:
+    model = draw(Stumbles)
+    graph = fxprune.compile(model, 0.5, example_inputs=image())
+    assert isinstance(graph, torch.fx.GraphModule)
+    assert any("could not be compared" in note and "somebody watches" in note for note in fxprune.report(graph).notes)
+    with pytest.raises(fxprune.TraceError, match="somebody watches"):
+        compiled(model, image())
+
+
 class Guesses(Base):
     """Symbolic tracing takes the first branch, for the type of a proxy is not that of a tensor."""
 
