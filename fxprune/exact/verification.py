@@ -10,21 +10,21 @@ position. A user's own module is compared as `.train()` leaves it, but for dropo
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.errors import FxpruneError, VerificationError
+from fxprune.errors import VerificationError
+from fxprune.exact.first_difference import first_difference
 from fxprune.exact.precision import TRAINING, Precision, in_double, in_own
 from fxprune.exact.record import find_record
 from fxprune.graph.containers import convert_tensors, tensors_in
 from fxprune.graph.copying import share_tensors
 from fxprune.graph.examples import Example, Inputs, as_examples
 from fxprune.graph.recording import doubled
-from fxprune.graph.tracing import trace
 from fxprune.graph.witness import kind_of
 from fxprune.plans.masking import remaining
 
@@ -105,7 +105,7 @@ def verify(
                 raise
             notes.append(f"{mode} mode was not compared: {error}")
             continue
-        worst_abs, worst_rel = _compare(pruned, masked, oracle, record, example)
+        worst_abs, worst_rel = _compare(pruned, masked, oracle, record)
         largest_abs, largest_rel = max(largest_abs, worst_abs), max(largest_rel, worst_rel)
         compared += [mode] if mode not in compared else []
         notes += [note for note in oracle.notes if note not in notes]
@@ -210,9 +210,7 @@ def _in_training(masked: nn.Module, candidates: Sequence[Example]) -> _Oracle | 
     return None
 
 
-def _compare(
-    pruned: nn.Module, masked: nn.Module, oracle: _Oracle, record: Any, example: Example
-) -> tuple[float, float]:
+def _compare(pruned: nn.Module, masked: nn.Module, oracle: _Oracle, record: Any) -> tuple[float, float]:
     """Largest difference between what two models give, absolute and as a share of the largest output.
 
     Raises:
@@ -243,7 +241,7 @@ def _compare(
             response = _response(masked, oracle, step, weights=True)
             limit = max(limit, min(OWN_MARGIN * response, LARGEST_OWN_LIMIT))
     if not worst_rel <= limit:
-        where = _first_difference(pruned, masked, oracle, example)
+        where = first_difference(pruned, masked, inputs, mode, oracle.precision)
         raise VerificationError(
             f"the models differ in {mode} mode by {worst_rel:.1e} of the largest output "
             f"(limit {limit:.0e}); {where}. "
@@ -381,67 +379,6 @@ def _compare_state(
         if not worst <= limit * 10:
             when = "a step in training mode" if mode == "train" else "a run"
             raise VerificationError(f"{name} differs after {when} by {worst:.1e} of its scale (limit {limit * 10:.0e})")
-
-
-# --- where they differ first ------------------------------------------------------------------------------------------
-
-
-def _first_difference(pruned: nn.Module, masked: nn.Module, oracle: _Oracle, example: Example) -> str:
-    """Name the first node of `pruned` whose values, in any order, are not those of the node of the same name in the
-    masked model.
-    """
-    if not isinstance(pruned, fx.GraphModule):
-        return "the first model is no graph, so the place is unknown"
-    try:
-        given = oracle.inputs, oracle.mode, oracle.precision
-        right = {name: summary for name, summary, _ in _summaries(trace(masked, example.args).module, *given)}
-        for name, summary, target in _summaries(pruned, *given):
-            if name in right and not _alike(summary, right[name]):
-                return f"the first node that differs is {name} ({target})"
-    except (FxpruneError, RuntimeError) as error:
-        return f"the place could not be found ({error})"
-    return "no node differs in its set of values, so channels are out of order"
-
-
-def _summaries(
-    gm: fx.GraphModule, inputs: Example, mode: str, precision: Precision
-) -> Iterator[tuple[str, tuple[float, ...], Any]]:
-    """Run a graph and yield, for each node that gives a tensor, numbers that do not depend on the order of its
-    elements.
-    """
-    found: list[tuple[str, tuple[float, ...], Any]] = []
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if isinstance(value, Tensor) and value.is_floating_point():
-                v = value.double()
-                found.append(
-                    (
-                        n.name,
-                        (  # no number of elements: removed channels are zero
-                            float(v.sum()),
-                            float(v.abs().sum()),
-                            float(v.pow(2).sum()),
-                            float(v.pow(3).sum()),
-                        ),
-                        n.target,
-                    )
-                )
-            return value
-
-    def record(copy: nn.Module, inputs: Example) -> None:
-        assert isinstance(copy, fx.GraphModule)
-        found.clear()  # of an attempt that failed
-        Recorder(copy).run(*inputs.args)
-
-    precision(gm, inputs, mode, record)
-    yield from found
-
-
-def _alike(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    scale = max(*(abs(x) for x in b), 1e-300)
-    return all(abs(x - y) <= 1e-9 * scale for x, y in zip(a, b, strict=True))
 
 
 __all__ = ["Verification", "difference", "evaluate", "verify"]

@@ -140,7 +140,8 @@ def test_the_check_sees_a_wrong_order() -> None:
     layer = next(layer for layer in layers if layer.read_index is not None)
     assert layer.read_index is not None
     layer.read_index.copy_(layer.read_index.roll(1))
-    with pytest.raises(fxprune.VerificationError):
+    name = next(name for name, module in pruned.named_modules() if module is layer)
+    with pytest.raises(fxprune.VerificationError, match=rf"first module that differs is {name} \(GatheredConv2d\)"):
         fxprune.verify(pruned, masked_for(model, pruned), image())
 
 
