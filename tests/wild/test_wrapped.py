@@ -68,7 +68,7 @@ UNWRAPPED: dict[str, Callable[[nn.Module], nn.Module]] = {
 REFUSED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "jit.trace": (traced, r"TorchScript.*pass the model that it was made from"),
     "jit.script": (torch.jit.script, r"TorchScript.*pass the model that it was made from"),
-    "ExportedProgram": (lambda model: torch.export.export(model, (X,)), r"ExportedProgram.*\.module\(\)"),
+    "ExportedProgram": (lambda model: torch.export.export(model, (X,)), r"ExportedProgram.*pass the model itself"),
 }
 
 
