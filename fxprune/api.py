@@ -25,7 +25,7 @@ from fxprune.planning.kernels import sensitivity_of
 from fxprune.planning.latency_budget import check_target, group_counts
 from fxprune.planning.latency_measure import measure_layers
 from fxprune.planning.latency_table import LatencyTable
-from fxprune.planning.lossy import masked_by
+from fxprune.planning.lossy import masked_by, tell_agreement
 from fxprune.planning.making import noted_as_baked, plan_for
 from fxprune.planning.requests import Request, Scope
 from fxprune.planning.sensitivity import Sensitivity
@@ -77,7 +77,8 @@ def compile(
         ratio: share of kernel groups (or of filters, see `granularity`) to remove from each convolution, in `[0, 1)`,
             or a mapping from module-name pattern to share.
         macs: the share of the network's MACs that may remain, in `(0, 1]`. The ratio of each layer follows from its
-            sensitivity, in overlap form, so that the total is met within 1 %.
+            sensitivity, in overlap form, so that the total is met within 1 %. With calibration data other ways to spend
+            it are tried too, a uniform ratio among them, and the best on held-out data is taken.
         params: the same for the parameters.
         latency: the share in `(0, 1]` of the time of the best dense form that may remain on `target`, which it needs.
             Ratio, number of groups and form of each layer follow from measured times and from its sensitivity; the
@@ -94,9 +95,10 @@ def compile(
         scope: of filters: `"local"` removes the same share from each channel space, `"global"` ranks all filters of the
             network (`fxprune.planning.selection.choose_units`).
         round_to: each channel space keeps a multiple of this many filters.
-        groups: number of groups, `"auto"`, or a mapping from pattern to either. One number for all is a wish: a layer
-            whose filters it does not divide takes the nearest divisor, which is noted, or stays dense with the reason;
-            a number in a mapping must divide.
+        groups: number of groups, `"auto"`, or a mapping from pattern to either. `"auto"` is wide groups, for time; with
+            a budget, calibration data and no target it is 8 where that divides, for accuracy. One number for all is a
+            wish: a layer whose filters it does not divide takes the nearest divisor, which is noted, or stays dense
+            with the reason; a number in a mapping must divide.
         form: `"partition"`, `"overlap"` or `"auto"`.
         ignore: patterns of layers to leave dense.
 
@@ -117,6 +119,7 @@ def compile(
         calibration: a few hundred typical inputs: a tensor `(N, ...)`, a `DataLoader`, or any iterable of batches;
             labels are ignored. With it the kept weights are solved anew so that each layer gives what the dense one
             gave (`fxprune.calibration.refit`), which is worth far more than any choice of groups. It is read once.
+            A share is held out once more to see how well the result follows the dense network; the report tells.
         snapshots: earlier states of the same training run, oldest first, as state dicts, modules or paths; for method
             `"tmi"` and for the criteria `"movement"` and `"magnitude_increase"`, which take the first.
 
@@ -163,6 +166,8 @@ def compile(
 
     Warns:
         NothingRewrittenWarning: no convolution could be rewritten.
+        PoorAgreementWarning: on calibration inputs that were held out, less than 90 % of what the dense network gives
+            is reproduced.
     """
     request = _request(locals())
     if verify and example_inputs is None and calibration is None:
@@ -175,9 +180,11 @@ def compile(
     plan = noted_as_baked(plan, computed)
     if masked is None:
         masked = masked_by(subject, plan, progress=progress)
+    tell_agreement(subject, plan, masked, progress=progress)
     pruned = rewritten(masked, plan, subject.captured(masked), fold_batch_norm=fold_batch_norm)
     if (followed := record_of(pruned).plan) != plan:  # some layers of the user's own module have to stay dense
         masked = masked_by(subject, followed, progress=progress)
+        tell_agreement(subject, followed, masked, progress=progress)
         pruned = rewritten(masked, followed, subject.captured(masked), fold_batch_norm=fold_batch_norm)
     if verify or (verify is None and subject.examples):
         verify_models(pruned, masked, list(subject.examples))

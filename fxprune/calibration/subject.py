@@ -54,7 +54,7 @@ class Subject:
             names = _named_arguments(model, wanted, self._names)
             self.batches = read_batches(calibration, wanted + len(self._names), names)
             if not self.examples:
-                self.examples = (self._example(_first(self.batches[0], 2)),)
+                self.examples = (self.example(_first(self.batches[0], 2)),)
         try:
             self.trace = capture(model, self.examples, output)
         except TraceError as error:
@@ -85,6 +85,13 @@ class Subject:
         other.trace, other.counted = self.captured(model), {}
         return other
 
+    def calibrated_on(self, batches: list[Batch]) -> "Subject":
+        """The same model with other calibration data; what is known of the model is known there too."""
+        other = object.__new__(Subject)
+        vars(other).update({name: value for name, value in vars(self).items() if name != "network_batches"})
+        other.batches = batches
+        return other
+
     def captured(self, model: nn.Module) -> Trace:
         """Capture another model of the same structure in the same way."""
         found = recorded(model, self.examples) if self.is_recorded else trace(model, self.example_inputs)
@@ -110,7 +117,19 @@ class Subject:
         """What `network` is called with for each batch; None without data."""
         if self.batches is None or not self.is_recorded:
             return self.batches
-        return [tuple(self._example(batch).tensors) for batch in self.batches]
+        return [tuple(self.example(batch).tensors) for batch in self.batches]
+
+    @cached_property
+    def takes_any_size(self) -> bool:
+        """Whether calibration batches may have other sizes than the user's, see `runnable`."""
+        if not self.is_recorded:
+            return True
+        assert self.batches is not None
+        try:
+            self._free(self.model, self.batches[0])
+        except TraceError:
+            return False
+        return True
 
     def runnable(self, model: nn.Module, captured: Trace | None = None) -> fx.GraphModule:
         """A graph of `model`, which has the structure of the subject, that runs on calibration batches.
@@ -123,14 +142,13 @@ class Subject:
         assert self.batches is not None
         batch = self.batches[0]
         try:
-            small, large = (recorded(model, [self._example(_first(batch, size))], modes=("eval",)) for size in SIZES)
-            return free_batch(small, large)
+            return self._free(model, batch)
         except TraceError as error:
             if len({_shapes(batch) for batch in self.batches}) > 1:
                 raise CalibrationError(
                     f"the model cannot be followed over batches of different sizes: {error}; pass batches of one size"
                 ) from error
-        return recorded(model, [self._example(batch)], modes=("eval",)).module
+        return recorded(model, [self.example(batch)], modes=("eval",)).module
 
     def reconstruct(
         self, masked: nn.Module, layers: Collection[str], choose: Choose, seed: int, progress: bool
@@ -144,7 +162,12 @@ class Subject:
         setattr(masked, FITS, fits)
         return kernels
 
-    def _example(self, batch: Batch) -> Example:
+    def _free(self, model: nn.Module, batch: Batch) -> fx.GraphModule:
+        """The recording of a model that runs on batches of any size."""
+        small, large = (recorded(model, [self.example(_first(batch, size))], modes=("eval",)) for size in SIZES)
+        return free_batch(small, large)
+
+    def example(self, batch: Batch) -> Example:
         """A batch as arguments of forward."""
         count = len(batch) - len(self._names)
         return Example(batch[:count], dict(zip(self._names, batch[count:], strict=True)))

@@ -1,12 +1,16 @@
 """The one step that changes the function: what a plan drops becomes zero, and what stays is refitted."""
 
+import warnings
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from fxprune.calibration import FITS, Calibration
+from fxprune.calibration.agreement import AGREEMENT
+from fxprune.calibration.judging import Judge
 from fxprune.calibration.subject import Subject
+from fxprune.errors import PoorAgreementWarning
 from fxprune.exact.narrowing import narrow
 from fxprune.exact.pipeline import run
 from fxprune.graph.baking import baked
@@ -44,13 +48,43 @@ def mask(
         PlanError: the plan was made for another model.
         CalibrationError: the calibration data are malformed, or do not fit the model.
         TraceError: with calibration data, the model does not run on the example.
+
+    Warns:
+        PoorAgreementWarning: see `compile`.
     """
     if bake:
         model, _ = baked(model)
     plan.check(model)
     if calibration is None:
         return masked_copy(model, plan)
-    return masked_by(Subject(model, example_inputs, calibration, "auto"), plan, progress=progress)
+    subject = Subject(model, example_inputs, calibration, "auto")
+    masked = masked_by(subject, plan, progress=progress)
+    tell_agreement(subject, plan, masked, progress=progress)
+    return masked
+
+
+def tell_agreement(subject: Subject, plan: PrunePlan, masked: nn.Module, *, progress: bool = False) -> None:
+    """Measure how well `plan` follows the dense network on inputs it is not refitted on, keep that with `masked`, which
+    was refitted on all, and warn if it is poor. Without calibration data nothing is known, and nothing is told.
+
+    Warns:
+        PoorAgreementWarning: below 90 %.
+    """
+    if subject.batches is None or not (plan.layers or plan.removed):
+        return
+    judge = Judge(subject)
+    twin = masked_by(judge.fitted, plan, progress=progress) if judge.held_out else copied(masked)
+    found = judge.agreement(twin)
+    if found is None:
+        return
+    setattr(masked, AGREEMENT, found)
+    if found.is_poor:
+        warnings.warn(f"{found}; {WAY_OUT}", PoorAgreementWarning, stacklevel=3)
+
+
+WAY_OUT = (
+    "more calibration images help most; then a smaller ratio or larger budget, groups=8, or a few epochs of fine-tuning"
+)
 
 
 def masked_by(subject: Subject, plan: PrunePlan, *, progress: bool = False) -> nn.Module:
