@@ -53,4 +53,5 @@ def damage_path(weight: Tensor, samples: Samples, groups: int, seed: int = 0, bo
     counts = sorted({1, *(max(1, round(share * channels)) for share in shares)} - {channels})
     errors = [float(held_out_errors(samples, parts(kept), prior, ridge) @ weights) for kept in counts]
     path: Matrix = PchipInterpolator([*counts, channels], [*errors, 0.0])(np.arange(1, channels + 1))
+    path[-1] = 0.0  # up to rounding it is
     return path

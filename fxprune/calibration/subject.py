@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct
+from fxprune.calibration.samples import MAX_ROWS
 from fxprune.channels.capture import Output, capture, recorded
 from fxprune.errors import CalibrationError, TraceError
 from fxprune.graph.costs import layer_costs
@@ -29,6 +30,7 @@ class Subject:
         examples: what forward is called with, from the examples or the first batch; none if neither was given.
         batches: the arguments of each calibration batch; None without data.
         trace: a `Recording` if the result is to be the user's own module.
+        rows: about how many positions of the data each layer is fitted on at most.
         counted: names of nodes of a recording whose channels have to stay, with the reason; planning finds them.
 
     Raises:
@@ -43,7 +45,7 @@ class Subject:
         calibration: Calibration | None,
         output: Output = "graph",
     ) -> None:
-        self.model, self.batches = model, None
+        self.model, self.batches, self.rows = model, None, MAX_ROWS
         self.counted: dict[str, str] = {}
         self._names: tuple[str, ...] = ()
         self.examples = () if example_inputs is None else as_examples(example_inputs, model)
@@ -82,14 +84,14 @@ class Subject:
         """Another model with the same inputs."""
         other = object.__new__(Subject)
         other.model, other.examples, other.batches, other._names = model, self.examples, self.batches, self._names
-        other.trace, other.counted = self.captured(model), {}
+        other.trace, other.counted, other.rows = self.captured(model), {}, self.rows
         return other
 
-    def calibrated_on(self, batches: list[Batch]) -> "Subject":
+    def calibrated_on(self, batches: list[Batch], rows: int) -> "Subject":
         """The same model with other calibration data; what is known of the model is known there too."""
         other = object.__new__(Subject)
         vars(other).update({name: value for name, value in vars(self).items() if name != "network_batches"})
-        other.batches = batches
+        other.batches, other.rows = batches, rows
         return other
 
     def captured(self, model: nn.Module) -> Trace:
@@ -157,7 +159,7 @@ class Subject:
         assert self.network_batches is not None
         twin = self.runnable(masked)
         kernels, fits = reconstruct(
-            self.network, twin, self.network_batches, layers, choose, seed=seed, progress=progress
+            self.network, twin, self.network_batches, layers, choose, seed=seed, rows=self.rows, progress=progress
         )
         setattr(masked, FITS, fits)
         return kernels

@@ -37,10 +37,12 @@ def plan_kernels(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Modu
     accurate = serves_accuracy(subject, request)
     way = "sensitivity"
     if subject.batches is not None and len(ways) > 1:
-        judge = Judge(subject)
+        judge, cheaper = Judge(subject), request
         found: dict[str, Agreement | None] = {}
+        if request.method_for(calibrated=True) == "reconstruction":  # ratios are judged, and cheaper kernels will do
+            cheaper = replace(request, method="cocluster", criterion="activation")
         for name, ratios in ways.items():
-            _, masked = _planned(judge.fitted, replace(request, ratio=ratios), accurate)
+            _, masked = _planned(judge.fitted, replace(cheaper, ratio=ratios), accurate)
             assert masked is not None
             found[name] = judge.agreement(masked)
         way = best(found)

@@ -90,7 +90,7 @@ def agreement_of(pruned: nn.Module) -> Agreement:
 )
 def test_a_share_is_held_back_and_nothing_is_lost(sizes: Sequence[int], held: int) -> None:
     whole = torch.arange(sum(sizes)).float()[:, None]
-    batches = [(part,) for part in whole.split(list(sizes))]
+    batches = [(part,) for part in torch.split(whole, list(sizes))]
     parts = hold_out(batches)
     if not held:
         assert parts is None
@@ -127,7 +127,7 @@ def test_classes_by_hand() -> None:
     with torch.no_grad():
         other.head.weight.add_(2 * torch.randn(other.head.weight.shape, generator=torch.Generator().manual_seed(2)))
     data = images(60)
-    found = measure_agreement(dense, other, data.split(7), call, held_out=True)
+    found = measure_agreement(dense, other, torch.split(data, 7), call, held_out=True)
     assert found is not None
     with torch.no_grad():
         a, b = dense(data), other(data)
@@ -136,7 +136,7 @@ def test_classes_by_hand() -> None:
     apart = (a.softmax(1) - b.softmax(1)).abs().sum(1).mean() / 2
     assert found.distance == pytest.approx(float(apart), rel=1e-5)
     assert (found.inputs, found.held_out, found.classes) == (60, True, True)
-    same = measure_agreement(dense, copy.deepcopy(dense), data.split(7), call, held_out=True)
+    same = measure_agreement(dense, copy.deepcopy(dense), torch.split(data, 7), call, held_out=True)
     assert same == Agreement(1.0, 60, True, True, 0.0)
 
 
@@ -146,7 +146,7 @@ def test_values_by_hand() -> None:
     with torch.no_grad():
         other.conv.weight.mul_(0.8)
     data = images(12)
-    found = measure_agreement(dense, other, data.split(5), call, held_out=False)
+    found = measure_agreement(dense, other, torch.split(data, 5), call, held_out=False)
     assert found is not None
     with torch.no_grad():
         a, b = dense(data).double(), other(data).double()
@@ -181,7 +181,7 @@ def test_compile_tells_the_true_agreement_on_what_it_did_not_fit(name: str) -> N
     model, data = seeded(kind), images(40)
     pruned = fxprune.compile(model, 0.5, calibration=data, example_inputs=data[:2], **options)
     found = agreement_of(pruned)
-    parts = hold_out([(batch,) for batch in data.split(32)])
+    parts = hold_out([(batch,) for batch in torch.split(data, 32)])
     assert parts is not None
     fitted, judged = ([batch[0] for batch in part] for part in parts)
     masked = fxprune.mask(model, record_of(pruned).plan, fitted, example_inputs=data[:2]).eval()
