@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct
+from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.samples import MAX_ROWS
 from fxprune.channels.capture import Output, capture, recorded
 from fxprune.errors import CalibrationError, TraceError
@@ -123,13 +124,16 @@ class Subject:
 
     @cached_property
     def takes_any_size(self) -> bool:
-        """Whether calibration batches may have other sizes than the user's, see `runnable`."""
-        if not self.is_recorded:
-            return True
+        """Whether calibration batches may have other sizes than the user's."""
         assert self.batches is not None
         try:
-            self._free(self.model, self.batches[0])
-        except TraceError:
+            if self.is_recorded:
+                self._free(self.model, self.batches[0])
+                return True
+            (output,) = (node for node in self.network.graph.nodes if node.op == "output")
+            with torch.no_grad(), Lockstep(self.network, self.network, [_first(self.batches[0], 1)]) as networks:
+                networks.pause_before(output.name)
+        except (TraceError, CalibrationError):
             return False
         return True
 

@@ -93,7 +93,7 @@ class Report:
         notes: what else the user should know.
         agreement: how far the pruned network and the dense one agree, on inputs that were held out where there are
             enough, see `fxprune.calibration.agreement`. It is of the refit: what is trained afterwards is not in it.
-            None without calibration data, and where the outputs cannot be compared.
+            None without calibration data, where the outputs cannot be compared, and in a graph that was loaded.
     """
 
     layers: tuple[LayerReport, ...]

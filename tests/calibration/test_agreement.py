@@ -216,6 +216,18 @@ def test_one_image() -> None:
         assert "which were fitted" in str(found)
 
 
+@pytest.mark.parametrize("count, held", [(8, 8), (2, 0)])
+def test_batches_that_cannot_be_cut_are_held_out_whole(count: int, held: int) -> None:
+    class Fixed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.view(8, 3, 8, 8))
+
+    data = list(torch.split(images(8 * count), 8))
+    pruned = fxprune.compile(seeded(Fixed), 0.5, calibration=data, example_inputs=data[0], output="graph", verify=False)
+    found = agreement_of(pruned)
+    assert (found.inputs, found.held_out) == ((held, True) if held else (16, False))
+
+
 def test_poor_agreement_warns_and_says_what_to_try() -> None:
     data = images(64)
     with pytest.warns(PoorAgreementWarning, match=r"on 16 held-out inputs: \d+\.\d %; more calibration images"):
