@@ -14,7 +14,7 @@ from fxprune.criteria import Criterion, ScoreFunction
 from fxprune.criteria.snapshots import Snapshot
 from fxprune.criteria.variety import Variety
 from fxprune.errors import FxpruneError
-from fxprune.exact.record import ACCELERATION, record_of
+from fxprune.exact.record import ACCELERATION, keep_record, record_of
 from fxprune.exact.reporting import Report
 from fxprune.exact.rewriting import rewritten
 from fxprune.exact.verification import verify as verify_models
@@ -180,12 +180,13 @@ def compile(
     plan = noted_as_baked(plan, computed)
     if masked is None:
         masked = masked_by(subject, plan, progress=progress)
-    tell_agreement(subject, plan, masked, progress=progress)
     pruned = rewritten(masked, plan, subject.captured(masked), fold_batch_norm=fold_batch_norm)
     if (followed := record_of(pruned).plan) != plan:  # some layers of the user's own module have to stay dense
         masked = masked_by(subject, followed, progress=progress)
-        tell_agreement(subject, followed, masked, progress=progress)
         pruned = rewritten(masked, followed, subject.captured(masked), fold_batch_norm=fold_batch_norm)
+    record = record_of(pruned)
+    agreement = tell_agreement(subject, record.plan, masked, progress=progress)
+    keep_record(pruned, replace(record, report=replace(record.report, agreement=agreement)))
     if verify or (verify is None and subject.examples):
         verify_models(pruned, masked, list(subject.examples))
     if target is None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fxprune.calibration import FITS, Calibration
-from fxprune.calibration.agreement import AGREEMENT
+from fxprune.calibration.agreement import AGREEMENT, Agreement
 from fxprune.calibration.judging import Judge
 from fxprune.calibration.subject import Subject
 from fxprune.errors import PoorAgreementWarning
@@ -63,30 +63,6 @@ def mask(
     return masked
 
 
-def tell_agreement(subject: Subject, plan: PrunePlan, masked: nn.Module, *, progress: bool = False) -> None:
-    """Measure how well `plan` follows the dense network on inputs it is not refitted on, keep that with `masked`, which
-    was refitted on all, and warn if it is poor. Without calibration data nothing is known, and nothing is told.
-
-    Warns:
-        PoorAgreementWarning: below 90 %.
-    """
-    if subject.batches is None or not (plan.layers or plan.removed):
-        return
-    judge = Judge(subject)
-    twin = masked_by(judge.fitted, plan, progress=progress) if judge.held_out else copied(masked)
-    found = judge.agreement(twin)
-    if found is None:
-        return
-    setattr(masked, AGREEMENT, found)
-    if found.is_poor:
-        warnings.warn(f"{found}; {WAY_OUT}", PoorAgreementWarning, stacklevel=3)
-
-
-WAY_OUT = (
-    "more calibration images help most; then a smaller ratio or larger budget, groups=8, or a few epochs of fine-tuning"
-)
-
-
 def masked_by(subject: Subject, plan: PrunePlan, *, progress: bool = False) -> nn.Module:
     """The same for a model whose trace and calibration data, if there are any, are known.
 
@@ -108,6 +84,26 @@ def masked_by(subject: Subject, plan: PrunePlan, *, progress: bool = False) -> n
         kernels = replace(plan, removed={})
         put_back(masked, masked_by(subject.of(smaller), kernels, progress=progress), plan)
     return masked
+
+
+def tell_agreement(subject: Subject, plan: PrunePlan, masked: nn.Module, *, progress: bool = False) -> Agreement | None:
+    """Measure how well `plan` follows the dense network on inputs it is not refitted on, keep that with `masked`, which
+    was refitted on all, for its report, and warn if it is poor. None without calibration data, and where outputs cannot
+    be compared.
+
+    Warns:
+        PoorAgreementWarning: below 90 %.
+    """
+    if subject.batches is None or not (plan.layers or plan.removed):
+        return None
+    judge = Judge(subject)
+    twin = masked_by(judge.fitted, plan, progress=progress) if judge.held_out else copied(masked)
+    found = judge.agreement(twin)
+    if found is not None:
+        setattr(masked, AGREEMENT, found)
+        if found.is_poor:
+            warnings.warn(f"{found}; {_WAY_OUT}", PoorAgreementWarning, stacklevel=3)
+    return found
 
 
 def refit_readers(subject: Subject, masked: nn.Module, plan: PrunePlan, *, progress: bool = False) -> None:
@@ -159,3 +155,8 @@ def put_back(masked: nn.Module, smaller: nn.Module, plan: PrunePlan) -> None:
                 tensor[rows[:, None], remaining(tensor.shape[1], channels.inputs)] = new
             else:
                 tensor[rows] = new
+
+
+_WAY_OUT = (
+    "more calibration images help most; then a smaller ratio or larger budget, groups=8, or a few epochs of fine-tuning"
+)
