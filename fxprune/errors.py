@@ -44,6 +44,10 @@ class NothingRewrittenWarning(UserWarning):
     """The model was compiled, but no convolution could be rewritten."""
 
 
+class PoorAgreementWarning(UserWarning):
+    """The pruned and refitted network differs from the dense one on more than a tenth of what it was not fitted to."""
+
+
 def near_matches(name: str, names: Iterable[str]) -> str:
     """The names most like `name`, as the end of an error message: `" (near: 'a', 'b')"`, or `""` if none is."""
     close = difflib.get_close_matches(name, list(names), cutoff=0.5)

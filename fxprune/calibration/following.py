@@ -53,7 +53,7 @@ def follow(gm: fx.GraphModule, node: fx.Node) -> Following:
     if reader is not None and _is_norm(gm, reader):
         following = replace(following, norm=str(reader.target))
         node, reader = reader, _only_reader(reader)
-    if reader is not None and _is_addition(reader):
+    if reader is not None and is_addition(reader):
         other = next((term for term in reader.args if term is not node), None)
         if not isinstance(other, fx.Node) or Memory(gm).changes(other, conv, [reader]):
             return following
@@ -74,7 +74,8 @@ def _is_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
     return type(norm) in BATCH_NORMS and norm.running_mean is not None and len(call_sites(gm)[norm]) == 1
 
 
-def _is_addition(node: fx.Node) -> bool:
+def is_addition(node: fx.Node) -> bool:
+    """Whether a node adds two values and does nothing else."""
     named = node.op == "call_method" and node.target in ("add", "add_")
     return (named or (node.op == "call_function" and node.target in _ADDITIONS)) and (
         len(node.args) == 2 and not node.kwargs

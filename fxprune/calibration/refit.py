@@ -25,7 +25,7 @@ from fxprune.calibration.batches import Batch
 from fxprune.calibration.following import Bounds, Following, follow
 from fxprune.calibration.least_squares import GroupedRidge, choose_ridge, columns_of
 from fxprune.calibration.lockstep import Lockstep
-from fxprune.calibration.samples import Samples, draw
+from fxprune.calibration.samples import MAX_ROWS, Samples, draw
 from fxprune.graph.convolutions import Convolution, conv_at, kernels_of
 from fxprune.graph.editing import call_sites
 from fxprune.plans import GroupedKernels
@@ -69,6 +69,7 @@ def reconstruct(
     *,
     follow: Follow = follow,
     seed: int = 0,
+    rows: int = MAX_ROWS,
     progress: bool = False,
 ) -> tuple[dict[str, GroupedKernels], dict[str, LayerFit]]:
     """Prune and refit the convolutions of a network one after the other, in graph order.
@@ -81,6 +82,7 @@ def reconstruct(
         choose: how each is grouped.
         follow: what comes after a convolution and is fitted with it; `Following()` makes plain least squares of it.
         seed: of the sampled positions.
+        rows: about how many of these there are at most, see `draw`.
         progress: show a bar on stderr.
 
     Raises:
@@ -98,7 +100,7 @@ def reconstruct(
             following = Following() if more else follow(dense, node)
             if following.other and not networks.can_look_ahead(node.name, following.other, stops):
                 following = following.without_other()
-            samples = draw(name, node.name, original, following, networks.pause_before(node.name), seed)
+            samples = draw(name, node.name, original, following, networks.pause_before(node.name), seed, rows)
             kernels = chosen[name] = choose(name, original, samples)
             if more:
                 stays = kernels.mask().to(weight.device)

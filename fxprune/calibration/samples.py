@@ -112,17 +112,26 @@ class Samples:
         return total / len(left)
 
 
-def rows_for(unknowns: int) -> int:
-    """How many rows are drawn for `unknowns` inputs of one output.
+def rows_for(unknowns: int, most: int = MAX_ROWS) -> int:
+    """How many rows are drawn for `unknowns` inputs of one output: about `most`.
 
     >>> rows_for(144), rows_for(2304), rows_for(4608)
     (65536, 29127, 18432)
+    >>> rows_for(144, 8192), rows_for(2304, 8192)
+    (8192, 9216)
     """
-    return min(MAX_ROWS, max(MAX_BYTES // (4 * unknowns), ROWS_PER_UNKNOWN * unknowns))
+    least = ROWS_PER_UNKNOWN * unknowns
+    return min(MAX_ROWS, max(MAX_BYTES // (4 * unknowns), least), max(most, least))
 
 
 def draw(
-    name: str, node: str, conv: Convolution, following: Following, pairs: Sequence[tuple[Sample, Sample]], seed: int = 0
+    name: str,
+    node: str,
+    conv: Convolution,
+    following: Following,
+    pairs: Sequence[tuple[Sample, Sample]],
+    seed: int = 0,
+    rows: int = MAX_ROWS,
 ) -> Samples:
     """Sample a convolution before which both networks pause.
 
@@ -133,6 +142,7 @@ def draw(
         following: what follows it, with what it takes from there.
         pairs: the batches, in the dense and in the pruned network.
         seed: of the positions.
+        rows: about how many there are at most.
 
     Raises:
         CalibrationError: the layer reads or gives values that are not finite.
@@ -151,14 +161,14 @@ def draw(
             axes = ", ".join(("N", "C", *"DHW"[-len(conv.kernel_size) :]))
             raise CalibrationError(f"{name}: gives {tuple(shape)}; calibrate with batches of images ({axes})")
     available = [math.prod(_grid(shape)) for shape in shapes]
-    share = min(1.0, rows_for(kernels_of(conv)[0].numel()) / max(1, sum(available)))
-    rows, targets, offsets = [], [], []
+    share = min(1.0, rows_for(kernels_of(conv)[0].numel(), rows) / max(1, sum(available)))
+    read, targets, offsets = [], [], []
     for output, shape, count, (dense, pruned) in zip(outputs, shapes, available, pairs, strict=True):
         positions = torch.randperm(count, generator=generator)[: max(1, round(share * count))].sort().values
         place = tuple(index.to(output.device) for index in torch.unravel_index(positions, _grid(shape)))
         own = tuple(index % size for index, size in zip(place, _grid(output.shape), strict=True))
         (source,) = dense.network.nodes[node].all_input_nodes
-        rows.append(patches(conv, pruned.value(source.name), *own))
+        read.append(patches(conv, pruned.value(source.name), *own))
         target = _pick(output, *own)
         if following.other is not None:
             now, then = (
@@ -168,7 +178,7 @@ def draw(
             target = target + torch.where(scale == 0, 0, (then - now) / scale)
             offsets.append(now + shift)
         targets.append(target)
-    inputs, wanted = torch.cat(rows), torch.cat(targets)
+    inputs, wanted = torch.cat(read), torch.cat(targets)
     for what, values in (("reads", inputs), ("should give", wanted)):
         if not torch.isfinite(values).all():
             raise CalibrationError(

@@ -10,7 +10,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct
+from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.recovery import RECOVERED, Recovery, recover
+from fxprune.calibration.samples import MAX_ROWS
 from fxprune.channels.capture import Output, capture, recorded
 from fxprune.errors import CalibrationError, TraceError
 from fxprune.graph.costs import layer_costs
@@ -30,6 +32,7 @@ class Subject:
         examples: what forward is called with, from the examples or the first batch; none if neither was given.
         batches: the arguments of each calibration batch; None without data.
         trace: a `Recording` if the result is to be the user's own module.
+        rows: about how many positions of the data each layer is fitted on at most.
         counted: names of nodes of a recording whose channels have to stay, with the reason; planning finds them.
 
     Raises:
@@ -44,7 +47,7 @@ class Subject:
         calibration: Calibration | None,
         output: Output = "graph",
     ) -> None:
-        self.model, self.batches = model, None
+        self.model, self.batches, self.rows = model, None, MAX_ROWS
         self.counted: dict[str, str] = {}
         self._names: tuple[str, ...] = ()
         check_is_model(model)
@@ -57,7 +60,7 @@ class Subject:
             names = _named_arguments(model, wanted, self._names)
             self.batches = read_batches(calibration, wanted + len(self._names), names)
             if not self.examples:
-                self.examples = (self._example(_first(self.batches[0], 2)),)
+                self.examples = (self.example(_first(self.batches[0], 2)),)
         try:
             self.trace = capture(model, self.examples, output)
         except TraceError as failure:
@@ -87,7 +90,14 @@ class Subject:
         """Another model with the same inputs."""
         other = object.__new__(Subject)
         other.model, other.examples, other.batches, other._names = model, self.examples, self.batches, self._names
-        other.trace, other.counted = self.captured(model), {}
+        other.trace, other.counted, other.rows = self.captured(model), {}, self.rows
+        return other
+
+    def calibrated_on(self, batches: list[Batch], rows: int) -> "Subject":
+        """The same model with other calibration data; what is known of the model is known there too."""
+        other = object.__new__(Subject)
+        vars(other).update({name: value for name, value in vars(self).items() if name != "network_batches"})
+        other.batches, other.rows = batches, rows
         return other
 
     def captured(self, model: nn.Module) -> Trace:
@@ -120,7 +130,22 @@ class Subject:
         """What `network` is called with for each batch; None without data."""
         if self.batches is None or not self.is_recorded:
             return self.batches
-        return [tuple(self._example(batch).tensors) for batch in self.batches]
+        return [tuple(self.example(batch).tensors) for batch in self.batches]
+
+    @cached_property
+    def takes_any_size(self) -> bool:
+        """Whether calibration batches may have other sizes than the user's."""
+        assert self.batches is not None
+        try:
+            if self.is_recorded:
+                self._free(self.model, self.batches[0])
+                return True
+            (output,) = (node for node in self.network.graph.nodes if node.op == "output")
+            with torch.no_grad(), Lockstep(self.network, self.network, [_first(self.batches[0], 1)]) as networks:
+                networks.pause_before(output.name)
+        except (TraceError, CalibrationError):
+            return False
+        return True
 
     def runnable(self, model: nn.Module, captured: Trace | None = None) -> Trace:
         """A trace of `model`, which has the structure of the subject, that runs on calibration batches.
@@ -133,15 +158,13 @@ class Subject:
         assert self.batches is not None
         batch = self.batches[0]
         try:
-            small, large = (recorded(model, [self._example(_first(batch, size))], modes=("eval",)) for size in SIZES)
-            free_batch(small, large)
-            return small
+            return self._free(model, batch)
         except TraceError as error:
             if len({_shapes(batch) for batch in self.batches}) > 1:
                 raise CalibrationError(
                     f"the model cannot be followed over batches of different sizes: {error}; pass batches of one size"
                 ) from error
-        return recorded(model, [self._example(batch)], modes=("eval",))
+        return recorded(model, [self.example(batch)], modes=("eval",))
 
     def reconstruct(
         self, masked: nn.Module, layers: Collection[str], choose: Choose, seed: int, progress: bool
@@ -150,7 +173,7 @@ class Subject:
         assert self.network_batches is not None
         twin = self.runnable(masked).module
         kernels, fits = reconstruct(
-            self.network, twin, self.network_batches, layers, choose, seed=seed, progress=progress
+            self.network, twin, self.network_batches, layers, choose, seed=seed, rows=self.rows, progress=progress
         )
         setattr(masked, FITS, fits)
         return kernels
@@ -174,12 +197,18 @@ class Subject:
         """What a run on the whole of the first batch says, of which two samples alone may look like something else."""
         assert self.batches is not None
         try:
-            recorded(self.model, [self._example(self.batches[0])], modes=("eval",))
+            recorded(self.model, [self.example(self.batches[0])], modes=("eval",))
         except TraceError as error:
             return error
         return None
 
-    def _example(self, batch: Batch) -> Example:
+    def _free(self, model: nn.Module, batch: Batch) -> Recording:
+        """The recording of a model that runs on batches of any size."""
+        small, large = (recorded(model, [self.example(_first(batch, size))], modes=("eval",)) for size in SIZES)
+        free_batch(small, large)
+        return small
+
+    def example(self, batch: Batch) -> Example:
         """A batch as arguments of forward."""
         count = len(batch) - len(self._names)
         return Example(batch[:count], dict(zip(self._names, batch[count:], strict=True)))

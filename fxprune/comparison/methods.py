@@ -78,7 +78,7 @@ def dense(case: Case) -> Pruned:
 
 def kernels(case: Case, *, groups: Groups = "auto") -> Pruned:
     """Grouped convolutions, planned by reconstruction, their ratios by sensitivity; refitted."""
-    plan = fxprune.make_plan(case.model, macs=case.share, groups=groups, calibration=case.images, seed=case.seed)
+    plan = _planned(case.model, case, case.share, groups)
     return _masked(case, plan, refit=True)
 
 
@@ -102,7 +102,7 @@ def combined(case: Case) -> Pruned:
     plan = _filter_plan(case, math.sqrt(case.share), round_to=ROUND_TO)
     smaller = fxprune.rewrite(fxprune.mask(case.model, plan, case.images), plan, case.example).eval()
     left = count_macs(smaller, case.example) / count_macs(case.model, case.example)
-    grouped = fxprune.make_plan(smaller, macs=case.share / left, calibration=case.images, seed=case.seed)
+    grouped = _planned(smaller, case, case.share / left)
     return _masked(case, replace(grouped, removed=plan.removed), refit=True)
 
 
@@ -111,6 +111,14 @@ def torch_pruning(case: Case, *, importance: Importance) -> Pruned:
     macs = round(case.share * count_macs(case.model, case.example))
     batches = list(zip(case.images.split(100), case.labels.split(100), strict=True))  # type: ignore[no-untyped-call]
     return Pruned(prune_channels(case.model, case.example, macs, importance, batches).eval())
+
+
+def _planned(model: nn.Module, case: Case, share: float, groups: Groups = "auto") -> fxprune.PrunePlan:
+    """Kernels by reconstruction. Where their number is open, groups are wide enough to be fast, as with a target, for
+    times are compared too; each layer has its own, as without one.
+    """
+    options: dict[str, Any] = {"groups": groups, "target": "cpu", "share_groups": False, "seed": case.seed}
+    return fxprune.make_plan(model, macs=share, calibration=case.images, **options)
 
 
 def _filter_plan(case: Case, share: float, variety: str | None = None, round_to: int = 1) -> fxprune.PrunePlan:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from fxprune.calibration.agreement import Agreement
 from fxprune.graph.convolutions import Convolution, convolutions
 from fxprune.graph.costs import batch_size, known_sum, layer_costs, total_macs
 from fxprune.graph.editing import KEPT_BECAUSE, RUN, calls
@@ -90,6 +91,9 @@ class Report:
             shapes are unknown.
         input_shapes: shapes of the inputs that the MACs are counted for, batch included.
         notes: what else the user should know.
+        agreement: how far the pruned network and the dense one agree, on inputs that were held out where there are
+            enough, see `fxprune.calibration.agreement`. It is of the refit: what is trained afterwards is not in it.
+            None without calibration data, where the outputs cannot be compared, and in a graph that was loaded.
     """
 
     layers: tuple[LayerReport, ...]
@@ -101,6 +105,7 @@ class Report:
     macs_pruned: int | None
     input_shapes: tuple[tuple[int, ...], ...]
     notes: tuple[str, ...]
+    agreement: Agreement | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as dicts, lists, strings and numbers."""
@@ -116,6 +121,7 @@ class Report:
                 "gathers": tuple(GatherReport(**gather) for gather in found["gathers"]),
                 "input_shapes": tuple(tuple(shape) for shape in found["input_shapes"]),
                 "notes": tuple(found["notes"]),
+                "agreement": Agreement(**told) if (told := found.get("agreement")) else None,
             }
         )
 
@@ -181,7 +187,7 @@ class Report:
             f" {gather.channels:>5} channels: {gather.reason}"
             for gather in self.gathers
         )
-        lines.extend(f"note: {note}" for note in self.notes)
+        lines.extend(f"note: {note}" for note in (*((self.agreement,) if self.agreement else ()), *self.notes))
         return "\n".join(lines)
 
 
@@ -195,6 +201,7 @@ def make_report(
     params_dense: int,
     input_shapes: tuple[tuple[int, ...], ...],
     notes: tuple[str, ...],
+    agreement: Agreement | None = None,
 ) -> Report:
     """Compare a rewritten graph with what it was.
 
@@ -205,7 +212,7 @@ def make_report(
         errors: of each refitted layer.
         params_dense: of the whole graph before.
         input_shapes: shapes that the MACs are counted for.
-        notes: passed on.
+        notes, agreement: passed on.
     """
     after = layer_costs(gm, values)
     convs = convolutions(gm)
@@ -237,6 +244,7 @@ def make_report(
         macs_pruned=total_macs(after),
         input_shapes=input_shapes,
         notes=notes,
+        agreement=agreement,
     )
 
 

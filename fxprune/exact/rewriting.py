@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from fxprune.calibration import FITS
+from fxprune.calibration.agreement import AGREEMENT
 from fxprune.channels.capture import Output, capture, check_output, recorded
 from fxprune.errors import NothingRewrittenWarning, PassError, TraceError
 from fxprune.exact.narrowing import narrow
@@ -97,6 +98,7 @@ def rewritten(masked: nn.Module, plan: PrunePlan, captured: Trace, *, fold_batch
         params_dense=params_dense,
         input_shapes=tuple(tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)),
         notes=tuple(notes),
+        agreement=getattr(masked, AGREEMENT, None),
     )
     modes = ("eval",) if fold_batch_norm else captured.modes
     rounding = max((torch.finfo(p.dtype).eps for p in result.parameters() if p.is_floating_point()), default=0.0)
@@ -137,7 +139,8 @@ def _operated(
             kernels = _without(kernels, error.layers)
             recording = recorded(current, recording.examples)
             continue
-        vars(result).pop(FITS, None)
+        for told in (FITS, AGREEMENT):
+            vars(result).pop(told, None)
         return result, recording.module, carried.of(recording.module), replace(kernels, removed=plan.removed)
 
 

@@ -1,8 +1,9 @@
 """From a request to a plan.
 
 `requests` is what may be asked for; `making` serves it: `kernels` with a `planner`, `filters` with `unit_scores` and
-`selection`. `sensitivity` is what a layer suffers, `latency_table` how long it takes, `latency_measure` measures that
-and `latency_budget` meets a share of it. `lossy` applies a plan to a model, the one step that changes the function.
+`selection`. `sensitivity` is what a layer suffers, `candidates` are ways to spend a budget; `latency_table` is how long
+a layer takes, `latency_measure` measures that and `latency_budget` meets a share of it. `lossy` applies a plan to a
+model, the one step that changes the function.
 """
 
 from fxprune.planning.requests import METHODS, Request

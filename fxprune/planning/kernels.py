@@ -1,15 +1,19 @@
 """A plan of kernels: the ratio of each layer, its groups, and the input channels that each group keeps."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from fxprune.calibration import survey
+from fxprune.calibration.agreement import Agreement
+from fxprune.calibration.judging import Judge, best
 from fxprune.calibration.subject import Subject
 from fxprune.channels.writers import common_writers
 from fxprune.graph.copying import copied
+from fxprune.planning.candidates import candidates
 from fxprune.planning.latency_budget import meet_latency
-from fxprune.planning.planner import Planner, prunable_shapes
+from fxprune.planning.planner import Planner, prunable_shapes, serves_accuracy
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Sensitivity, measure
 from fxprune.plans import PrunePlan
@@ -22,16 +26,39 @@ def plan_kernels(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Modu
         PlanError: nothing can be planned, or the budget cannot be met.
         CalibrationError: the calibration data do not fit the model.
     """
-    if request.budget is not None:
-        cost, share = request.budget
-        ratios = sensitivity_of(subject, request).ratios(share, cost, request.effective_block)
-        form = "overlap" if request.form == "auto" else request.form
-        request = replace(request, ratio=ratios, form=form, macs=None, params=None, sensitivity=None)
-    writers = common_writers(subject.trace.module, subject.trace.values) if request.shares_groups else ()
-    if request.latency is not None:
-        request = meet_latency(subject, request, sensitivity_of(subject, request), writers)
+    if request.budget is None:
+        if request.latency is not None:
+            request = meet_latency(subject, request, sensitivity_of(subject, request), _writers(subject, request))
+        return _planned(subject, request)
+    cost, share = request.budget
+    ways = candidates(sensitivity_of(subject, request), share, cost, request.effective_block)
+    form = "overlap" if request.form == "auto" else request.form
+    request = replace(request, form=form, macs=None, params=None, sensitivity=None)
+    accurate = serves_accuracy(subject, request)
+    way = "sensitivity"
+    if subject.batches is not None and len(ways) > 1:
+        judge, cheaper = Judge(subject), request
+        found: dict[str, Agreement | None] = {}
+        if request.method_for(calibrated=True) == "reconstruction":  # ratios are judged, and cheaper kernels will do
+            cheaper = replace(request, method="cocluster", criterion="activation")
+        for name, ratios in ways.items():
+            _, masked = _planned(judge.fitted, replace(cheaper, ratio=ratios), accurate)
+            assert masked is not None
+            found[name] = judge.agreement(masked)
+        way = best(found)
+    return _planned(subject, replace(request, ratio=ways[way]), accurate)
+
+
+def _planned(subject: Subject, request: Request, accurate: bool = False) -> tuple[PrunePlan, nn.Module | None]:
+    """The same for ratios."""
+    writers = _writers(subject, request)
     planner = Planner(
-        subject.layers, request, calibrated=subject.batches is not None, obstacles=subject.obstacles, writers=writers
+        subject.layers,
+        request,
+        calibrated=subject.batches is not None,
+        accurate=accurate,
+        obstacles=subject.obstacles,
+        writers=writers,
     )
     if subject.batches is None:
         return planner.from_weights(request.progress), None
@@ -42,6 +69,11 @@ def plan_kernels(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Modu
     masked = copied(subject.model)
     kernels = subject.reconstruct(masked, planner.shapes, planner.choose, request.seed, request.progress)
     return planner.plan(kernels), masked
+
+
+def _writers(subject: Subject, request: Request) -> Sequence[Collection[str]]:
+    """Sets of convolutions that write the same channels, if these are to share their groups."""
+    return tuple(common_writers(subject.trace.module, subject.trace.values)) if request.shares_groups else ()
 
 
 def sensitivity_of(subject: Subject, request: Request) -> Sensitivity:

@@ -1,5 +1,6 @@
 """The one step that changes the function: what a plan drops becomes zero, and what stays is refitted."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import torch
 from torch import nn
 
 from fxprune.calibration import FITS, Calibration
+from fxprune.calibration.agreement import AGREEMENT, Agreement
 from fxprune.calibration.augmentation import Augment
+from fxprune.calibration.judging import Judge
 from fxprune.calibration.recovery import Recovery
 from fxprune.calibration.subject import Subject
-from fxprune.errors import CalibrationError, PlanError
+from fxprune.errors import CalibrationError, PlanError, PoorAgreementWarning
 from fxprune.exact.narrowing import narrow
 from fxprune.exact.pipeline import run
 from fxprune.graph.baking import baked
@@ -49,13 +52,19 @@ def mask(
         PlanError: the plan was made for another model.
         CalibrationError: the calibration data are malformed, or do not fit the model.
         TraceError: with calibration data, the model does not run on the example.
+
+    Warns:
+        PoorAgreementWarning: see `compile`.
     """
     if bake:
         model, _ = baked(model)
     plan.check(model)
     if calibration is None:
         return masked_copy(model, plan)
-    return masked_by(Subject(model, example_inputs, calibration, "auto"), plan, progress=progress)
+    subject = Subject(model, example_inputs, calibration, "auto")
+    masked = masked_by(subject, plan, progress=progress)
+    tell_agreement(subject, plan, masked, progress=progress)
+    return masked
 
 
 def recover(
@@ -158,6 +167,26 @@ def masked_by(subject: Subject, plan: PrunePlan, *, progress: bool = False) -> n
     return masked
 
 
+def tell_agreement(subject: Subject, plan: PrunePlan, masked: nn.Module, *, progress: bool = False) -> Agreement | None:
+    """Measure how well `plan` follows the dense network on inputs it is not refitted on, keep that with `masked`, which
+    was refitted on all, for its report, and warn if it is poor. None without calibration data, and where outputs cannot
+    be compared.
+
+    Warns:
+        PoorAgreementWarning: below 90 %.
+    """
+    if subject.batches is None or not (plan.layers or plan.removed):
+        return None
+    judge = Judge(subject)
+    twin = masked_by(judge.fitted, plan, progress=progress) if judge.held_out else copied(masked)
+    found = judge.agreement(twin)
+    if found is not None:
+        setattr(masked, AGREEMENT, found)
+        if found.is_poor:
+            warnings.warn(f"{found}; {_WAY_OUT}", PoorAgreementWarning, stacklevel=3)
+    return found
+
+
 def refit_readers(subject: Subject, masked: nn.Module, plan: PrunePlan, *, progress: bool = False) -> None:
     """Refit, in place, the convolutions that read channels which `plan` removes: the others make up for them."""
     readers = [
@@ -207,3 +236,8 @@ def put_back(masked: nn.Module, smaller: nn.Module, plan: PrunePlan) -> None:
                 tensor[rows[:, None], remaining(tensor.shape[1], channels.inputs)] = new
             else:
                 tensor[rows] = new
+
+
+_WAY_OUT = (
+    "more calibration images help most; then a smaller ratio or larger budget, groups=8, or a few epochs of fine-tuning"
+)

@@ -26,7 +26,7 @@ from fxprune.planning.requests import DEFAULT_RATIO, PUBLISHED, Request
 from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.plans.eligibility import check_model, check_weight, parameters_of_several_modules, skip_reason
 from fxprune.plans.fields import nearest_divisor
-from fxprune.plans.shapes import Shape, choose_shape
+from fxprune.plans.shapes import Shape, accurate_groups, choose_shape
 
 PUBLISHED_GROUPS = 8
 
@@ -42,6 +42,7 @@ class Planner:
         model: any module with convolutions, on any device, in any floating-point type. It is only read.
         request: what is asked for. Of its amounts only the ratio counts here.
         calibrated: whether `choose` will be given samples.
+        accurate: whether the number of groups, where it is open, serves the accuracy at the ratios, not speed.
         obstacles: convolutions that the graph does not allow to be grouped, with the reason.
         writers: sets of convolutions, see `fxprune.channels.writers.common_writers`. Those of a set that have equally
             many groups get the same groups of filters in the same order.
@@ -61,12 +62,13 @@ class Planner:
         request: Request,
         *,
         calibrated: bool = False,
+        accurate: bool = False,
         obstacles: Mapping[str, str] = MappingProxyType({}),
         writers: Iterable[Collection[str]] = (),
     ) -> None:
         self._request, self._seed, self._variety = request, request.seed, request.rule
         self._ratio = DEFAULT_RATIO if request.ratio is None else request.ratio
-        self._method = request.method_for(calibrated)
+        self._method, self._accurate = request.method_for(calibrated), accurate
         check_model(model)
         convs = convolutions(model)
         if not convs:
@@ -182,6 +184,8 @@ class Planner:
             asked = count = wanted.get(name, "auto")
             if count == "auto" and self._method in PUBLISHED and conv.out_channels % PUBLISHED_GROUPS == 0:
                 count = PUBLISHED_GROUPS
+            elif count == "auto" and self._accurate:
+                count = accurate_groups(conv.out_channels)
             if asked != "auto" and not isinstance(groups, Mapping):  # one number for all: a wish
                 near = nearest_divisor(conv.out_channels, asked)
                 if near is None or (near != asked and form == "partition"):
@@ -340,4 +344,10 @@ def prunable_shapes(subject: Subject, request: Request) -> dict[str, Shape]:
         PlanError: see `Planner`.
     """
     usual = Request(groups=request.groups, form="overlap", ignore=request.ignore, target=request.target)
-    return Planner(subject.layers, usual, obstacles=subject.obstacles).shapes
+    accurate = serves_accuracy(subject, request)
+    return Planner(subject.layers, usual, accurate=accurate, obstacles=subject.obstacles).shapes
+
+
+def serves_accuracy(subject: Subject, request: Request) -> bool:
+    """Whether a budget is spent for accuracy: with data to refit, and no target that it should be fast on."""
+    return subject.batches is not None and request.target is None

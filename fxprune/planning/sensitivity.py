@@ -2,8 +2,9 @@
 
 The damage of pruning one layer is the squared error that a refit leaves, on images that it does not see
 (`fxprune.calibration.damage`), relative to the variance of what the next layer reads: after the BatchNorm and the
-addition that follow. Two convolutions with the same error of their own differ by far in what they do to a residual
-stream, and only the latter counts.
+addition that follow, and what a rectifier lets through. Two convolutions with the same error of their own differ by
+far in what they do to a residual stream, and only the latter counts. So what a layer inside of a branch suffers is
+multiplied by the share of the branch in the sum, or concatenation, in which it ends (`fxprune.calibration.joins`).
 
 A budget is met by taking channels from the layer where the loss for each multiply-accumulate saved is least, again and
 again: the greedy solution of the Lagrangian, optimal where the loss is convex. The loss of a layer is
@@ -26,7 +27,8 @@ from tqdm import tqdm
 
 from fxprune.calibration.batches import Batch
 from fxprune.calibration.damage import damage_path
-from fxprune.calibration.following import follow
+from fxprune.calibration.following import Following, follow
+from fxprune.calibration.joins import Join, joins_after, share_of_own
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.samples import draw
 from fxprune.errors import PlanError
@@ -207,7 +209,7 @@ class Sensitivity:
             least = max(1, math.ceil(floor * size / unit))
             count = unit * min(*step, int(most / cost), left // unit - least)
             if count >= 1:
-                loss = _loss(layer.damage[left - count - 1]) - _loss(layer.damage[left - 1])
+                loss = loss_of(layer.damage[left - count - 1]) - loss_of(layer.damage[left - 1])
                 steps.append((loss / (count * price[layer.name]), count, layer.name))
         return steps
 
@@ -253,7 +255,7 @@ class Sensitivity:
             ) from error
 
 
-def _loss(damage: float) -> float:
+def loss_of(damage: float) -> float:
     """Minus the logarithm of what a damage leaves of the signal."""
     return -math.log(max(1 - damage, LEAST_SIGNAL))
 
@@ -303,19 +305,41 @@ def measure(
 def _from_data(
     dense: fx.GraphModule, groups: Mapping[str, int], batches: Sequence[Batch], seed: int, progress: bool
 ) -> dict[str, tuple[float, ...]]:
-    damages = {}
+    sites = {name: nodes[0] for nodes in call_sites(dense).values() if (name := str(nodes[0].target)) in groups}
+    position = {node: i for i, node in enumerate(dense.graph.nodes)}
+    damages: dict[str, Matrix] = {}
     with torch.no_grad(), Lockstep(dense, dense, batches, progress=progress) as network:
-        for node, *_ in call_sites(dense).values():
-            name = str(node.target)
-            if name not in groups:
+        following = {name: _followed(dense, node, network) for name, node in sites.items()}
+        joins = joins_after(dense, {name: _read(dense, node, following[name]) for name, node in sites.items()})
+        shares = dict.fromkeys((join for through in joins.values() for join in through), 1.0)
+        stops: list[tuple[str | Join, fx.Node]] = [*sites.items(), *((join, join.node) for join in shares)]
+        for what, node in sorted(stops, key=lambda stop: position[stop[1]]):
+            samples = network.pause_before(node.name)
+            if isinstance(what, Join):
+                shares[what] = share_of_own(what, [sample for sample, _ in samples])
                 continue
-            conv = conv_at(dense, name)
-            following = follow(dense, node)
-            if following.other and not network.can_look_ahead(node.name, following.other, frozenset()):
-                following = following.without_other()
-            samples = draw(name, node.name, conv, following, network.pause_before(node.name), seed)
-            damages[name] = _falling(damage_path(kernels_of(conv), samples, groups[name], seed))
-    return damages
+            conv = conv_at(dense, what)
+            rows = draw(what, node.name, conv, following[what], samples, seed)
+            damages[what] = damage_path(kernels_of(conv), rows, groups[what], seed, following[what].bounds)
+    return {name: _falling(path * math.prod(shares[join] for join in joins[name])) for name, path in damages.items()}
+
+
+def _followed(dense: fx.GraphModule, node: fx.Node, network: Lockstep) -> Following:
+    """What follows a convolution, as far as it is known before the convolution is called."""
+    following = follow(dense, node)
+    known = not following.other or network.can_look_ahead(node.name, following.other, frozenset())
+    return following if known else following.without_other()
+
+
+def _read(dense: fx.GraphModule, node: fx.Node, following: Following) -> fx.Node:
+    """The node whose variance the damage of a convolution is relative to, but for a rectifier: the convolution, the
+    BatchNorm that reads it, or the addition.
+    """
+    if following.norm is not None:
+        (node,) = node.users
+    if following.other is not None:
+        (node,) = node.users
+    return node
 
 
 def _from_weights(

@@ -26,6 +26,9 @@ TARGETS = ("cpu", "cuda")
 AUTO_GROUPS = (8, 4, 2)
 AUTO_GROUP_WIDTH = {"cpu": 16, "cuda": 64}
 MIN_GROUP_WIDTH = {"cpu": 1, "cuda": 32}
+# Where accuracy at a budget is all that is asked for, groups may be narrower: at equal MACs more groups choose more
+# freely (ResNet-20, macs=0.57, no labels: 85.7 % with groups of 16 filters, 88.4 % with 8 groups everywhere).
+ACCURATE_GROUP_WIDTH = 2
 # Channels that one load of 16 bytes brings in half precision.
 BLOCKS = {"cpu": 1, "cuda": 8}
 # Partition form, where the ratio dictates the number of groups: below 4 filters a group the convolution is slower than
@@ -169,6 +172,16 @@ def _auto_groups(filters: int, target: str) -> int:
         if filters % groups == 0 and filters // groups >= AUTO_GROUP_WIDTH[target]:
             return groups
     return 2 if filters // 2 >= MIN_GROUP_WIDTH[target] else 1
+
+
+def accurate_groups(filters: int) -> Groups:
+    """The number of groups that serves accuracy at a given cost, not speed; `"auto"` if filters are odd.
+
+    >>> accurate_groups(64), accurate_groups(16), accurate_groups(12), accurate_groups(7)
+    (8, 8, 4, 'auto')
+    """
+    fits = (n for n in AUTO_GROUPS if filters % n == 0 and filters // n >= ACCURATE_GROUP_WIDTH)
+    return next(fits, "auto")
 
 
 def _no_partition(ratio: float) -> str:

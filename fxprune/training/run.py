@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fxprune.api import make_plan, report
 from fxprune.calibration import FITS
+from fxprune.calibration.agreement import AGREEMENT
 from fxprune.environment import environment
 from fxprune.exact.rewriting import rewrite
 from fxprune.exact.storage import save
@@ -324,7 +325,8 @@ def _prune(request: TrainingRequest, dense: nn.Module, data: Data, example: Tens
             **pruning.options,
         )
     masked = mask(dense, plan, calibration, progress=request.progress).eval()
-    vars(masked).pop(FITS, None)  # how well the refit did is no longer true of the trained network
+    for told in (FITS, AGREEMENT):  # how well the refit did is no longer true of the trained network
+        vars(masked).pop(told, None)
     return plan, masked
 
 

@@ -207,6 +207,15 @@ def test_calibration_files(capsys: pytest.CaptureFixture[str], images: torch.Ten
     assert others == [first] * 3
 
 
+def test_the_agreement_is_told(capsys: pytest.CaptureFixture[str], images: torch.Tensor) -> None:
+    told = run_json(capsys, *COMPILE, "--calibration", "images.pt")["report"]["agreement"]
+    assert told["inputs"] > 0
+    assert 0 <= told["share"] <= 1
+    assert cli.main([*COMPILE, "--calibration", "images.pt"]) == 0
+    assert f"agreement with the dense network on {told['inputs']} " in capsys.readouterr().out
+    assert run_json(capsys, *COMPILE, *SIZE)["report"]["agreement"] is None
+
+
 def test_the_input_size_may_differ_from_that_of_the_images(
     capsys: pytest.CaptureFixture[str], images: torch.Tensor
 ) -> None:

@@ -339,7 +339,7 @@ def test_no_layer_is_emptied_for_the_others(monkeypatch: pytest.MonkeyPatch) -> 
     table = table_of({"a": slow, "b": slow, "c": fast, "d": fast})
     ratios = table.ratios(0.5)
     assert all(0.3 < ratio < 0.7 for ratio in ratios.values())  # what is left of the signal multiplies
-    monkeypatch.setattr(sensitivity, "_loss", lambda damage: damage)  # control: a sum empties two of them
+    monkeypatch.setattr(sensitivity, "loss_of", lambda damage: damage)  # control: a sum empties two of them
     ratios = table.ratios(0.5)
     assert ratios["a"] == pytest.approx(15 / 16, abs=0.01)  # but for the floor
     monkeypatch.setattr(sensitivity, "FLOOR", 0.0)

@@ -1,0 +1,63 @@
+"""Calibration data in two parts: what plans are fitted on, and what they are judged on."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from fxprune.calibration.agreement import Agreement, hold_out, measure_agreement
+from fxprune.calibration.batches import Batch
+from fxprune.calibration.subject import Subject
+from fxprune.graph.copying import copied
+
+ROWS = 16_384
+"""What is fitted to be judged is fitted on about as many positions at most, a quarter of what a refit takes and still
+some 30 for each unknown of a layer with 64 channels."""
+
+
+class Judge:
+    """Measures pruned models on inputs that they were not fitted on.
+
+    Args:
+        subject: with calibration data.
+
+    Attributes:
+        fitted: the subject with the first part.
+        held_out: whether there is a second part; with very few inputs both are all of them.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        assert subject.batches is not None
+        parts = hold_out(subject.batches, subject.takes_any_size)
+        self.held_out = parts is not None
+        fitted, self._judged = (subject.batches, subject.batches) if parts is None else parts
+        self.fitted = subject if parts is None else subject.calibrated_on(fitted, ROWS)
+        self._dense = copied(subject.model).eval()
+
+    def agreement(self, masked: nn.Module) -> Agreement | None:
+        """Of a model that was pruned and refitted on `fitted`; None if its outputs cannot be compared."""
+        device = next((p.device for p in masked.parameters()), torch.device("cpu"))
+
+        def call(model: nn.Module, batch: Batch) -> object:
+            """Each model has its own copy: it may write into its input."""
+            own = tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf, batch)
+            return self.fitted.example(own).call(model)
+
+        training = {module: module.training for module in masked.modules()}
+        try:
+            return measure_agreement(self._dense, masked.eval(), self._judged, call, self.held_out)
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+
+
+def best(agreements: Mapping[str, Agreement | None]) -> str:
+    """The name of the one that is nearest to the dense network, the first of equals."""
+
+    def distance(name: str) -> float:
+        found = agreements[name]
+        return math.inf if found is None else found.distance
+
+    return min(agreements, key=distance)

@@ -1,0 +1,66 @@
+"""Several ways to spend a budget, of which the best is taken: that which does best on inputs that were held back.
+
+A sensitivity is measured one layer at a time, and what several damages do together is a model of it (they multiply).
+Where that model is wrong, a budget that trusts it can end below the plainest one, the same ratio in every layer. So it
+is not trusted: the candidates of `candidates` are planned and refitted without the held-out inputs, and the one that
+follows the dense network best on these is planned anew on all.
+"""
+
+import math
+from dataclasses import replace
+
+from fxprune.errors import PlanError
+from fxprune.planning.sensitivity import Cost, LayerSensitivity, Sensitivity, loss_of
+
+MOST_DAMAGE = 1 - 1e-12
+
+
+def candidates(table: Sensitivity, share: float, cost: Cost, block: int) -> dict[str, dict[str, float]]:
+    """Ratios of each layer that meet a budget, each set once, by the name of the way in which they were found.
+
+    - `"sensitivity"`: the least damage, as measured.
+    - `"uniform"`: the same ratio everywhere, up to whole channels.
+    - `"between"`: the least of the geometric mean of both losses.
+
+    Raises:
+        PlanError: the budget cannot be met.
+    """
+    even = uniform(table, cost)
+    ways = {"sensitivity": table, "between": between(table, even), "uniform": even}
+    found: dict[str, dict[str, float]] = {}
+    for name, way in ways.items():
+        try:
+            ratios = way.ratios(share, cost, block)
+        except PlanError:
+            if name == "sensitivity":
+                raise
+            continue  # with whole channels, in other steps, this one happens to miss it
+        if ratios not in found.values():
+            found[name] = ratios
+    return found
+
+
+def uniform(table: Sensitivity, cost: Cost) -> Sensitivity:
+    """The table of a network in which the same ratio is the best for all layers.
+
+    The loss of a layer is its cost times the square of its ratio, so that it rises by the same for each unit of cost
+    that is saved where the ratios are equal.
+    """
+    total = max(1, sum(getattr(layer, cost) for layer in table.layers))
+
+    def evened(layer: LayerSensitivity) -> LayerSensitivity:
+        channels, weight = len(layer.damage), getattr(layer, cost) / total
+        losses = (weight * (1 - k / channels) ** 2 for k in range(1, channels + 1))
+        return replace(layer, damage=tuple(-math.expm1(-loss) for loss in losses))
+
+    return replace(table, layers=tuple(map(evened, table.layers)))
+
+
+def between(first: Sensitivity, second: Sensitivity) -> Sensitivity:
+    """The table whose losses are the geometric means of those of two tables of the same layers."""
+
+    def mean(a: LayerSensitivity, b: LayerSensitivity) -> LayerSensitivity:
+        losses = (math.sqrt(loss_of(x) * loss_of(y)) for x, y in zip(a.damage, b.damage, strict=True))
+        return replace(a, damage=tuple(min(MOST_DAMAGE, -math.expm1(-loss)) for loss in losses))
+
+    return replace(first, layers=tuple(map(mean, first.layers, second.layers)))
