@@ -239,5 +239,5 @@ def put_back(masked: nn.Module, smaller: nn.Module, plan: PrunePlan) -> None:
 
 
 _WAY_OUT = (
-    "more calibration images help most; then a smaller ratio or larger budget, groups=8, or a few epochs of fine-tuning"
+    "more calibration images help most; then recover=True, a smaller ratio or larger budget, groups=8, or fine-tuning"
 )
