@@ -17,10 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import fx
 
 from fxprune.channels import Reordering, analyze_channels
 from fxprune.channels.atoms import Array
+from fxprune.graph.convolutions import Convolution, channel_dim
+from fxprune.graph.costs import LAYERS
 from fxprune.graph.editing import Outcome, Skip, call_sites, called_module, calls, gather_after
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.values import CarriedValues
@@ -38,15 +40,14 @@ class AgreeReads:
     values: CarriedValues
 
     def __call__(self, gm: fx.GraphModule) -> Outcome:
-        kinds = (nn.modules.conv._ConvNd, nn.Linear)
-        several = [sites for layer, sites in call_sites(gm).items() if isinstance(layer, kinds) and len(sites) > 1]
+        several = [sites for layer, sites in call_sites(gm).items() if isinstance(layer, LAYERS) and len(sites) > 1]
         several = [sites for sites in several if len({_order(gm, node) for node in sites}) > 1]
         if not several:
             return Outcome()
-        for node, conv in calls(gm, nn.modules.conv._ConvNd):
+        for node, conv in calls(gm, Convolution):
             if 1 < conv.groups < conv.in_channels:
                 index = torch.arange(conv.out_channels, device=conv.weight.device)
-                gather_after(gm, node, ChannelGather(index, conv.out_channels, -1 - len(conv.kernel_size)))
+                gather_after(gm, node, ChannelGather(index, conv.out_channels, channel_dim(conv)))
         analysis = analyze_channels(gm, self.values.of(gm))
         reordering = Reordering(analysis.blocks)
         read = {port.node: port.atoms for port in analysis.ports if port.kind == "reads"}

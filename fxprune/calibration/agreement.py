@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
-from fxprune.calibration.batches import Batch
+from fxprune.calibration.batches import Batch, rows_of, samples_in
 from fxprune.graph.containers import tensors_in
 
 # One input of eight is held back, but at least FEW if that is no more than a quarter of all, and at most MANY, on which
@@ -80,7 +79,7 @@ def hold_out(batches: Sequence[Batch], sliceable: bool = True) -> tuple[list[Bat
         inside = [start + i in held for i in range(count)]
         for part, rows in ((fitted, [i for i in range(count) if not inside[i]]), (judged, _where(inside))):
             if rows:
-                part.append(batch if len(rows) == count else _rows(batch, rows))
+                part.append(batch if len(rows) == count else rows_of(batch, rows))
         start += count
     return _nothing_if_empty(fitted, judged)
 
@@ -110,12 +109,6 @@ def measure_agreement(
                 return None
     found = tally.agreement()
     return None if found is None else replace(found, held_out=held_out)
-
-
-def samples_in(batch: Batch) -> int | None:
-    """How many samples a batch has, if all its tensors agree on that."""
-    sizes = {leaf.shape[:1] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
-    return sizes.pop()[0] if len(sizes) == 1 and torch.Size() not in sizes else None
 
 
 class _Tally:
@@ -163,11 +156,6 @@ def _spread(total: int, count: int) -> set[int]:
 
 def _where(flags: Sequence[bool]) -> list[int]:
     return [i for i, flag in enumerate(flags) if flag]
-
-
-def _rows(batch: Batch, rows: list[int]) -> Batch:
-    """Some samples of a batch."""
-    return tuple(tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) else leaf, batch))
 
 
 def _nothing_if_empty(fitted: list[Batch], judged: list[Batch]) -> tuple[list[Batch], list[Batch]] | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fxprune.errors import CalibrationError
+from fxprune.graph.containers import convert_tensors, tensors_in
 
 Calibration: TypeAlias = Tensor | Iterable[Any]
 Batch: TypeAlias = tuple[Any, ...]
@@ -49,6 +50,17 @@ def read_batches(calibration: Calibration, arguments: int = 1, names: Sequence[s
     if not batches:
         raise CalibrationError("calibration holds no batch; pass at least one (an iterator can be read only once)")
     return batches
+
+
+def samples_in(batch: Batch) -> int | None:
+    """How many samples a batch has, if all its tensors agree on that."""
+    sizes = {tensor.shape[:1] for tensor in tensors_in(batch)}
+    return sizes.pop()[0] if len(sizes) == 1 and torch.Size() not in sizes else None
+
+
+def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
+    """Some samples of a batch, by number."""
+    return convert_tensors(batch, lambda tensor: tensor[list(rows)])
 
 
 def _arguments(what: str, batch: object, arguments: int, names: Sequence[str]) -> Batch:

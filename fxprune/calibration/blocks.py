@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from fxprune.graph.containers import holds_tensor
 from fxprune.graph.contexts import is_switch
 from fxprune.graph.editing import called_module, tensor_sources
+from fxprune.graph.recording import like
 
 _JOINS = frozenset((operator.add, operator.iadd, torch.add, "add", "add_", torch.cat, torch.concat))
 _ACTIVATIONS = (
@@ -112,4 +113,4 @@ def up_to(gm: fx.GraphModule, ends: Collection[str]) -> fx.GraphModule:
         for node in reversed(nodes[nodes.index(kept[-1]) + 1 : -1]):
             if node.op != "placeholder":
                 graph.erase_node(node)
-    return fx.GraphModule(gm, graph)
+    return like(gm, graph)

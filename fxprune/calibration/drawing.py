@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fxprune.calibration.batches import Batch
+from fxprune.calibration.batches import Batch, samples_in
 from fxprune.errors import CalibrationError
 from fxprune.graph.containers import convert_tensors, tensors_in
 
@@ -34,7 +34,7 @@ class Drawing:
 
     def __init__(self, batches: Sequence[Batch], seed: int, largest: int, smallest: int, parts: int) -> None:
         self._batches, self._seed = batches, seed
-        places = [(number, i) for number, batch in enumerate(batches) for i in range(_count(batch))]
+        places = [(number, i) for number, batch in enumerate(batches) for i in range(samples_in(batch) or 1)]
         if len(places) < 2:
             raise CalibrationError(
                 "the calibration data holds one sample; recovery learns from some and judges by others: pass at least "
@@ -96,7 +96,7 @@ class Drawing:
 
     def _together(self, places: Sequence[tuple[int, int]]) -> Batch:
         first = self._batches[places[0][0]]
-        if not _is_divisible(first):
+        if samples_in(first) is None:
             return first
         rows = [[tensor[i] for tensor in tensors_in(self._batches[number])] for number, i in places]
         stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
@@ -104,19 +104,9 @@ class Drawing:
         return convert_tensors(first, lambda tensor: joined[id(tensor)])
 
 
-def _is_divisible(batch: Batch) -> bool:
-    """Whether all tensors of a batch agree on what a sample is."""
-    sizes = {tensor.shape[:1] for tensor in tensors_in(batch)}
-    return len(sizes) == 1 and torch.Size() not in sizes
-
-
-def _count(batch: Batch) -> int:
-    return len(tensors_in(batch)[0]) if _is_divisible(batch) else 1
-
-
 def _kind(batch: Batch) -> Any:
     """What batches have in common whose samples may come together; None for one that stays whole."""
-    if not _is_divisible(batch):
+    if samples_in(batch) is None:
         return None
     tensors = [(tensor.shape[1:], tensor.dtype) for tensor in tensors_in(batch)]
     return tensors, tree_map(lambda leaf: None if isinstance(leaf, Tensor) else leaf, batch)

@@ -11,6 +11,7 @@ from fxprune.calibration.agreement import Agreement, hold_out, measure_agreement
 from fxprune.calibration.batches import Batch
 from fxprune.calibration.subject import Subject
 from fxprune.graph.copying import copied
+from fxprune.graph.modes import in_evaluation
 
 ROWS = 16_384
 """What is fitted to be judged is fitted on about as many positions at most, a quarter of what a refit takes and still
@@ -45,12 +46,8 @@ class Judge:
             own = tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf, batch)
             return self.fitted.example(own).call(model)
 
-        training = {module: module.training for module in masked.modules()}
-        try:
-            return measure_agreement(self._dense, masked.eval(), self._judged, call, self.held_out)
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+        with in_evaluation(masked):
+            return measure_agreement(self._dense, masked, self._judged, call, self.held_out)
 
 
 def best(agreements: Mapping[str, Agreement | None]) -> str:

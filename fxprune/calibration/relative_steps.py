@@ -18,8 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxprune.calibration.following import follow
+from fxprune.graph.convolutions import Convolution
+from fxprune.graph.costs import LAYERS
 from fxprune.graph.editing import call_sites
 
 WARM_UP = 0.1
@@ -41,7 +44,7 @@ class Shift:
 
     bias: nn.Parameter
     mean: Tensor
-    norm: nn.BatchNorm2d | None = None
+    norm: _BatchNorm | None = None
 
     def gain(self) -> Tensor:
         """By how much the bias changes what a change of the output changes: `(O,)`."""
@@ -112,11 +115,7 @@ def weights_of(network: fx.GraphModule, kept: Mapping[int, Tensor], run: Callabl
         kept: `id` of a parameter to the entries that may move; one that is absent may move as a whole.
         run: runs the network once, so that it can be measured what its layers read and give.
     """
-    layers = {
-        path: module
-        for path, module in network.named_modules()
-        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear | _NORMS)
-    }
+    layers = {path: module for path, module in network.named_modules() if isinstance(module, LAYERS | _NORMS)}
     measured: dict[nn.Module, tuple[Moments, Moments]] = {}
 
     def measure(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -143,23 +142,23 @@ def weights_of(network: fx.GraphModule, kept: Mapping[int, Tensor], run: Callabl
     return found
 
 
-def _norms_behind(network: fx.GraphModule) -> dict[str, nn.BatchNorm2d]:
+def _norms_behind(network: fx.GraphModule) -> dict[str, _BatchNorm]:
     """The BatchNorm that alone reads a convolution, by the path of the convolution, where each is called once."""
     found = {}
     for nodes in call_sites(network).values():
         norm = follow(network, nodes[0]).norm if len(nodes) == 1 else None
         if norm is not None:
             module = network.get_submodule(norm)
-            assert isinstance(module, nn.BatchNorm2d)
+            assert isinstance(module, _BatchNorm)
             found[str(nodes[0].target)] = module
     return found
 
 
-def _shift(module: nn.Module, norm: nn.BatchNorm2d | None, mean: Tensor) -> Shift | None:
+def _shift(module: nn.Module, norm: _BatchNorm | None, mean: Tensor) -> Shift | None:
     """Where the mean of what a layer reads can go; None where there is no place for it."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if isinstance(module, nn.modules.conv._ConvNd) and module.transposed:
+    if isinstance(module, Convolution) and module.transposed:
         return None
     means = _by_filter(mean, weight).view(*weight.shape[:2], *[1] * (weight.dim() - 2))
     if isinstance(module.bias, nn.Parameter):
@@ -207,7 +206,7 @@ def _units(module: nn.Module, kept: Mapping[int, Tensor], reads: Moments, gives:
             units["bias"] = torch.ones_like(bias) if weight is None else weight.detach().abs()
     elif isinstance(weight, nn.Parameter):
         stays = kept.get(id(weight), torch.ones_like(weight, dtype=torch.bool))
-        if isinstance(module, nn.modules.conv._ConvNd) and module.transposed:  # its filters are not its rows
+        if isinstance(module, Convolution) and module.transposed:  # its filters are not its rows
             units["weight"] = torch.where(stays, weight, 0).square().mean().sqrt() * stays
         else:
             rows = stays.flatten(2).sum(2) if weight.dim() > 2 else stays  # (O, C / groups)

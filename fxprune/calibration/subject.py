@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct
+from fxprune.calibration.batches import rows_of, samples_in
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.recovery import RECOVERED, Recovery, recover
 from fxprune.calibration.samples import MAX_ROWS
@@ -17,6 +18,7 @@ from fxprune.channels.capture import Output, capture, recorded
 from fxprune.errors import CalibrationError, TraceError
 from fxprune.graph.costs import layer_costs
 from fxprune.graph.examples import Example, Inputs, as_examples, in_order, positional_parameters
+from fxprune.graph.modes import in_evaluation
 from fxprune.graph.recording import Recording
 from fxprune.graph.replaying import SIZES, free_batch
 from fxprune.graph.tracing import Trace, check_is_model, trace
@@ -183,14 +185,11 @@ class Subject:
     ) -> None:
         """Train `masked`, a copy of the model in which what is not `kept` is zero, in place."""
         assert self.network_batches is not None
-        modes = [(module, module.training) for module in masked.modules()]
         tensors = dict(masked.named_parameters(remove_duplicate=False))
         entries = {id(tensors[name]): stays for name, stays in kept.items() if name in tensors}
-        with torch.inference_mode(False):
-            twin = self.runnable(masked.eval())
+        with torch.inference_mode(False), in_evaluation(masked):
+            twin = self.runnable(masked)
             done = recover(self.running, twin, self.network_batches, entries, recovery, seed=seed, progress=progress)
-        for module, mode in modes:
-            module.training = mode
         setattr(masked, RECOVERED, done)
 
     def _failure_on_batch(self) -> TraceError | None:
@@ -205,8 +204,7 @@ class Subject:
     def _free(self, model: nn.Module, batch: Batch) -> Recording:
         """The recording of a model that runs on batches of any size."""
         small, large = (recorded(model, [self.example(_first(batch, size))], modes=("eval",)) for size in SIZES)
-        free_batch(small, large)
-        return small
+        return free_batch(small, large)
 
     def example(self, batch: Batch) -> Example:
         """A batch as arguments of forward."""
@@ -227,12 +225,8 @@ def _named_arguments(model: nn.Module, count: int, keywords: tuple[str, ...]) ->
 
 def _first(batch: Batch, count: int) -> Batch:
     """Some samples of a batch, repeated if it has fewer, where all its tensors agree on what a sample is."""
-    sizes = {leaf.shape[:1] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
-    if len(sizes) != 1 or torch.Size() in sizes:
-        return batch
-    (size,) = sizes.pop()
-    rows = [i % size for i in range(count)]
-    return tuple(tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) else leaf, batch))
+    size = samples_in(batch)
+    return batch if size is None else rows_of(batch, [i % size for i in range(count)])
 
 
 def _shapes(batch: Batch) -> tuple[torch.Size, ...]:

@@ -2,6 +2,7 @@
 
 `atoms` holds the identities and solves for blocks; `interpreter` the state that rules work on; `rules` say how
 channels pass through a family of operators, `operators` which operator belongs to which; `analysis` walks the graph.
+`capture` decides whether that is a trace or a recording.
 """
 
 from fxprune.channels.analysis import ChannelAnalysis, ChannelSpace, analyze_channels

@@ -34,8 +34,8 @@ class CountedError(PassError):
         self.nodes = dict(nodes)
 
 
-def narrow(masked: nn.Module, plan: PrunePlan, recording: Recording) -> nn.Module:
-    """A copy of `masked` without the channels that `plan` removes.
+def narrow(masked: nn.Module, plan: PrunePlan, recording: Recording) -> tuple[nn.Module, Recording]:
+    """A copy of `masked` without the channels that `plan` removes, and its recording.
 
     Args:
         masked: the user's model, in which they are zero.
@@ -60,7 +60,7 @@ def narrow(masked: nn.Module, plan: PrunePlan, recording: Recording) -> nn.Modul
         raise CountedError({name: _FIXED.format(lines[name]) for name in gone or corrected})
     result = operate(masked, gm)
     try:
-        now = recorded(result, recording.examples, tuple(dict.fromkeys(mode for _, mode in recording.runs)))
+        now = recorded(result, recording.examples, recording.modes)
     except RunError as error:
         failed = next(name for name, node in steps.items() if node.op != "placeholder" and name not in error.steps)
         raise CountedError({failed: f"{_FIXED.format(lines[failed])}: {error.cause}"}) from error
@@ -69,7 +69,7 @@ def narrow(masked: nn.Module, plan: PrunePlan, recording: Recording) -> nn.Modul
     wrong += [name for name in present if name not in found][:1]
     if wrong:
         raise CountedError({name: _FIXED.format(lines[name]) for name in wrong})
-    return result
+    return result, now
 
 
 _FIXED = "{} has their number written into it"

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.exact.placements import PlacementError, placements
 from fxprune.graph.convolutions import Convolution
-from fxprune.graph.copying import copied
+from fxprune.graph.copying import copied, standing_for
 from fxprune.graph.editing import read_by_name
 from fxprune.graph.gathered import put_gathers_into
 from fxprune.graph.layers import ChannelGather
@@ -95,9 +95,7 @@ def _transfer(own: nn.Module, before: nn.Module, layer: nn.Module, renewed: dict
                 target.copy_(tensor)  # in place: an optimizer's list, and ties, stay
                 continue
             if id(tensor) not in renewed:
-                data = tensor.detach().clone()
-                is_parameter = isinstance(target, nn.Parameter)
-                renewed[id(tensor)] = nn.Parameter(data, target.requires_grad) if is_parameter else data
+                renewed[id(tensor)] = standing_for(target, tensor.detach().clone())
             mine[name] = renewed[id(tensor)]  # type: ignore[assignment]  # a parameter replaces a parameter
     for name in COUNTS:
         value = vars(layer).get(name)

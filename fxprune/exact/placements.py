@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.graph.convolutions import Convolution, channel_dim
+from fxprune.graph.costs import LAYERS
 from fxprune.graph.editing import called_module, label
 from fxprune.graph.layers import ChannelGather
 
@@ -167,8 +168,7 @@ class _Placements:
         return node.op == "call_module" and isinstance(called_module(self.gm, node), ChannelGather)
 
     def _is_layer(self, node: fx.Node) -> bool:
-        kinds = nn.modules.conv._ConvNd | nn.Linear
-        return node.op == "call_module" and isinstance(called_module(self.gm, node), kinds)
+        return node.op == "call_module" and isinstance(called_module(self.gm, node), LAYERS)
 
 
 def _dim(layer: nn.Module) -> int:

@@ -8,13 +8,11 @@ from torch import fx, nn
 
 from fxprune.errors import FxpruneError
 from fxprune.exact.reporting import Report
+from fxprune.graph.copying import RECORD_ATTRIBUTE
 from fxprune.plans import PrunePlan
 
 RECORD = "fxprune"
 """Key of `GraphModule.meta` under which a compiled graph keeps the record of its compilation."""
-
-RECORD_ATTRIBUTE = "fxprune_record"
-"""Attribute under which a user's own module keeps it."""
 
 ACCELERATION = "fxprune_acceleration"
 """Key of `GraphModule.meta` under which an accelerated module keeps its report."""

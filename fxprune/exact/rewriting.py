@@ -123,8 +123,7 @@ def _operated(
     """
     current = masked
     if plan.removed:
-        current = narrow(masked, plan, recording)
-        recording = recorded(current, recording.examples)
+        current, recording = narrow(masked, plan, recording)
     kernels = replace(plan, removed={})
     while True:
         carried = CarriedValues(recording.inputs, recording.values)
@@ -146,8 +145,9 @@ def _operated(
 
 def _without(plan: PrunePlan, dense: Mapping[str, str]) -> PrunePlan:
     """The plan if some layers stay dense, for reasons."""
-    kept = {name: kernels for name, kernels in plan.layers.items() if name not in dense}
-    return replace(plan, layers=kept, skipped={**plan.skipped, **{n: why for n, why in dense.items() if n not in kept}})
+    reasons = {name: why for name, why in dense.items() if name in plan.layers}
+    kept = {name: kernels for name, kernels in plan.layers.items() if name not in reasons}
+    return replace(plan, layers=kept, skipped={**plan.skipped, **reasons})
 
 
 _NO_SHAPES = (

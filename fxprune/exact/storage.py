@@ -13,10 +13,11 @@ from fxprune.errors import FxpruneError, StorageError
 from fxprune.exact.record import Record, keep_record, record_of
 from fxprune.exact.reporting import Report
 from fxprune.exact.rewriting import rewritten
-from fxprune.exact.surgery import repeat, tensors_of
+from fxprune.exact.surgery import repeat
 from fxprune.files import write_whole
 from fxprune.graph.baking import baked
 from fxprune.graph.containers import tensors_in
+from fxprune.graph.copying import tensors_of
 from fxprune.graph.tracing import trace
 from fxprune.plans import PrunePlan
 from fxprune.plans.masking import masked_copy
@@ -63,11 +64,12 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> Any:
     """
     content = _read(Path(path))
     header = json.loads(content["header"])
-    if "surgery" in header:
-        return _operated_again(path, header, content["state"], model)
     try:
         plan = PrunePlan.from_json(header["plan"])
-        blank = masked_copy(baked(model)[0] if plan.baked else model, plan)
+        dense = baked(model)[0] if plan.baked else model
+        if "surgery" in header:
+            return _operated_again(plan, header, content["state"], dense)
+        blank = masked_copy(dense, plan)
         for name in plan.layers:  # any weights will do, but the dropped kernels must be zero, and zero times NaN is NaN
             nn.init.zeros_(blank.get_parameter(f"{name}.weight"))
         inputs = _made_up(header["inputs"], _device_of(model) if header.get("run") else torch.device("meta"))
@@ -77,13 +79,14 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> Any:
     return _fill(pruned, content["state"], path, model)
 
 
-def _operated_again(path: object, header: dict[str, Any], state: dict[str, Tensor], model: nn.Module) -> nn.Module:
-    try:
-        plan = PrunePlan.from_json(header["plan"])
-        plan.check(model)
-        result = repeat(model, header["surgery"], state)
-    except FxpruneError as error:
-        raise StorageError(f"{path} does not fit {type(model).__name__}: {error}") from error
+def _operated_again(plan: PrunePlan, header: dict[str, Any], state: dict[str, Tensor], model: nn.Module) -> nn.Module:
+    """A copy of the user's model, changed as the file says.
+
+    Raises:
+        FxpruneError: the file does not fit it.
+    """
+    plan.check(model)
+    result = repeat(model, header["surgery"], state)
     inputs = _made_up(header["inputs"], torch.device("meta"))
     report = Report.from_dict(header["report"])
     modes, options = tuple(header["modes"]), header["options"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import StorageError
 from fxprune.exact.operating import COUNTS, become
-from fxprune.graph.copying import copied
+from fxprune.graph.copying import copied, standing_for, tensors_of
 from fxprune.graph.gathered import GatheredLayer, put_gathers_into
 from fxprune.graph.norms import GroupNormWithZeros, LayerNormWithZeros, NormWithZeros
 
@@ -82,8 +82,7 @@ def repeat(model: nn.Module, surgery: Surgery, state: Mapping[str, Tensor]) -> n
                 raise StorageError(f"{path} of {type(model).__name__} has no {name}; build the model as it was")
             if id(old) not in renewed:
                 blank = torch.zeros(shape, dtype=old.dtype, device=old.device)
-                is_parameter = isinstance(old, nn.Parameter)
-                renewed[id(old)] = nn.Parameter(blank, old.requires_grad) if is_parameter else blank
+                renewed[id(old)] = standing_for(old, blank)
             store[name] = renewed[id(old)]
         read, give = (_blank_order(change.get(name), layer) for name in ("reads", "gives"))
         if read is not None or give is not None:
@@ -106,14 +105,6 @@ def _blank_norm(norm: nn.Module, left: int, shifts: bool, **numbers: Any) -> Nor
         group = torch.zeros(left, dtype=torch.int64, device=scale.device)
         return GroupNormWithZeros(group=group, weight=weight, bias=bias if shifts else None, **numbers)
     return LayerNormWithZeros(weight=weight, bias=bias if shifts else None, **numbers)
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by path, also those that a state dict leaves out or that a tie gives two paths."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
 
 
 def _tensors(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:

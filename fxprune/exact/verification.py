@@ -22,7 +22,7 @@ from fxprune.exact.first_difference import first_difference
 from fxprune.exact.precision import TRAINING, Precision, in_double, in_own
 from fxprune.exact.record import find_record
 from fxprune.graph.containers import convert_tensors, tensors_in
-from fxprune.graph.copying import share_tensors
+from fxprune.graph.copying import share_tensors, standing_for
 from fxprune.graph.examples import Example, Inputs, as_examples
 from fxprune.graph.recording import doubled
 from fxprune.graph.witness import kind_of
@@ -333,13 +333,9 @@ def _response(model: nn.Module, oracle: _Oracle, step: float, *, weights: bool) 
         return shaken if oracle.precision is in_double else shaken.to(tensor.dtype)
 
     if weights:
-        model = share_tensors(model, lambda tensor: _like(tensor, shake(tensor)))
+        model = share_tensors(model, lambda tensor: standing_for(tensor, shake(tensor).clone()))
     shaken = evaluate(model, convert_tensors(oracle.inputs, shake), oracle.mode, oracle.precision)
     return difference(shaken.tensors, oracle.run.tensors)[1]
-
-
-def _like(tensor: Tensor, value: Tensor) -> Tensor:
-    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value.clone()
 
 
 def _without_removed(state: Mapping[str, Tensor], record: Any) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 from torch.overrides import TorchFunctionMode
 
 from fxprune.graph.contexts import undisturbed
-from fxprune.graph.convolutions import PLAIN, Convolution, convolutions
+from fxprune.graph.convolutions import PLAIN, Convolution, convolutions, has_own_forward, torch_class
 from fxprune.graph.copying import copied
 
 # Of the largest output, in float64: the same operations in another order.
@@ -32,7 +32,7 @@ def baked(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     replaced: dict[nn.Module, nn.Module] = {}
     for conv in convolutions(model).values():
         plain = _without_hooks(conv)
-        if plain is None or type(plain).forward is not _plain_class(plain).forward:
+        if plain is None or type(plain).forward is not torch_class(type(plain)).forward:
             plain = _as_it_runs(conv if plain is None else plain) or plain
         if plain is not None:
             replaced[conv] = plain
@@ -41,11 +41,6 @@ def baked(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
             if child in replaced:
                 module._modules[name] = replaced[child]
     return model, tuple(name for name, conv in convolutions(model).items() if conv in replaced.values())
-
-
-def _plain_class(conv: nn.Module) -> type[nn.Module]:
-    """The class of torch that a convolution is, or is derived from."""
-    return next(base for base in type(conv).__mro__ if base.__module__ == nn.modules.conv.__name__)
 
 
 def _without_hooks(conv: Convolution) -> Convolution | None:
@@ -99,9 +94,9 @@ _REMOVE: dict[str, Callable[[nn.Module, Any], Any]] = {
 
 def _as_it_runs(conv: Convolution) -> Convolution | None:
     """A plain convolution that computes what a subclass computes, if it has a forward of its own and there is one."""
-    kind = _plain_class(conv)
-    own = any(getattr(type(conv), name, None) is not getattr(kind, name, None) for name in ("forward", "_conv_forward"))
-    if kind not in PLAIN or not own or conv._forward_hooks or conv._forward_pre_hooks:
+    if torch_class(type(conv)) not in PLAIN or not has_own_forward(type(conv)):
+        return None
+    if conv._forward_hooks or conv._forward_pre_hooks:
         return None
     try:
         with undisturbed(), torch.no_grad():
@@ -163,7 +158,7 @@ _SETTINGS = (
 
 
 def _plain(conv: Convolution, weight: Tensor) -> Convolution:
-    kind = _plain_class(conv)
+    kind = torch_class(type(conv))
     plain = kind.__new__(kind)
     nn.Module.__init__(plain)
     assert isinstance(plain, Convolution)

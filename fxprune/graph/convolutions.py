@@ -28,6 +28,17 @@ def conv_at(model: nn.Module, name: str) -> Convolution:
     return conv
 
 
+def torch_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of torch that a class of convolutions is, or is derived from."""
+    return next(base for base in kind.__mro__ if base.__module__ == nn.modules.conv.__name__)
+
+
+def has_own_forward(kind: type[nn.Module]) -> bool:
+    """Whether a class of convolutions computes something around, or in place of, what torch's own does."""
+    base = torch_class(kind)
+    return any(getattr(kind, name, None) is not getattr(base, name, None) for name in ("forward", "_conv_forward"))
+
+
 def channel_dim(conv: Convolution) -> int:
     """The dimension of the channels in what a convolution reads and gives, counted from the end, so that an image
     without a batch has it too.

@@ -50,11 +50,27 @@ def _kept_beside(model: nn.Module) -> list[Tensor]:
     return tensors_in(kept)
 
 
-# The last two are those of a GraphModule: large, and no state.
-_NOT_KEPT = ("_parameters", "_buffers", "_modules", "_graph", "meta", "fxprune_record")
+RECORD_ATTRIBUTE = "fxprune_record"
+"""Attribute under which a user's own module keeps the record of its compilation."""
+
+# After the first three no state: two of a GraphModule, large, and the record.
+_NOT_KEPT = ("_parameters", "_buffers", "_modules", "_graph", "meta", RECORD_ATTRIBUTE)
 _SIMPLE = (bool, int, float, str)
 _EMPTY = (dict, OrderedDict, list, tuple, set)
 _REGISTERS = (dict, OrderedDict)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by path, also those that a state dict leaves out or that a tie gives two paths."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def standing_for(old: Tensor, data: Tensor) -> Tensor:
+    """What to store in place of `old`: `data`, as a parameter if `old` is one."""
+    return nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -76,10 +92,5 @@ def own_tensors(gm: fx.GraphModule, masked: nn.Module) -> None:
                 if tensor is None or id(tensor) not in shared:
                     continue
                 if id(tensor) not in copies:
-                    data = tensor.detach().clone()
-                    copies[id(tensor)] = (
-                        nn.Parameter(data, requires_grad=tensor.requires_grad)
-                        if isinstance(tensor, nn.Parameter)
-                        else data
-                    )
+                    copies[id(tensor)] = standing_for(tensor, tensor.detach().clone())
                 store[name] = copies[id(tensor)]  # type: ignore[assignment]  # a parameter replaces a parameter

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.graph.containers import holds_tensor
+from fxprune.graph.copying import standing_for, tensors_of
 from fxprune.graph.layers import ChannelGather
 
 M = TypeVar("M", bound=nn.Module)
@@ -174,7 +175,7 @@ class Tensors:
         """Put `new` in place of `old`, as a parameter if `old` is one, and return what was stored. `old` itself is not
         changed.
         """
-        stored = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+        stored = standing_for(old, new)
         places = self._places.pop(id(old))
         for store, name in places:
             store[name] = stored
@@ -187,10 +188,7 @@ def read_by_name(gm: fx.GraphModule) -> dict[int, str]:
     Whoever stores such a tensor in another order or shape changes what that node reads. Nodes that ask only for the
     device or dtype do not count.
     """
-    named = {
-        **dict(gm.named_parameters(remove_duplicate=False)),
-        **dict(gm.named_buffers(remove_duplicate=False)),
-    }
+    named = tensors_of(gm)
     return {
         id(named[str(node.target)]): node.name
         for node in gm.graph.nodes

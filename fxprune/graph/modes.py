@@ -1,6 +1,7 @@
 """Where the forward of a model differs between training and evaluation, and the literals that become a flag."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,6 +82,18 @@ def insert_training_flags(root: nn.Module, graph: fx.Graph, flags: Mapping[fx.No
         leaves, structure = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
         replaced = [flag if i in positions else leaf for i, leaf in enumerate(leaves)]
         node.args, node.kwargs = torch.utils._pytree.tree_unflatten(replaced, structure)
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """While the block runs, a model is in evaluation mode; afterwards each of its modules is in the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def restore_modes(module: fx.GraphModule, root: nn.Module) -> None:

@@ -20,11 +20,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.graph.containers import convert_tensors, holds_tensor, tensors_in
+from fxprune.graph.convolutions import Convolution
 from fxprune.graph.editing import CODE, RUN
 from fxprune.graph.tracer import LEAVES, METADATA
 from fxprune.graph.tracing import is_hooked
 
-CONVOLUTIONS: dict[str, type[nn.modules.conv._ConvNd]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
+CONVOLUTIONS: dict[str, type[Convolution]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
 _CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CONVOLUTION_DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1}
 _TELLS_NOTHING = METADATA | {"__len__", "__hash__", "__repr__", "__format__", "register_hook", "retain_grad"}
@@ -80,7 +81,6 @@ class Recorder(TorchFunctionMode):
     Attributes:
         graph: placeholders of all runs first, no output yet.
         values: what each node gave, with meta tensors in place of tensors.
-        escaped: aten operators that no torch function or layer explains.
         written: nodes that write into parameters or buffers.
         reads: nodes that look at data, with the line of code.
         padded: convolutions whose own forward only prepares the input, with the attributes of the plain one.
@@ -90,7 +90,6 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.graph = fx.Graph()
         self.values: dict[fx.Node, Any] = {}
-        self.escaped: list[str] = []
         self.written: list[fx.Node] = []
         self.reads: list[fx.Node] = []
         self.padded: dict[str, dict[str, Any]] = {}
@@ -200,7 +199,6 @@ class Recorder(TorchFunctionMode):
         given = tensors_in((args, kwargs))
         if any(id(tensor) in self._known or id(tensor) in self._names for tensor in given):
             if holds_tensor(result):
-                self.escaped.append(str(func))
                 self._write("call_function", func, args, kwargs, result)
             else:
                 self._read(given)

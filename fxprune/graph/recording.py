@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from fxprune.errors import TraceError
 from fxprune.graph.containers import convert_tensors, tensors_in
 from fxprune.graph.contexts import undisturbed
-from fxprune.graph.copying import share_tensors
+from fxprune.graph.copying import share_tensors, standing_for, tensors_of
 from fxprune.graph.editing import CODE, RUN
 from fxprune.graph.examples import Example
 from fxprune.graph.recorder import CONVOLUTIONS, Recorder
@@ -114,8 +114,8 @@ def record(
             results.append(convert_tensors(result, Tensor.detach))
             outputs += found
     recorder.graph.output((*outputs, *recorder.written))
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    written = {id(own[name]) for name in changed if name in own}
+    own = tensors_of(model)
+    written = {id(own[name]) for name in changed}
     layers = share_tensors(model, lambda tensor: _cloned(tensor) if id(tensor) in written else tensor)
     for path, settings in recorder.padded.items():
         conv: Any = layers.get_submodule(path)
@@ -169,18 +169,15 @@ def _run(
             continue
         seen = [recorder.node_of(tensor) for tensor in tensors_in(result)]
         seen += dict.fromkeys(recorder.node_of(tensor) for tensor in recorder.kept_by(copied))
-        after = {**dict(copied.named_parameters()), **dict(copied.named_buffers())}
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if name not in after or not _is_unchanged(after[name], tensor):
-                changed.add(name)
+        after = tensors_of(copied)
+        changed |= {n for n, t in tensors_of(model).items() if n not in after or not _is_unchanged(after[n], t)}
         return given, result, seen
     assert failure is not None
     raise failure
 
 
 def _cloned(tensor: Tensor) -> Tensor:
-    clone = tensor.detach().clone()
-    return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
+    return standing_for(tensor, tensor.detach().clone())
 
 
 def _is_unchanged(now: Tensor, before: Tensor) -> bool:

@@ -20,8 +20,8 @@ SIZES = (2, 3)
 """Batch sizes of the two recordings."""
 
 
-def free_batch(small: Recording, large: Recording) -> fx.GraphModule:
-    """Make the batch size of `small`, a recording of one run, free, in place, and return its graph.
+def free_batch(small: Recording, large: Recording) -> Recording:
+    """Make the batch size of `small`, a recording of one run, free, in place, and return it.
 
     Args:
         small: recorded with `SIZES[0]` samples, of which the first input counts in its first dimension.
@@ -39,7 +39,7 @@ def free_batch(small: Recording, large: Recording) -> fx.GraphModule:
         if isinstance(node.target, Constant) and not _same_constant(node.target, twin.target):
             raise TraceError(f"{label(node)} is a tensor that differs with the size of the batch")
         node.args, node.kwargs = batch.fit(node, node.args, twin.args), batch.fit(node, node.kwargs, twin.kwargs)
-    return small.module
+    return small
 
 
 class _Batch:

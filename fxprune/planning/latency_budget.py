@@ -15,7 +15,6 @@ from fxprune.calibration.subject import Subject
 from fxprune.errors import AccelerationError, PlanError
 from fxprune.exact.rewriting import rewrite
 from fxprune.graph.convolutions import convolutions
-from fxprune.graph.examples import as_inputs
 from fxprune.inference.acceleration import accelerate, acceleration_report
 from fxprune.methods import Matrix, cocluster
 from fxprune.planning.latency_measure import GROUP_COUNTS, measure_layers
@@ -51,7 +50,7 @@ def meet_latency(
     model = subject.model
     check_target(model, request.target, subject.example_inputs is not None)
     assert subject.example_inputs is not None
-    inputs, counts = as_inputs(subject.example_inputs), group_counts(subject, request)
+    inputs, counts = subject.example_inputs, group_counts(subject, request)
     table = request.latency_table or measure_layers(model, inputs, counts, progress=request.progress)
     form = "overlap" if request.method in PUBLISHED else request.form
     open_ = table.among(model, inputs, counts, form)

@@ -209,7 +209,7 @@ def without_removed(subject: Subject, masked: nn.Module, plan: PrunePlan) -> nn.
     """
     traced = subject.captured(masked)
     if isinstance(traced, Recording):
-        return narrow(masked, plan, traced)
+        return narrow(masked, plan, traced)[0]
     values = CarriedValues(traced.inputs, traced.values)
     run(traced.module, (RemoveChannels(plan, values),), traced.inputs)
     own_tensors(traced.module, masked)

@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from fxprune.errors import PlanError
-from fxprune.graph.convolutions import Convolution, convolutions
+from fxprune.graph.convolutions import Convolution, convolutions, has_own_forward
 from fxprune.graph.editing import calls, first_reader, read_by_name
 from fxprune.graph.tracing import Trace
 
@@ -116,8 +116,7 @@ def computes_its_own_forward(kind: type[Convolution]) -> bool:
     """Whether a convolution does more than pad and convolve with its weight, as torch's own do."""
     if f"{kind.__module__}.{kind.__qualname__}" in EXACT_SUBCLASSES:
         return False
-    plain = next(base for base in kind.__mro__ if base.__module__ == nn.modules.conv.__name__)
-    return any(getattr(kind, name, None) is not getattr(plain, name, None) for name in ("forward", "_conv_forward"))
+    return has_own_forward(kind)
 
 
 def find_obstacles(model: nn.Module, traced: Trace) -> dict[str, str]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import PlanError
 from fxprune.graph.convolutions import Convolution, conv_at, filter_dim, kernels_of, oriented
-from fxprune.graph.copying import copied
+from fxprune.graph.copying import copied, tensors_of
 from fxprune.plans import PrunePlan, RemovedChannels
 
 
@@ -48,7 +48,7 @@ def entries_without_removed(model: nn.Module, plan: PrunePlan) -> dict[str, Tens
     are left: they are multiplied by zero.
     """
     kept = {}
-    parameters = _tensors(model)
+    parameters = tensors_of(model)
     for name, channels in plan.removed.items():
         outputs = list(channels.outputs)
         if name in parameters:
@@ -85,7 +85,7 @@ def zero_pruned(model: nn.Module, kept: Mapping[str, Tensor]) -> None:
     Raises:
         PlanError: the model has no parameter of a name in `kept`, or one of another shape.
     """
-    parameters = _tensors(model)
+    parameters = tensors_of(model)
     for name, stays in kept.items():
         parameter = parameters.get(name)
         if parameter is None or parameter.shape != stays.shape:
@@ -106,11 +106,3 @@ def masked_copy(model: nn.Module, plan: PrunePlan) -> nn.Module:
     masked = copied(model)
     zero_pruned(masked, kept_entries(model, plan))
     return masked
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }

@@ -21,6 +21,7 @@ from fxprune.criteria.snapshots import load_snapshots
 from fxprune.errors import FxpruneError, PlanError
 from fxprune.exact.rewriting import rewrite
 from fxprune.exact.verification import verify
+from fxprune.graph.copying import tensors_of
 from fxprune.graph.examples import Inputs
 from fxprune.planning.making import plan_for
 from fxprune.planning.requests import DEFAULT_RATIO, GRANULARITIES, Request
@@ -330,10 +331,7 @@ class Sparsifier:
         zero_pruned(self._module, self._kept)
         if self._optimizer is None:
             return
-        tensors = {
-            **dict(self._module.named_parameters(remove_duplicate=False)),
-            **dict(self._module.named_buffers(remove_duplicate=False)),
-        }
+        tensors = tensors_of(self._module)
         for name, stays in self._kept.items():
             for value in self._optimizer.state.get(tensors[name], {}).values():
                 if isinstance(value, Tensor) and value.shape == stays.shape:

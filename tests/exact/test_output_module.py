@@ -18,6 +18,7 @@ from wild_kinds import LIBRARIES, TRAPS, Base, Classifier, Detector, Padded, Sam
 import fxprune
 from fxprune.exact.precision import TRAINING
 from fxprune.exact.record import record_of
+from fxprune.exact.rewriting import _without
 from fxprune.exact.verification import difference, evaluate
 from fxprune.graph.containers import tensors_in
 from fxprune.graph.examples import as_examples
@@ -279,6 +280,22 @@ def test_saved_and_loaded_into_a_fresh_model(granularity: Any, tmp_path: Path) -
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), pruned.parameters(), strict=True))
 
 
+class Normed(Base):
+    """A convolution whose weight is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c[0] = nn.utils.parametrizations.weight_norm(self.c[0])
+
+
+def test_what_was_baked_is_baked_again_when_it_is_loaded(tmp_path: Path) -> None:
+    pruned = compiled(draw(Normed), image(), bake=True)
+    assert record_of(pruned).plan.baked == ("c.0",)
+    fxprune.save(pruned, tmp_path / "net.pt")
+    loaded = fxprune.load(tmp_path / "net.pt", Normed().eval())
+    assert torch.equal(loaded(image()), pruned(image()))
+
+
 def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     fxprune.save(compiled(draw(Detector), image()), tmp_path / "net.pt")
     with pytest.raises(fxprune.StorageError, match="does not fit Padded"):
@@ -426,6 +443,33 @@ def test_a_sparsifier_gives_the_module() -> None:
     assert type(small) is Detector
     assert rewritten(small) == 8
     assert gap(small, model, image()) <= 1e-10
+
+
+class Signal(nn.Module):
+    """Over one dimension, with a number that no generated code could hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv1d(3, 32, 3, padding=1), nn.BatchNorm1d(32), nn.Conv1d(32, 32, 3, padding=1)
+        self.fc, self.plain = nn.Linear(32, 10), torch.rand(32, 1) + 0.5
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(self.b(self.norm(self.a(x)).relu() * self.plain.to(x.dtype)).mean(2))
+
+
+def test_recovery_over_one_dimension() -> None:
+    model, data = draw(Signal), image(24, 16).mean(3)
+    recovered = compiled(model, data[:2], calibration=data, recover={"steps": 40})
+    assert rewritten(recovered) == 1
+    assert error_of(recovered, model, data) < error_of(compiled(model, data[:2], calibration=data), model, data)
+
+
+def test_only_layers_that_the_plan_groups_are_told_to_stay_dense() -> None:
+    model = draw(Sized)
+    plan = fxprune.make_plan(model, 0.5, example_inputs=image(), output="module")
+    without = _without(plan, {"b.0": "two orders", "fc": "two orders"})
+    assert without.layers.keys() == plan.layers.keys() - {"b.0"}
+    assert without.skipped == {**plan.skipped, "b.0": "two orders"}
 
 
 def test_layers_that_pad_keep_their_class() -> None:
