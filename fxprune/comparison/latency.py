@@ -163,12 +163,13 @@ def measure(
 def _oracles(networks: Sequence[Network], inputs: Tensor) -> dict[int, tuple[Any, float]]:
     """What each network should give, in float32, and how far it may be off, by its id."""
     outputs = {}
-    for network in networks:
-        if network.oracle is not None:
-            oracle = network.oracle.to(inputs.device)
-            expected = oracle(inputs.float())
-            outputs[id(network)] = expected, limit_of(oracle, expected, inputs)
-            oracle.to("cpu")
+    with tuned_cudnn(False):  # to time algorithms would take longer than two calls do
+        for network in networks:
+            if network.oracle is not None:
+                oracle = network.oracle.to(inputs.device)
+                expected = oracle(inputs.float())
+                outputs[id(network)] = expected, limit_of(oracle, expected, inputs)
+                oracle.to("cpu")
     return outputs
 
 
@@ -317,10 +318,10 @@ def _words(value: object) -> str:
 
 
 @contextlib.contextmanager
-def tuned_cudnn() -> Iterator[None]:
-    """Let cuDNN time its algorithms, for the dense opponent must be the best one."""
+def tuned_cudnn(tuned: bool = True) -> Iterator[None]:
+    """Let cuDNN time its algorithms, for the dense opponent must be the best one; or let it not."""
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = tuned
     try:
         yield
     finally:

@@ -51,7 +51,7 @@ def dense_network(model: nn.Module, inputs: Tensor) -> Network:
 
 
 def fxprune_network(
-    model: nn.Module, inputs: Tensor, ratio: float, options: Mapping[str, Any], random_weights: bool = True
+    model: nn.Module, inputs: Tensor, ratio: float | None, options: Mapping[str, Any], random_weights: bool = True
 ) -> Network:
     """The network that fxprune makes; its oracle is the masked model.
 

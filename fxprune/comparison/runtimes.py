@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.comparison.rivals import Network
+from fxprune.inference.cuda_graphs import captured
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -55,21 +56,16 @@ def _accelerated(module: nn.Module, inputs: Tensor) -> Call:
 
 def _graphed(module: nn.Module, inputs: Tensor) -> Call:
     """A CUDA graph of the eager calls; it writes the same output each time."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # before a capture libraries must have made their choices, on another stream
-        for _ in range(3):
-            module(inputs)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = module(inputs)
+    return captured(_eager(module, inputs))
 
-    def replay() -> Any:
-        graph.replay()
-        return output
 
-    return replay
+def _max_autotuned(module: nn.Module, inputs: Tensor) -> Call:
+    """All that TorchInductor has: its templates and its choice among libraries, in a CUDA graph.
+
+    The graph is captured here and not by `mode="max-autotune"`, which copies the input in each call.
+    """
+    run = torch.compile(module, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return captured(lambda: run(inputs))
 
 
 def _accelerated_graphed(module: nn.Module, inputs: Tensor) -> Call:
@@ -82,6 +78,7 @@ RUNTIMES = {
     "script": Runtime(_scripted),
     "accelerate": Runtime(_accelerated, folds=True),
     "cudagraph": Runtime(_graphed, cuda=True),
+    "max-autotune+cudagraph": Runtime(_max_autotuned, cuda=True),
     "accelerate+cudagraph": Runtime(_accelerated_graphed, folds=True, cuda=True),
 }
 

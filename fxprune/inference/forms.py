@@ -87,9 +87,10 @@ def form_calls(
     forms: Mapping[str, Form], conv: FusedConv2d, shapes: list[torch.Size], memory_format: torch.memory_format
 ) -> dict[str, Callable[[], object]]:
     """A call of each form on random inputs, by key."""
-    generator = torch.Generator().manual_seed(0)
+    device = conv.weight.device
+    generator = torch.Generator(device).manual_seed(0)
     operands = [
-        torch.randn(shape, generator=generator).to(conv.weight).contiguous(memory_format=memory_format)
+        torch.randn(shape, generator=generator, device=device).to(conv.weight).contiguous(memory_format=memory_format)
         for shape in shapes
     ]
     return {key: functools.partial(form.build(conv, memory_format), *operands) for key, form in forms.items()}

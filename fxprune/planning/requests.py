@@ -121,7 +121,7 @@ class Request:
 
     @property
     def effective_block(self) -> int:
-        """How many channels are kept together. None is what suits the target: 8 on `"cuda"`, else 1; and 1 for the
+        """How many channels are kept together. None is what suits the target: 16 on `"cuda"`, else 1; and 1 for the
         methods of papers, which choose single channels.
         """
         if self.block is not None:

@@ -97,7 +97,7 @@ def table() -> list[Case]:
             draw.choice(list(CLAMPS)),
             draw.choice([16, 32]),
             draw.choice(["packed", "contiguous", "channels_last"]),
-            draw.choice(["int32", "int64"]),
+            draw.choice(["int16", "int32", "int64"]),
             draw.random() < 0.5,
             2 if groups == 1 else 1,
         )
@@ -158,7 +158,7 @@ def difference(case: Case, kernels: ModuleType, device: str = "cpu", tile: Tile 
         "channels_last": channels_last(weight),
     }[case.layout]
     index = index.to(device, getattr(torch, case.index))
-    places = None if case.ordered else order.argsort().to(device, getattr(torch, case.index))
+    places = None if case.ordered else order.argsort().to(device, torch.int64 if case.index == "int64" else torch.int32)
     out = channels_last(torch.full(expected.shape, torch.nan, dtype=dtype, device=device))
     kernels.convolve(
         channels_last(x), weight, bias, index, places, residual, out, *options, case.block, minimum, maximum,
@@ -340,7 +340,7 @@ def test_offsets_beyond_32_bits() -> None:
 # --- compiled for a device that is not here ---------------------------------------------------------------------------
 
 
-def ptx(block: int, dtype: str, unit: int, weight: str = "weight_o", ordered: bool = True) -> str:
+def ptx(block: int, dtype: str, unit: int, weight: str = "weight_o", ordered: bool = True, index: str = "*i16") -> str:
     """Assembly for sm_90 of a 3x3 kernel, for numbers of channels and filters that `unit` divides."""
     pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped,unused-ignore]
@@ -356,7 +356,7 @@ def ptx(block: int, dtype: str, unit: int, weight: str = "weight_o", ordered: bo
     }  # fmt: skip
     constants["UNIT_" + weight[-1].upper()] = 1
     pointers = {name: f"*{dtype}" for name in ("x", "weight", "bias", "residual", "out")}
-    pointers |= {"index": "*i32", "places": "*i32"}
+    pointers |= {"index": index, "places": "*i32"}
     if ordered:
         del pointers["places"]
         constants["places"] = None
@@ -395,9 +395,24 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_aligned_runs_are_read_16_bytes_at_a_time(block: int) -> None:
     assembly = ptx(block, "fp16", unit=8)
     assert "wgmma.mma_async" in assembly
-    assert loads(assembly)["2 bytes"] == 0
+    assert loads(assembly)["2 bytes"] <= 3 * 8  # the index: a thread reads 8 channels a step
     # (128 pixels + 64 filters) x 64 channels x 2 bytes, by 128 threads, for the two steps loaded ahead and the loop's
     assert loads(assembly)["16 bytes"] >= 2 * (128 + 64) * 64 * 2 // 16 // 128
+
+
+@needs_triton
+@pytest.mark.usefixtures("own_cache")
+def test_short_indices_let_copies_run_ahead() -> None:
+    """Before a product the kernel waits for its own operands, and not for those of the next one, which are under way.
+
+    Two copies are one step's operands; the control is an index that is moved by such copies itself.
+    """
+    waits = {
+        index: re.findall(r"cp\.async\.wait_group\s+(?:0x)?(\d+)", ptx(8, "fp16", 8, index=index))
+        for index in ("*i16", "*i32")
+    }
+    assert "2" in waits["*i16"]
+    assert set(waits["*i32"]) == {"0"}
 
 
 @needs_triton
@@ -405,7 +420,7 @@ def test_aligned_runs_are_read_16_bytes_at_a_time(block: int) -> None:
 def test_scattered_places_cost_nothing_but_in_the_epilogue() -> None:
     ordered, scattered = (loads(ptx(8, "fp16", unit=8, ordered=ordered)) for ordered in (True, False))
     assert scattered["16 bytes"] == ordered["16 bytes"]
-    assert scattered["2 bytes"] == 128 * 64 // 128  # the residual, by 128 threads
+    assert scattered["2 bytes"] == ordered["2 bytes"] + 128 * 64 // 128  # the residual, by 128 threads
 
 
 @needs_triton
@@ -437,7 +452,7 @@ def test_packed_float32_is_read_16_bytes_at_a_time() -> None:
 def test_tiles_fit_the_group(dtype: torch.dtype) -> None:
     for pixels, filters, kept in itertools.product((1, 64, 65, 100_000), (1, 16, 17, 64, 100, 512), (1, 8, 40, 512)):
         chosen = tiles(pixels, filters, kept, dtype)
-        assert 2 <= len(chosen) == len(set(chosen)) <= 8
+        assert 1 <= len(chosen) == len(set(chosen)) <= 3
         for BM, BN, BK, stages in chosen:
             assert BM in (64, 128)
             assert 16 <= BN <= 128
@@ -519,6 +534,7 @@ def test_the_tuned_kernel(dtype: torch.dtype) -> None:
         assert (y.double() - expected).abs().max() <= 2**-8 * expected.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # the refusal leaves it so
 @pytest.mark.parametrize("batch", [pytest.param(5, marks=on_cuda)])
 def test_a_cuda_graph(batch: int) -> None:
     arguments = on_the_device(batch)

@@ -26,7 +26,7 @@ class TritonConv2d(Engine):
         self.block = gather_conv.aligned_block(reads, conv.weight.shape[1])
         self.register_buffer("weight", gather_conv.pack(conv.weight))
         self.register_buffer("bias", conv.bias)
-        self.register_buffer("index", reads.to(torch.int32))
+        self.register_buffer("index", gather_conv.pack_index(reads, conv.channels))
         places = None if conv.order is None else conv.order.argsort().to(torch.int32)
         self.register_buffer("places", places)
 
@@ -38,6 +38,8 @@ class TritonConv2d(Engine):
             return "the Triton kernel is for channels_last"
         if conv.groups == conv.channels > 1:
             return "one channel a group leaves the tiles of the Triton kernel empty"
+        if conv.index is None and conv.order is None and conv.groups == 1:
+            return "nothing to gather, and cuDNN is as fast: the Triton kernel is for pruned layers"
         return gather_conv.obstacle(conv.weight.device)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ NAME = "fxprune::gather_conv2d"
 # Lengths of aligned runs that kernels make use of. 8 channels of 2 bytes are the 16 bytes of the widest load; with 64 a
 # whole step of the kernel reads one run.
 BLOCKS = (64, 32, 16, 8, 1)
+INDEX_TYPES = (torch.int16, torch.int32, torch.int64)
 
 
 def gather_conv2d(
@@ -48,8 +49,8 @@ def gather_conv2d(
         x: shape (N, C, H, W), any layout; one other than channels_last is copied first.
         weight: shape (O, kept, kh, kw), any strides; `pack` gives the fastest.
         bias: shape (O,) or none.
-        index: channels of `x` that the groups read, kept ones for each, shape (groups * kept,), int32 or int64. On CUDA
-            they are not checked, for that would wait for the device.
+        index: channels of `x` that the groups read, kept ones for each, shape (groups * kept,), int16 (the fastest on
+            CUDA, see `pack_index`), int32 or int64. On CUDA they are not checked, for that would wait for the device.
         places: the output channel that each filter is written to, all of them once, shape (O,), int32 or int64, or
             none if they are in order: the inverse of `FusedConv2d.order`, taken once and not in every call. On CUDA it
             is not checked.
@@ -87,6 +88,16 @@ def pack(weight: Tensor) -> Tensor:
     if weight.dtype == torch.float32:
         return weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
     return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+
+
+def pack_index(index: Tensor, channels: int) -> Tensor:
+    """The same index in the type that the CUDA kernel reads fastest: int16, or int32 where that is too short.
+
+    Args:
+        index: any shape, integer.
+        channels: of the input; each number in the index is below it.
+    """
+    return index.to(torch.int16 if channels <= 2**15 else torch.int32)
 
 
 def aligned_block(index: Tensor, kept: int) -> int:
@@ -154,10 +165,10 @@ def _out_shape(
             f"gather_conv2d: a weight of shape {tuple(weight.shape)} in {groups} groups; it must not be empty, and its "
             f"{filters} filters must divide into the groups"
         )
-    if index.dtype not in (torch.int32, torch.int64) or index.shape != (groups * kept,):
+    if index.dtype not in INDEX_TYPES or index.shape != (groups * kept,):
         raise KernelError(
             f"gather_conv2d: the index has type {index.dtype} and shape {tuple(index.shape)}; {groups} groups of "
-            f"{kept} channels need ({groups * kept},) integers, int32 or int64"
+            f"{kept} channels need ({groups * kept},) integers, int16, int32 or int64"
         )
     if block not in BLOCKS or kept % block:
         raise KernelError(
@@ -218,6 +229,7 @@ def _composition(
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     """`x.index_select(1, index)`, channels_last."""
+    index = index if index.dtype in (torch.int32, torch.int64) else index.int()
     return x.permute(0, 2, 3, 1).index_select(3, index).permute(0, 3, 1, 2)
 
 
@@ -274,7 +286,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_filters, _gather(x, index), weight, ctx.bias_shape, ctx.stride, ctx.padding, ctx.dilation, False, [0, 0],
         ctx.groups, [needs_x, needs_weight, needs_bias],
     )  # fmt: skip
-    of_x = torch.zeros_like(x).index_add(1, index, of_gathered) if needs_x else None
+    of_x = torch.zeros_like(x).index_add(1, index.int(), of_gathered) if needs_x else None
     return of_x, of_weight, of_bias, None, None, grad if needs_residual else None, *[None] * 7
 
 
