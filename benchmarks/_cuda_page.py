@@ -14,8 +14,9 @@ def page(path: Path) -> str:
     parts = [f"Measured on {device}, {where['date'][:10]}, torch {where['torch']}. Record: `{path.name}`."]
     if "tests" in record:
         parts.append(f"Tests: {record['tests'].get('summary') or record['tests']}")
-    for race in _list(record.get("networks")):
-        parts.append(f"{race['model']}, batch {race['batch']}:\n\n{_networks(race['rows'])}")
+    for step in ("networks", "compilers"):
+        for race in _list(record.get(step)):
+            parts.append(f"{race['model']}, batch {race['batch']}:\n\n{_networks(race['rows'])}")
     if layers := _list(record.get("layers")):
         parts.append(f"3x3 layers with ReLU, batch {layers[0]['batch']}, microseconds:\n\n{_layers(layers)}")
     if "reached" in (goal := record.get("target", {})):
@@ -27,9 +28,9 @@ def page(path: Path) -> str:
     if "epochs" in (found := record.get("training", {})):
         steps = ", ".join(f"{epoch['loss']:.3f} ({epoch['seconds']:.1f} s)" for epoch in found["epochs"])
         parts.append(f"Fine-tuning ResNet-20 on {found['images']} made images, loss by epoch: {steps}.")
-    for step, found in record.items():
-        if isinstance(found, Mapping) and (reason := found.get("error") or found.get("skipped")):
-            parts.append(f"{step}: {reason}")
+    for step, found in [*record.items(), *record.get("failed", {}).items()]:
+        if isinstance(found, Mapping):
+            parts += [f"{step}: {word} {found[word]}" for word in ("error", "stopped", "skipped") if word in found]
     return "\n\n".join(parts) + "\n"
 
 

@@ -90,7 +90,7 @@ TINY: dict[str, dict[str, Any]] = {
     "groups by layer": {"groups": {"left": 2, "*": 4}},
     "block": {"block": 4, "form": "overlap"},
     "cpu": {"target": "cpu", "ratio": 0.75},
-    "cuda": {"target": "cuda"},
+    "cuda": {"target": "cuda", "block": 8},
     "shared groups": {"share_groups": True},
     "macs": {"macs": 0.6},
     "params": {"params": 0.5},
@@ -114,7 +114,7 @@ CALIBRATED: dict[str, dict[str, Any]] = {
 LARGE: dict[str, dict[str, Any]] = {
     "default": {},
     "overlap": {"ratio": 0.6},
-    "cuda": {"target": "cuda", "ratio": 0.6},
+    "cuda": {"target": "cuda", "block": 8, "ratio": 0.6},
     "shared groups": {"share_groups": True},
     "macs": {"macs": 0.6},
     "filters": {"granularity": "filter", "ratio": 0.3},

@@ -129,7 +129,7 @@ def test_control_the_zoo_would_not_without_the_rule(without_rule: None) -> None:
 @pytest.mark.parametrize("ratio", fewer([0.5, 0.6], [0.6]))
 def test_resnet18_reads_blocks_of_eight_and_gathers_nothing_on_its_own(ratio: float) -> None:
     model, x = load_model("resnet18"), torch.zeros(1, 3, 64, 64)
-    plan = fxprune.make_plan(model, ratio, target="cuda", example_inputs=x)
+    plan = fxprune.make_plan(model, ratio, target="cuda", block=8, example_inputs=x)
     assert {kernels.block for kernels in plan.layers.values()} == {8}
     gm = fused(fxprune.rewrite(fxprune.mask(model, plan), plan, example_inputs=x), x, block=8)
     convs = {str(node.target).removesuffix("_fused"): conv for node, conv in calls(gm, FusedConv2d)}
@@ -142,7 +142,7 @@ def test_resnet18_reads_blocks_of_eight_and_gathers_nothing_on_its_own(ratio: fl
 
 def test_control_resnet18_would_read_single_channels_without_the_rule(without_rule: None) -> None:
     model, x = load_model("resnet18"), torch.zeros(1, 3, 64, 64)
-    plan = fxprune.make_plan(model, 0.6, target="cuda", example_inputs=x)
+    plan = fxprune.make_plan(model, 0.6, target="cuda", block=8, example_inputs=x)
     gm = fused(fxprune.rewrite(fxprune.mask(model, plan), plan, example_inputs=x), x, block=8)
     assert set(misaligned(gm, plan).values()) <= {1, 2}
     assert len(misaligned(gm, plan)) == 19

@@ -337,7 +337,7 @@ def test_the_target_leaves_form_and_explicit_groups_alone(target: str) -> None:
     [
         (None, None, "auto", 1),
         (None, "cpu", "auto", 1),
-        (None, "cuda", "auto", 8),
+        (None, "cuda", "auto", 16),
         (None, "cuda", "tmi", 1),
         (1, "cuda", "auto", 1),
         (4, "cuda", "auto", 4),
@@ -349,9 +349,9 @@ def test_blocks_by_default(block: int | None, target: str | None, method: str, e
     assert Request(block=block, target=target, method=method, snapshots=[{}]).effective_block == expected
 
 
-def test_a_plan_for_cuda_has_wide_groups_and_blocks_of_8(net: nn.Module) -> None:
+def test_a_plan_for_cuda_has_wide_groups_and_blocks_of_16(net: nn.Module) -> None:
     plan = fxprune.make_plan(net, 0.6, target="cuda")
-    assert [(k.groups, k.block) for k in plan.layers.values()] == [(2, 8), (1, 8), (2, 8)]
+    assert [(k.groups, k.block) for k in plan.layers.values()] == [(2, 16), (1, 16), (2, 16)]
     assert plan == fxprune.make_plan(net, 0.6, target="cuda")
     assert fxprune.make_plan(net, 0.6, target="cpu") == fxprune.make_plan(net, 0.6)
     masked = fxprune.mask(net, plan)
