@@ -33,6 +33,8 @@ ACCURATE_GROUP_WIDTH = 2
 # (3x3, 128 channels of 28x28, 32 images, ratio 0.5 in 2 groups, float16, H200, relative to cuDNN's dense convolution
 # with fused ReLU: blocks of 8 1.45, of 16 .83, of 32 .75, of 64 .73).
 BLOCKS = {"cpu": 1, "cuda": 16}
+SHORTEST_BLOCK = 8
+"""Blocks that do not fit a layer are halved down to this many channels, 16 bytes in half precision: the widest load."""
 # Partition form, where the ratio dictates the number of groups: below 4 filters a group the convolution is slower than
 # the dense one whatever the ratio saves (16 channels of 32x32, 2 filters a group: 1.5 to 5.4 times the dense time).
 MIN_PARTITION_WIDTH = 4
@@ -69,8 +71,8 @@ def choose_shape(
         ratio: share of kernel groups to remove, in `(0, 1)`.
         groups: number of groups or `"auto"`.
         form: one of `FORMS`.
-        block: keep channels in aligned blocks of this many. A layer that does not divide into such blocks is pruned
-            channel by channel, with a note.
+        block: keep channels in aligned blocks of this many. A layer that does not divide into such blocks is pruned in
+            shorter ones (half of it, a quarter, ... down to `SHORTEST_BLOCK`), or channel by channel, with a note.
         target: one of `TARGETS`; None is as `"cpu"`.
 
     Raises:
@@ -122,13 +124,18 @@ def kept_channels(channels: int, ratio: float, block: int = 1) -> int:
     return block * max(1, math.floor((1 - ratio) * channels / block + 0.5 + 1e-9))
 
 
-def unit_of(channels: int, block: int) -> int:
-    """How many of the channels of a layer go together in overlap form: `block` if they are two blocks or more, else 1.
+def unit_of(channels: int, block: int, fewest: int = 2) -> int:
+    """How many of the channels of a layer go together: `block` if they are `fewest` blocks or more, or its half, and so
+    on down to `SHORTEST_BLOCK`; else 1.
 
-    >>> unit_of(64, 8), unit_of(60, 8), unit_of(8, 8)
-    (8, 1, 1)
+    >>> unit_of(64, 8), unit_of(60, 8), unit_of(8, 8), unit_of(40, 16), unit_of(16, 16, fewest=1)
+    (8, 1, 1, 8, 16)
     """
-    return block if channels % block == 0 and channels > block else 1
+    while channels % block or channels < fewest * block:
+        if block % 2 or block // 2 < SHORTEST_BLOCK:
+            return 1
+        block //= 2
+    return block
 
 
 def partition_groups(ratio: float) -> int | None:
@@ -148,24 +155,28 @@ def _partition_obstacle(filters: int, channels: int, parts: int, explicit: bool)
 
 def _partition(channels: int, parts: int, block: int) -> Shape:
     share = channels // parts
-    if share % block:
-        return Shape("partition", parts, share, 1, _unaligned(f"{share} channels a group do not divide into", block))
-    return Shape("partition", parts, share, block)
+    unit = unit_of(share, block, fewest=1)
+    note = "" if unit == block else _unaligned(unit, f"{share} channels a group do not divide into", block)
+    return Shape("partition", parts, share, unit, note)
 
 
 def _overlap(channels: int, ratio: float, groups: int, block: int) -> Shape:
-    kept = kept_channels(channels, ratio, unit_of(channels, block))
-    if channels % block:
-        note = _unaligned(f"{channels} channels do not divide into", block)
-    elif block > 1 and (unit_of(channels, block) == 1 or kept == channels):
-        note = _unaligned(f"ratio {ratio:.4g} of {channels} channels removes no", block)
-    else:
+    unit = unit_of(channels, block)
+    if unit > 1 and kept_channels(channels, ratio, unit) == channels:
+        unit = 1
+    kept = kept_channels(channels, ratio, unit)
+    if unit == block:
         return Shape("overlap", groups, kept, block)
-    return Shape("overlap", groups, kept_channels(channels, ratio), 1, note)
+    divides = channels % block == 0
+    reason = (
+        f"ratio {ratio:.4g} of {channels} channels removes no" if divides else f"{channels} channels do not divide into"
+    )
+    return Shape("overlap", groups, kept, unit, _unaligned(unit, reason, block))
 
 
-def _unaligned(reason: str, block: int) -> str:
-    return f"channels are kept one by one, not in aligned blocks: {reason} blocks of {block}"
+def _unaligned(unit: int, reason: str, block: int) -> str:
+    how = "one by one, not in aligned blocks" if unit == 1 else f"in blocks of {unit}"
+    return f"channels are kept {how}: {reason} blocks of {block}"
 
 
 def _auto_groups(filters: int, target: str) -> int:

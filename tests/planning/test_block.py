@@ -273,6 +273,16 @@ def test_shapes_in_blocks(channels: int, arguments: dict[str, Any], expected: Sh
     assert choose_shape(64, channels, block=8, **arguments) == expected._replace(note=note)
 
 
+@pytest.mark.parametrize(
+    "channels, ratio, kept, unit",
+    [(64, 0.6, 32, 32), (48, 0.6, 16, 16), (40, 0.6, 16, 8), (32, 0.6, 16, 16), (16, 0.6, 8, 8), (60, 0.6, 24, 1)],
+)
+def test_blocks_that_do_not_fit_are_halved(channels: int, ratio: float, kept: int, unit: int) -> None:
+    shape = choose_shape(64, channels, ratio, form="overlap", block=32)
+    assert shape[2:4] == (kept, unit)
+    assert (unit == 32) == (not shape[4])
+
+
 @given(st.integers(1, 40), st.floats(0, 1, exclude_max=True), st.integers(1, 9))
 def test_the_nearest_number_of_blocks_is_kept(blocks: int, ratio: float, block: int) -> None:
     kept = kept_channels(blocks * block, ratio, block)
@@ -284,13 +294,13 @@ def test_the_nearest_number_of_blocks_is_kept(blocks: int, ratio: float, block: 
 def test_a_layer_that_does_not_divide_is_pruned_and_noted(net: nn.Module) -> None:
     plan = fxprune.make_plan(net, 0.6, block=16)
     assert list(plan.layers) == ["first", "second", "third"]
-    assert plan.notes == {"third": f"{NO_BLOCKS}40 channels do not divide into blocks of 16"}
-    assert [k.block for k in plan.layers.values()] == [16, 16, 1]
+    assert plan.notes == {"third": "channels are kept in blocks of 8: 40 channels do not divide into blocks of 16"}
+    assert [k.block for k in plan.layers.values()] == [16, 16, 8]
     assert f"note: third: {plan.notes['third']}" in str(plan).splitlines()
     pruned = fxprune.compile(net, 0.6, block=16, example_inputs=X)
     assert f"third: {plan.notes['third']}" in fxprune.report(pruned).notes
-    # Alone it is planned as it would be without blocks.
-    assert plan.layers["third"] == fxprune.make_plan(net, 0.6).layers["third"]
+    # Alone it is planned as it would be with the shorter ones.
+    assert plan.layers["third"] == fxprune.make_plan(net, 0.6, block=8).layers["third"]
 
 
 @pytest.mark.parametrize("cost, share", in_turns(["macs", "params"], [0.5, 0.7]))
@@ -351,7 +361,9 @@ def test_blocks_by_default(block: int | None, target: str | None, method: str, e
 
 def test_a_plan_for_cuda_has_wide_groups_and_blocks_of_16(net: nn.Module) -> None:
     plan = fxprune.make_plan(net, 0.6, target="cuda")
-    assert [(k.groups, k.block) for k in plan.layers.values()] == [(2, 16), (1, 16), (2, 16)]
+    assert [(k.groups, k.block) for k in plan.layers.values()] == [(2, 16), (1, 16), (2, 8)]
+    assert set(plan.notes) == {"third"}
+    assert plan.notes["third"] == "channels are kept in blocks of 8: 40 channels do not divide into blocks of 16"
     assert plan == fxprune.make_plan(net, 0.6, target="cuda")
     assert fxprune.make_plan(net, 0.6, target="cpu") == fxprune.make_plan(net, 0.6)
     masked = fxprune.mask(net, plan)
