@@ -63,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser, output: str = "write a JSON rec
     add("--threads", type=values.count, help="of torch (default: its own choice)")
     add("--seed", type=int, default=0, help="of the plan")
     add("--output", type=Path, help=output)
-    add("--plot", type=Path, metavar="FILE", help="draw speed-up against MACs, .png or .svg")
+    add("--plot", type=Path, metavar="FILE", help="draw time against MACs, .png or .svg")
     add("--from", type=Path, nargs="+", dest="records", metavar="RECORD", help="only draw these, with --plot")
 
 
@@ -71,14 +71,14 @@ def run(options: argparse.Namespace) -> int:
     """Measure, write the record after each batch, print the tables; return 1 if a network computed something else."""
     from fxprune.comparison.extras import require
     from fxprune.comparison.latency import Latency, measure_model
-    from fxprune.comparison.plots import draw_speed_up, read_records
+    from fxprune.comparison.plots import draw_latencies, read_records
     from fxprune.files import write_json
 
     check(options)
     if options.plot:
         require("matplotlib")
     if options.records:
-        print(f"{draw_speed_up(read_records(options.records), options.plot)} points in {options.plot}")
+        print(f"{draw_latencies(read_records(options.records), options.plot)} points in {options.plot}")
         return 0
     request = request_of(options)
     request.check_available()
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     latency = measure_model(request, keep, shows_progress(options))
     show(options, latency.to_dict(), str(latency))
     if options.plot:
-        draw_speed_up({str(options.output or options.model): latency.to_dict()}, options.plot)
+        draw_latencies({str(options.output or options.model): latency.to_dict()}, options.plot)
     return int(latency.is_wrong)
 
 
