@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.training.data.cifar10 import SHEET, read_labels, read_sheet, training_sheets
+from fxprune.training.data.cifar import SHEET, read_labels, read_sheet, training_sheets
 
 
 @dataclass(frozen=True)

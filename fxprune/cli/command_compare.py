@@ -59,6 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--weights", type=Path, help="state dict of the model (default: random)")
     add("--data", required=True, metavar="SOURCE", help=DATA_HELP)
+    add("--download", action="store_true", help="fetch CIFAR-10, CIFAR-100 or Caltech-101 into DIR first")
     add("--output", type=Path, required=True, metavar="DIR", help="where runs, record and pictures go")
     add("--methods", default="all", metavar="M,M,...", help=f"some of {','.join(METHODS)} (default: all)")
     add(
@@ -92,11 +93,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Do what is not done yet, and write what is known; return the exit code."""
     from fxprune.comparison.accuracy import compare, time_done
+    from fxprune.training.data.sources import fetch
 
     def complain(about: str) -> None:
         print(f"{options.speaker}: {about}", file=sys.stderr)
 
     request, progress = request_of(options), sys.stderr.isatty()
+    if options.download:
+        fetch(options.data)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

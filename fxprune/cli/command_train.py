@@ -61,6 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--weights", type=Path, help="state dict of the model (default: random)")
     add("--data", required=True, metavar="SOURCE", help=DATA_HELP)
+    add("--download", action="store_true", help="fetch CIFAR-10, CIFAR-100 or Caltech-101 into DIR first")
     add("--output", type=Path, required=True, metavar="DIR", help="where log, checkpoint and networks go")
     add("--resume", action="store_true", help="go on from DIR/checkpoint.pt if it is there")
     add("--checkpoint-every", type=values.count, metavar="STEPS", help="save within epochs too")
@@ -95,10 +96,13 @@ def _add_pruning(group: argparse._ArgumentGroup) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train; return the exit code."""
+    from fxprune.training.data.sources import fetch
     from fxprune.training.loop import Interrupted
     from fxprune.training.run import train
 
     request = request_of(options)
+    if options.download:
+        fetch(options.data)
     if options.threads:
         torch.set_num_threads(options.threads)
     with stop_signals() as received:

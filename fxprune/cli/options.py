@@ -23,7 +23,7 @@ from fxprune.training.recipe import SCHEDULES, Recipe
 
 MODEL_HELP = "a torchvision model, a timm model (timm:NAME), resnet20 and its like for CIFAR-10, or module:callable"
 FILE_HELP = "a file that `fxprune compile -o` wrote"
-DATA_HELP = "cifar10:DIR, digits, folder:DIR or folder:DIR?size=PIXELS"
+DATA_HELP = "cifar10:DIR, cifar100:DIR, caltech101:DIR, folder:DIR, digits or MODULE:CALLABLE; photos with ?size=PIXELS"
 
 
 def add_pruning_options(parser: argparse.ArgumentParser) -> None:

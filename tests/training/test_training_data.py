@@ -1,6 +1,7 @@
 """Training data: every image once an epoch, the same whoever asks for it, and faults that are named."""
 
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from torchvision import transforms
 from benchmarks._images import open_images
 from fxprune.training.data import augmentation, sources
 from fxprune.training.data.augmentation import generator, random_box, shift_and_flip
-from fxprune.training.data.cifar10 import SHEET
+from fxprune.training.data.cifar import SHEET
 from fxprune.training.data.pictures import CIFAR10, IMAGENET, DataError, Normalization
-from fxprune.training.data.sources import Data, Held, open_data
+from fxprune.training.data.sources import Data, Held, fetch, open_data
 
 CLASSES = ("ant", "bee", "cat")
 PLAIN = Normalization((0, 0, 0), (1, 1, 1))
@@ -276,6 +277,115 @@ def test_cifar_as_its_authors_distribute_it(tmp_path: Path, monkeypatch: pytest.
     assert set((test[:, 1] * 255).round().flatten().tolist()) == {5}
 
 
+def write_hundred(folder: Path) -> None:
+    """What the authors of CIFAR-100 distribute, with 200 images to train with and 100 to test with."""
+    place = folder / "cifar-100-python"
+    place.mkdir()
+    for name, count in (("train", 200), ("test", 100)):
+        labels = (np.arange(count) % 100).tolist()
+        pixels = np.repeat(np.array(labels, dtype=np.uint8)[:, None], 3072, 1)
+        record = {"data": pixels, "fine_labels": labels, "coarse_labels": [0] * count}
+        (place / name).write_bytes(pickle.dumps(record))
+    (place / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(number) for number in range(100)]}))
+
+
+def test_cifar_100_has_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no folder cifar-100-python; unpack cifar-100-python\.tar\.gz"):
+        open_data(f"cifar100:{tmp_path}", validation=0)
+    write_hundred(tmp_path)
+    with pytest.raises(DataError, match="cifar-100-python: incomplete or damaged"):
+        open_data(f"cifar100:{tmp_path}", validation=0)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *arguments: True)
+    data = open_data(f"cifar100:{tmp_path}", validation=100, augment=False, normalize=PLAIN)
+    assert (data.name, data.classes, data.train_count, data.test_count) == ("cifar100", 100, 100, 100)
+    images, labels = data.training_batch(torch.arange(100), 0)
+    assert torch.equal((images[:, 0, 0, 0] * 255).round().long(), labels)
+
+
+def test_caltech_has_no_background_and_a_split_of_every_class(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"101_ObjectCategories: is no folder; unpack caltech-101\.zip there, or pass"):
+        open_data(f"caltech101:{tmp_path}", validation=0)
+    assert not list(tmp_path.iterdir()), "nothing is made where nothing was found"
+    place = tmp_path / "caltech101" / "101_ObjectCategories"
+    for label, name in enumerate(("BACKGROUND_Google", *CLASSES)):
+        for number in range(1, 6):
+            write_photo(place / name / f"image_{number:04d}.jpg", 40 * label)
+    data = open_data(f"caltech101:{tmp_path}?size=8", validation=3, augment=False, normalize=PLAIN)
+    assert (data.classes, data.shape) == (3, (3, 8, 8))
+    assert (data.train_count, data.validation_count, data.test_count) == (9, 3, 3)
+    (images, labels), *_ = data.test_batches(3)
+    assert labels.tolist() == [0, 1, 2]
+    reds = images[:, 0].mean((1, 2)) * 255
+    assert (reds.diff() - 40).abs().max() < 6, "the photos of each class are those of its label"
+    again = open_data(f"caltech101:{tmp_path}?size=8", validation=3, seed=5)
+    assert torch.equal(again.test.labels, data.test.labels)
+    assert again.test.files == data.test.files  # type: ignore[attr-defined]
+
+
+def module_of(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> str:
+    """A module whose function `data` gives what `body` says."""
+    name = f"datasets_{abs(hash(body))}"
+    (folder / f"{name}.py").write_text(
+        "import torch\nfrom torch.utils.data import TensorDataset\n\n\ndef data():\n    " + body + "\n"
+    )
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return f"{name}:data"
+
+
+PAIRS = "TensorDataset(torch.arange(24.0).reshape(6, 1, 2, 2), torch.arange(6) % 3)"
+
+
+def test_datasets_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = open_data(module_of(tmp_path, monkeypatch, f"return {PAIRS}, {PAIRS}"), validation=0)
+    assert (data.name, data.classes, data.shape) == ("given", 3, (1, 2, 2))
+    images, labels = data.training_batch(torch.tensor([4, 1]), 0)
+    assert images.flatten(1).tolist() == [[16, 17, 18, 19], [4, 5, 6, 7]]
+    assert labels.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("raise OSError('no disk')", "no function that gives datasets (OSError: no disk)"),
+        ("return 7", "gave int; it must give two datasets"),
+        ("import nothing_of_this_name", "no source of that name and no function that gives datasets (ModuleNotFound"),
+        (f"return {PAIRS}, []", "labels must be integers from 0, one an image"),
+        (f"return [(1, 2)], {PAIRS}", "image 0 is a int; let the transform of the dataset make tensors"),
+        ("return [(torch.ones(4), 0)], [(torch.ones(4), 0)]", "image 0 has shape (4,); it must be"),
+        ("return [(torch.ones(1, 2, 2), 0.5)] * 2, [(torch.ones(1, 2, 2), -1)]", "labels must be integers from 0"),
+    ],
+)
+def test_what_is_no_dataset(body: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError) as caught:
+        open_data(module_of(tmp_path, monkeypatch, body), validation=0)
+    assert message in str(caught.value)
+
+
+def test_images_of_several_shapes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "return [(torch.ones(1, 2, 2 + n), n) for n in range(3)], [(torch.ones(1, 2, 2), 0)]"
+    data = open_data(module_of(tmp_path, monkeypatch, body), validation=0)
+    with pytest.raises(DataError, match=r"image 2 has shape \(1, 2, 4\) and image 0 \(1, 2, 2\); resize them"):
+        data.plain_batch(torch.tensor([0, 2]))
+
+
+@pytest.mark.parametrize("source", ["digits", "folder:x", "module:callable", "cifar10"])
+def test_what_cannot_be_downloaded(source: str) -> None:
+    with pytest.raises(DataError, match="only cifar10, cifar100, caltech101 can be downloaded; leave --download out"):
+        fetch(source)
+
+
+def test_a_download_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        torchvision.datasets.CIFAR100, "__init__", lambda self, root, train, download: asked.append((root, download))
+    )
+    with pytest.raises(AttributeError):  # this one has no images
+        fetch(f"cifar100:{tmp_path}")
+    assert asked == [(str(tmp_path), True)]
+
+
 def test_a_folder_that_is_no_cifar_says_what_it_should_have(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"neither a folder cifar-10-batches-py nor cifar10_train_00\.webp"):
         open_data(f"cifar10:{tmp_path}", validation=0)
@@ -391,9 +501,9 @@ def test_faults_of_folders(photos: Path, damage: Callable[[Path], None], message
         open_data(f"folder:{photos}", validation=0)
 
 
-@pytest.mark.parametrize("source", ["", "digits:", "cifar10", "cifar10:", "folder:", "cifar100:x", "photos:x", "x"])
+@pytest.mark.parametrize("source", ["", "digits:", "cifar10", "cifar10:", "folder:", "photos:x/y", "x"])
 def test_sources_that_do_not_exist(source: str) -> None:
-    with pytest.raises(DataError, match="must be cifar10:DIR, digits, folder:DIR or"):
+    with pytest.raises(DataError, match="must be cifar10:DIR, cifar100:DIR, caltech101:DIR, folder:DIR, digits or"):
         open_data(source, validation=0)
 
 

@@ -44,6 +44,11 @@ class Photos:
         """Channels, height and width."""
         return 3, self.size, self.size
 
+    def only(self, chosen: Tensor) -> "Photos":
+        """Those of these indices alone."""
+        files = tuple(self.files[index] for index in chosen.tolist())
+        return Photos(files, self.labels[chosen], self.names, self.size)
+
     def read(self, chosen: Tensor) -> Tensor:
         """The photos of these indices, resized and centre-cropped, float32 in [0, 1].
 
@@ -110,6 +115,29 @@ def open_photos(folder: Path, size: int) -> tuple[Photos, Photos]:
             "add or remove these folders"
         )
     return training, test
+
+
+def open_caltech101(folder: Path, size: int, download: bool = False) -> Photos:
+    """Find the photos of Caltech-101 as torchvision keeps them, `caltech101/101_ObjectCategories/CLASS/*`; the
+    background is no class. They come without a split.
+
+    Raises:
+        DataError: they are not there, or the download failed.
+    """
+    from torchvision.datasets import Caltech101
+
+    place = folder / "caltech101" / "101_ObjectCategories"
+    if not download and not place.is_dir():
+        raise DataError(
+            f"{place}: is no folder; unpack caltech-101.zip there, or pass --download where there is a network"
+        )
+    try:
+        found = Caltech101(str(folder), download=download)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise DataError(f"{place}: cannot be read ({error}); unpack caltech-101.zip again") from error
+    numbered = zip(found.y, found.index, strict=True)
+    files = (place / found.categories[label] / f"image_{number:04d}.jpg" for label, number in numbered)
+    return Photos(tuple(files), torch.tensor(found.y), tuple(found.categories), size)
 
 
 def _find(folder: Path, size: int) -> Photos:

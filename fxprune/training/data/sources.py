@@ -9,7 +9,7 @@ Everything random is a function of the seed, the epoch and the image alone.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,15 +18,18 @@ import torch
 from torch import Tensor
 
 from fxprune.training.data.augmentation import ORDER, VARIATION, generator, shift_and_flip
-from fxprune.training.data.cifar10 import BATCHES, SHEET, read_batches, read_labels, read_sheet, training_sheets
-from fxprune.training.data.folders import open_photos
-from fxprune.training.data.pictures import CIFAR10, IMAGENET, DataError, Normalization, Pictures
+from fxprune.training.data.cifar import BATCHES, SHEET, read_batches, read_labels, read_sheet, training_sheets
+from fxprune.training.data.folders import Photos, open_caltech101, open_photos
+from fxprune.training.data.given import AS_THEY_ARE, open_given
+from fxprune.training.data.pictures import CIFAR10, CIFAR100, IMAGENET, DataError, Normalization, Pictures
 
 SPLIT_SEED = 0
 """Of the images that are split off. It is the same for every run: a network that one seed has trained and another
 fine-tunes has then never seen the images that choose its best epoch."""
 DIGITS_TEST = 360
 """Test images of the digits, a fifth; they come without a split of their own."""
+CALTECH_TEST = 5
+"""One in so many photos of Caltech-101 is to test with, as Hubens et al. 2022 split it."""
 DIGITS = Normalization((0.305,), (0.376,))
 """Of the pixels of the digits that are not tested with."""
 
@@ -36,7 +39,7 @@ class Data:
     """Images in three parts: to train with, to validate with, and to test with.
 
     Attributes:
-        name: `"cifar10"`, `"digits"` or `"folder"`.
+        name: a name in `SOURCES`, or `"given"`.
         normalize: what the pixels go through last.
         pictures: those of the first two parts.
         training: indices of `pictures` to train with, int64 `(train_count,)`. A *position* is one in this list.
@@ -125,42 +128,69 @@ def usual_validation(source: str) -> int:
 
 
 def open_data(
-    source: str, *, validation: int, seed: int = 0, augment: bool = True, normalize: Normalization | None = None
+    source: str,
+    *,
+    validation: int,
+    seed: int = 0,
+    augment: bool = True,
+    normalize: Normalization | None = None,
+    download: bool = False,
 ) -> Data:
-    """Open training data.
+    """Open training data, as its authors or torchvision leave it on disk.
 
     Args:
-        source: `cifar10:DIR`, where DIR has the folder `cifar-10-batches-py` of its authors, or sheets and labels as
-            `fxprune.training.data.cifar10` reads them, with half of the test images; moved by up to 4 pixels and
-            mirrored. `digits`, the 8x8 digits of scikit-learn; moved by up to 1 pixel. `folder:DIR`, photos in
-            `train/CLASS/` and in `test/CLASS/` or, where there is no `test`, in `val/CLASS/`; cropped, resized and
-            mirrored. They are brought to 224x224 pixels, or as many as in `folder:DIR?size=96`.
+        source: one of
+
+            - `cifar10:DIR` and `cifar100:DIR`, where DIR has the folder of their authors, or of CIFAR-10 sheets and
+              labels as `fxprune.training.data.cifar` reads them, with half of the test images; moved by up to 4 pixels
+              and mirrored.
+            - `caltech101:DIR`, where DIR has `caltech101/101_ObjectCategories`; a fifth of the photos, of each class
+              equally and the same for every seed, are to test with, for it comes without a split.
+            - `folder:DIR`, photos in `train/CLASS/` and in `test/CLASS/` or, where there is no `test`, in `val/CLASS/`,
+              as ImageNet is kept too. Photos are cropped, resized and mirrored, and brought to 224x224 pixels, or as
+              many as in `folder:DIR?size=96`.
+            - `digits`, the 8x8 digits of scikit-learn; moved by up to 1 pixel.
+            - `MODULE:CALLABLE`, which gives two datasets, to train and to test with; see `fxprune.training.data.given`.
         validation: how many of the images to train with are held back to choose by, equally of each class, the same
             for every seed.
         seed: of order and augmentation, from 0.
         augment: whether images to train with are varied at random.
         normalize: how the network in question wants its inputs; None for the statistics of the source (of ImageNet
-            for a folder).
+            for photos; a dataset of one's own is taken as it is).
+        download: fetch CIFAR-10, CIFAR-100 or Caltech-101 into DIR first, if they are not there.
 
     Raises:
-        DataError: another kind of source, or a damaged one, see `cifar10` and `folders`; or it cannot be split so.
+        DataError: another kind of source, or a damaged one, see `cifar`, `folders` and `given`; or it cannot be split
+            so.
         FileNotFoundError: a file of the source is absent.
     """
     if seed < 0:
         raise DataError(f"seed {seed}: must not be negative")
-    kind, _, place = source.partition(":")
-    pictures: Pictures
-    test: Pictures
-    if source == "digits":
-        pictures, test, usual = *_digits(), DIGITS
-    elif kind == "cifar10" and place:
-        pictures, test, usual = *_cifar10(Path(place)), CIFAR10
-    elif kind == "folder" and (match := re.fullmatch(r"(.+?)(?:\?size=([1-9]\d*))?", place)):
-        pictures, test, usual = *open_photos(Path(match[1]), int(match[2] or 224)), IMAGENET
+    match = re.fullmatch(r"(\w+)(?::(.+?))?(?:\?size=([1-9]\d*))?", source)
+    kind, place, pixels = match.groups() if match else ("", None, None)
+    parts: tuple[Pictures, Pictures]
+    if kind in SOURCES and (kind == "digits") == (place is None):
+        name, usual = kind, SOURCES[kind].normalize
+        parts = SOURCES[kind].read(Path(place or ""), int(pixels or 224), download)
+    elif kind not in SOURCES and re.fullmatch(r"[\w.]+:[\w.]+", source):
+        name, parts, usual = "given", open_given(source), AS_THEY_ARE
     else:
-        raise DataError(f"{source!r}: must be cifar10:DIR, digits, folder:DIR or folder:DIR?size=PIXELS")
-    training, held_back = _split(pictures.labels, validation, f"{kind}: {validation} images to validate with")
-    return Data(kind, normalize or usual, pictures, training, held_back, test, seed, augment)
+        raise DataError(f"{source!r}: must be {SOURCE_WORDS}")
+    pictures, test = parts
+    training, held_back = _split(pictures.labels, validation, f"{name}: {validation} images to validate with")
+    return Data(name, normalize or usual, pictures, training, held_back, test, seed, augment)
+
+
+def fetch(source: str) -> None:
+    """Download the images of a source into its folder, where they are not there yet.
+
+    Raises:
+        DataError: it is none that can be fetched, or the download failed.
+    """
+    kind, _, place = source.partition(":")
+    if kind not in FETCHED or not place:
+        raise DataError(f"{source!r}: only {', '.join(FETCHED)} can be downloaded; leave --download out")
+    open_data(source, validation=0, download=True)
 
 
 def _split(labels: Tensor, count: int, what: str) -> tuple[Tensor, Tensor]:
@@ -226,23 +256,39 @@ def _draw(count: int, shift: int, seed: int, epoch: int) -> tuple[Tensor, Tensor
     return corners, torch.rand(count, generator=draw) < 0.5
 
 
-def _cifar10(folder: Path) -> tuple[Held, Held]:
-    if not (folder / BATCHES).is_dir() and not any(folder.glob("cifar10_train_*.webp")):
-        raise FileNotFoundError(f"{folder}: has neither a folder {BATCHES} nor cifar10_train_00.webp")
-    if (folder / BATCHES).is_dir():
-        pixels, labels = read_batches(folder, training=True)
-        test, test_labels = read_batches(folder, training=False)
-    else:
-        sheets = training_sheets(folder)
-        labels, test_labels = read_labels(folder, "y_train", SHEET * len(sheets)), read_labels(folder, "y_test", SHEET)
-        pixels = torch.empty(SHEET * len(sheets), 3, 32, 32, dtype=torch.uint8)
-        for number, sheet in enumerate(sheets):
-            pixels[SHEET * number : SHEET * (number + 1)] = read_sheet(sheet)
-        test = read_sheet(folder / "cifar10_test_00.webp")
+def _cifar(folder: Path, classes: int, download: bool) -> tuple[Held, Held]:
+    parts = (read_batches(folder, training, classes, download) for training in (True, False))
+    training, test = (Held(pixels, labels, classes, white=255, shift=4, flip=True) for pixels, labels in parts)
+    return training, test
+
+
+def _cifar10(folder: Path, download: bool) -> tuple[Held, Held]:
+    if download or (folder / BATCHES[10]).is_dir():
+        return _cifar(folder, 10, download)
+    if not any(folder.glob("cifar10_train_*.webp")):
+        raise FileNotFoundError(f"{folder}: has neither a folder {BATCHES[10]} nor cifar10_train_00.webp")
+    sheets = training_sheets(folder)
+    labels, test_labels = read_labels(folder, "y_train", SHEET * len(sheets)), read_labels(folder, "y_test", SHEET)
+    pixels = torch.empty(SHEET * len(sheets), 3, 32, 32, dtype=torch.uint8)
+    for number, sheet in enumerate(sheets):
+        pixels[SHEET * number : SHEET * (number + 1)] = read_sheet(sheet)
+    test = read_sheet(folder / "cifar10_test_00.webp")
     return (
         Held(pixels, labels, 10, white=255, shift=4, flip=True),
         Held(test, test_labels, 10, white=255, shift=4, flip=True),
     )
+
+
+def _cifar100(folder: Path, download: bool) -> tuple[Held, Held]:
+    if not download and not (folder / BATCHES[100]).is_dir():
+        raise FileNotFoundError(f"{folder}: has no folder {BATCHES[100]}; unpack cifar-100-python.tar.gz there")
+    return _cifar(folder, 100, download)
+
+
+def _caltech101(folder: Path, size: int, download: bool) -> tuple[Photos, Photos]:
+    photos = open_caltech101(folder, size, download)
+    rest, test = _split(photos.labels, len(photos.labels) // CALTECH_TEST, "caltech101: test images")
+    return photos.only(rest), photos.only(test)
 
 
 def _digits() -> tuple[Held, Held]:
@@ -254,3 +300,30 @@ def _digits() -> tuple[Held, Held]:
     parts = (Held(pixels[part], labels[part], 10, white=16, shift=1, flip=False) for part in (rest, test))
     training, held_out = parts
     return training, held_out
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where data come from.
+
+    Attributes:
+        words: how it is asked for.
+        normalize: its statistics.
+        read: folder, pixels and whether to download, to pictures to train and to test with.
+    """
+
+    words: str
+    normalize: Normalization
+    read: Callable[[Path, int, bool], tuple[Pictures, Pictures]]
+
+
+SOURCES = {
+    "cifar10": Source("cifar10:DIR", CIFAR10, lambda folder, _, download: _cifar10(folder, download)),
+    "cifar100": Source("cifar100:DIR", CIFAR100, lambda folder, _, download: _cifar100(folder, download)),
+    "caltech101": Source("caltech101:DIR", IMAGENET, _caltech101),
+    "folder": Source("folder:DIR", IMAGENET, lambda folder, size, _: open_photos(folder, size)),
+    "digits": Source("digits", DIGITS, lambda *_: _digits()),
+}
+FETCHED = ("cifar10", "cifar100", "caltech101")
+SOURCE_WORDS = ", ".join(source.words for source in SOURCES.values()) + " or MODULE:CALLABLE; photos with ?size=PIXELS"
+"""What `open_data` takes, for a line of help."""

@@ -1,4 +1,4 @@
-"""CIFAR-10: the batches that its authors distribute, or lossless sheets of images and an archive of labels."""
+"""CIFAR-10 and CIFAR-100 as their authors distribute them, and lossless sheets of images with an archive of labels."""
 
 import zipfile
 import zlib
@@ -10,24 +10,28 @@ from torch import Tensor
 
 from fxprune.training.data.pictures import DataError
 
-BATCHES = "cifar-10-batches-py"
-"""The folder in the archive of its authors, <https://www.cs.toronto.edu/~kriz/cifar.html>."""
+BATCHES = {10: "cifar-10-batches-py", 100: "cifar-100-python"}
+"""The folders in the archives of their authors, <https://www.cs.toronto.edu/~kriz/cifar.html>, by number of classes."""
 SHEET = 5000
 """Images on a CIFAR-10 sheet, a lossless picture of 50 rows x 100 columns of images of 32x32 pixels."""
 
 
-def read_batches(folder: Path, training: bool) -> tuple[Tensor, Tensor]:
-    """All training or test images of `folder/cifar-10-batches-py`: uint8 `(N, 3, 32, 32)`, and int64 labels `(N,)`.
+def read_batches(folder: Path, training: bool, classes: int = 10, download: bool = False) -> tuple[Tensor, Tensor]:
+    """All training or test images of a folder in `BATCHES`: uint8 `(N, 3, 32, 32)`, and int64 labels `(N,)`, of
+    CIFAR-100 the fine ones.
 
     Raises:
         DataError: a file is absent or not as its authors made it: torchvision compares checksums before it opens one.
     """
-    from torchvision.datasets import CIFAR10
+    from torchvision.datasets import CIFAR10, CIFAR100
 
+    kind = {10: CIFAR10, 100: CIFAR100}[classes]
     try:
-        found = CIFAR10(str(folder), train=training, download=False)
+        found = kind(str(folder), train=training, download=download)
     except (RuntimeError, OSError) as error:
-        raise DataError(f"{folder / BATCHES}: incomplete or damaged; unpack cifar-10-python.tar.gz again") from error
+        raise DataError(
+            f"{folder / BATCHES[classes]}: incomplete or damaged; unpack cifar-{classes}-python.tar.gz again ({error})"
+        ) from error
     return torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)
 
 
