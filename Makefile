@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
 SETUP := requirements-dev.txt setup.cfg pyproject.toml
 
-.PHONY: help demo install test test-all test-wild check bench clean
+.PHONY: help demo install test test-all test-wild check docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -31,6 +31,9 @@ test-wild: .venv-wild/.installed ## compile the networks of other libraries, whi
 check: .venv/.installed-dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: .venv/.installed-dev ## build the documentation into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: .venv/.installed-dev ## measure compile times and memory (several minutes) into benchmarks/results
 	$(BIN)/python -m benchmarks.compile_time
