@@ -15,6 +15,7 @@ from fxprune.files import write_whole
 from fxprune.graph.editing import calls
 from fxprune.graph.fused import FusedConv2d
 from fxprune.graph.values import first_line
+from fxprune.inference.forking import check_fork, forks
 from fxprune.inference.runtimes.calls import CallForm, Flat
 from fxprune.inference.runtimes.model import Program, Run, RuntimeModel
 from fxprune.inference.runtimes.runtime import Network, Runtime, gathers_in
@@ -35,6 +36,7 @@ class InductorProgram(Program):
         super().__init__()
         self.network = Flat(graph, call).eval().requires_grad_(False)
         self.shapes = [spec.shape for spec in call.specs]
+        self.forks = forks()
 
     def load(self, threads: int) -> Run:
         plain = copy.deepcopy(self.network)
@@ -42,6 +44,7 @@ class InductorProgram(Program):
 
         @torch.no_grad()
         def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+            check_fork(self.forks)
             given = [in_format(tensor) for tensor in tensors]
             if [tuple(tensor.shape) for tensor in given] != self.shapes:
                 return list(plain(*given))

@@ -1,7 +1,9 @@
 """An accelerated model outside of plain PyTorch: a module that is called as the model is, and computed by a runtime."""
 
+import ctypes
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeAlias
@@ -17,15 +19,23 @@ Run: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
 """What computes the results from the inputs, lists of tensors both; several threads may call it at once."""
 
 _LOADING = threading.Lock()
+_PROGRAMS: "weakref.WeakSet[Program]" = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """A lock that another thread of the parent holds would stay locked in the child for ever."""
+    """In a child, see that nothing waits for threads of the parent.
+
+    A lock that one of them holds would stay locked for ever; and what is loaded joins its threads when it ends, so it
+    must never end: the child keeps a reference too many.
+    """
     global _LOADING
     _LOADING = threading.Lock()
+    for program in _PROGRAMS:
+        program.leave_to_parent()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Program:
@@ -43,7 +53,8 @@ class Program:
     suffixes: ClassVar[tuple[str, ...]]
 
     def __init__(self) -> None:
-        self._loaded: dict[tuple[int, int], Run] = {}
+        self._loaded: dict[int, Run] = {}
+        _PROGRAMS.add(self)
 
     def load(self, threads: int) -> Run:
         """Make the program ready to run with so many threads."""
@@ -55,18 +66,28 @@ class Program:
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Compute the results."""
-        key = os.getpid(), torch.get_num_threads()
-        run = self._loaded.get(key)
+        threads = torch.get_num_threads()
+        run = self._loaded.get(threads)
         if run is None:
             with _LOADING:
-                run = self._loaded.get(key)
+                run = self._loaded.get(threads)
                 if run is None:
-                    run = self._loaded[key] = self.load(key[1])
+                    run = self._loaded[threads] = self.load(threads)
         return run(tensors)
+
+    def leave_to_parent(self) -> None:
+        """Forget, in a forked process, what the parent has loaded, without ending it."""
+        for run in self._loaded.values():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(run))
+        self._loaded = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what is loaded."""
         return {**self.__dict__, "_loaded": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _PROGRAMS.add(self)
 
 
 class TorchModel(nn.Module):

@@ -66,15 +66,15 @@ class _Compiled:
         }
         self.compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
         self.lock = threading.Lock()
-        self.requests = threading.local()  # a request serves one thread at a time
+        self.requests: dict[tuple[int, Any], Any] = {}  # of each thread: a request serves one at a time
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         shapes = tuple(tuple(tensor.shape) for tensor in tensors)
-        mine: dict[Any, Any] = vars(self.requests)
-        request = mine.get(shapes)
+        mine = threading.get_ident(), shapes
+        request = self.requests.get(mine)
         if request is None:
             with self.lock:
-                request = mine[shapes] = self._compiled(shapes).create_infer_request()
+                request = self.requests[mine] = self._compiled(shapes).create_infer_request()
         results = request.infer(as_arrays(tensors), share_inputs=True, share_outputs=False)
         return [torch.from_numpy(results[place]) for place in range(len(results))]
 
