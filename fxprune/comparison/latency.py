@@ -2,7 +2,8 @@
 
 Of each batch all networks, in all runtimes and layouts, take turns in one race (`fxprune.inference.race`), so that what
 else the machine does hits all alike. Times are medians over the rounds with the distance of their quartiles; ratios are
-medians of ratios within a round, to the dense network in the same runtime. Every network has BatchNorm folded and runs
+medians of ratios within a round, to the dense network in the same runtime, and to the best dense one of all
+runtimes, which is what a user would run instead. Every network has BatchNorm folded and runs
 in both layouts, unless one is asked for, and the faster counts: of the dense opponent too. Before it is timed its
 output must equal that of its oracle, for fxprune the masked model. Weights may be random: they take no other time.
 """
@@ -52,6 +53,7 @@ class Row:
         batch: images at a time.
         seconds, spread: median of one call, and the distance between its quartiles.
         relative: to the dense network in this runtime, in its faster layout: median of the ratios within a round.
+        relative_to_best: to the dense network in the runtime that is fastest for it.
         difference, limit: from its oracle, as a share of the largest output, and how large it may be.
         best: it is this network's faster layout.
         error: why there is no time.
@@ -66,6 +68,7 @@ class Row:
     seconds: float | None = None
     spread: float | None = None
     relative: float | None = None
+    relative_to_best: float | None = None
     difference: float | None = None
     limit: float | None = None
     best: bool = False
@@ -185,6 +188,8 @@ def _with_times(rows: Sequence[Row], timings: Mapping[int, Timing]) -> list[Row]
     for number in sorted(timings, key=lambda number: timings[number].median):
         row = rows[number]
         best.setdefault((row.runtime, row.network, row.ratio), number)
+    dense_ones = [number for number in timings if rows[number].network == "dense"]
+    best_dense = min(dense_ones, key=lambda number: timings[number].median, default=None)
     complete = list(rows)
     for number, timing in timings.items():
         row = rows[number]
@@ -194,6 +199,7 @@ def _with_times(rows: Sequence[Row], timings: Mapping[int, Timing]) -> list[Row]
             seconds=timing.median,
             spread=timing.spread,
             relative=None if dense is None else timing.relative_to(timings[dense]),
+            relative_to_best=None if best_dense is None else timing.relative_to(timings[best_dense]),
             best=best[row.runtime, row.network, row.ratio] == number,
         )
     return complete
@@ -203,7 +209,7 @@ def table(rows: Sequence[Row]) -> str:
     """Each network in its faster layout as text, one a line, and what failed."""
     lines = [
         f"{'batch':>5}  {'runtime':<21}{'network':<14}{'ratio':>6}  {'layout':<14}{'ms':>10}{'spread':>9}"
-        f"{'to dense':>10}{'MACs':>7}{'difference':>12}"
+        f"{'to dense':>10}{'to best':>9}{'MACs':>7}{'difference':>12}"
     ]
     for row in rows:
         if not row.best and not row.error:
@@ -214,9 +220,10 @@ def table(rows: Sequence[Row]) -> str:
         if row.seconds is None or row.spread is None:
             lines.append(f"{who}{row.error}")
             continue
-        relative = "-" if row.relative is None else f"{row.relative:.3f}"
+        relative, to_best = ("-" if value is None else f"{value:.3f}" for value in (row.relative, row.relative_to_best))
         lines.append(
-            f"{who}{row.seconds * 1e3:>10.3f}{row.spread * 1e3:>9.3f}{relative:>10}{share:>7}{row.difference:>12.1e}"
+            f"{who}{row.seconds * 1e3:>10.3f}{row.spread * 1e3:>9.3f}{relative:>10}{to_best:>9}{share:>7}"
+            f"{row.difference:>12.1e}"
         )
     return "\n".join(lines)
 

@@ -64,11 +64,9 @@ class LatencyRequest:
         """
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ComparisonError("--device cuda: torch sees no CUDA device on this machine; measure with --device cpu")
-        needing = [name for name in self.runtime if RUNTIMES[name].cuda]
-        if self.device == "cpu" and needing:
-            raise ComparisonError(
-                f"--runtime {needing[0]}: there are no CUDA graphs on the CPU; leave it out, or --device cuda"
-            )
+        for name in self.runtime:
+            if reason := RUNTIMES[name].obstacle(self.device, self.dtype):
+                raise ComparisonError(f"--runtime {name}: {reason}")
         if "torch-pruning" in self.against:
             require("torch_pruning")
 

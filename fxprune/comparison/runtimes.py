@@ -1,6 +1,9 @@
-"""What runs a network that races: eager PyTorch, its compilers, and the form of `fxprune.accelerate`."""
+"""What runs a network that races: eager PyTorch, its compilers, the form of `fxprune.accelerate`, and the runtimes in
+which people deploy.
+"""
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.comparison.rivals import Network
 from fxprune.inference.cuda_graphs import captured
+from fxprune.inference.runtimes import OTHERS
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -26,11 +30,21 @@ class Runtime:
         build: makes of a module in its place, type and layout, and its input, what is then called again and again.
         folds: it folds BatchNorm and picks the layout itself.
         cuda: it needs a CUDA device.
+        deploys: the runtime of `fxprune.accelerate` that it is, which must be installed; empty for none.
     """
 
     build: Callable[[nn.Module, Tensor], Call]
     folds: bool = False
     cuda: bool = False
+    deploys: str = ""
+
+    def obstacle(self, device: str, dtype: str) -> str:
+        """Why it cannot run networks there in that type, with the way out; empty if it can."""
+        if self.cuda and device == "cpu":
+            return "there are no CUDA graphs on the CPU; leave it out, or --device cuda"
+        if self.deploys:
+            return OTHERS[self.deploys].obstacle(torch.device(device), getattr(torch, dtype))
+        return ""
 
 
 def _eager(module: nn.Module, inputs: Tensor) -> Call:
@@ -52,6 +66,10 @@ def _scripted(module: nn.Module, inputs: Tensor) -> Call:
 
 def _accelerated(module: nn.Module, inputs: Tensor) -> Call:
     return _eager(fxprune.accelerate(module, inputs), inputs)
+
+
+def _deployed(name: str, module: nn.Module, inputs: Tensor) -> Call:
+    return _eager(fxprune.accelerate(module, inputs, runtime=name), inputs)
 
 
 def _graphed(module: nn.Module, inputs: Tensor) -> Call:
@@ -80,6 +98,10 @@ RUNTIMES = {
     "cudagraph": Runtime(_graphed, cuda=True),
     "max-autotune+cudagraph": Runtime(_max_autotuned, cuda=True),
     "accelerate+cudagraph": Runtime(_accelerated_graphed, folds=True, cuda=True),
+    **{
+        name: Runtime(functools.partial(_deployed, name), folds=True, deploys=name)
+        for name in ("onnxruntime", "openvino")
+    },
 }
 
 

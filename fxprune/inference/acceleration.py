@@ -2,8 +2,8 @@
 
 1. BatchNorm is folded; gather, convolution, residual add and activation become one `FusedConv2d`.
 2. For each memory format, each engine that can compute a convolution is timed, pruned and dense.
-3. The best pruned graph and the best dense graph of each format run side by side; the fastest is returned, so the
-   result is never slower than the best dense form.
+3. The best pruned graph and the best dense graph of each format run side by side, and beside them, if asked for, those
+   of other runtimes (`runtimes`); the fastest is returned, so the result is never slower than the best dense form.
 
 On CUDA all of these times are those of replayed CUDA graphs, which is how to run what is fast there: called from Python
 a small batch takes as long as its launches do, pruned or not.
@@ -13,27 +13,29 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
+from torch import fx, nn
 from tqdm import tqdm
 
-from fxprune.errors import AccelerationError, VerificationError
+from fxprune.errors import AccelerationError
 from fxprune.exact.record import ACCELERATION, find_record
-from fxprune.exact.verification import difference
 from fxprune.graph.containers import tensors_in
 from fxprune.graph.editing import calls
 from fxprune.graph.examples import Inputs, as_inputs
 from fxprune.graph.fused import FusedConv2d
 from fxprune.graph.gathered import GatheredLayer
+from fxprune.inference.checks import check_same
 from fxprune.inference.cuda_graphs import captured
 from fxprune.inference.engines import Engine
 from fxprune.inference.forms import Choices, all_forms, operand_shapes, time_forms
 from fxprune.inference.fused_graph import FormatKeepingGather, fused_graph, with_engines
 from fxprune.inference.race import race
 from fxprune.inference.reporting import AccelerationReport, LayerChoice
+from fxprune.inference.runtimes import AUTO, TORCH, RuntimeModel, TorchModel
+from fxprune.inference.runtimes.contest import check_runtime, entrants
+from fxprune.inference.runtimes.runtime import Network
 from fxprune.inference.stopwatch import Stopwatch
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -41,35 +43,53 @@ FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 ROUNDS = 9  # of the race between whole graphs
 TURN_SECONDS = 0.02  # a turn of it lasts at least about this long
 MARGIN = 1.15  # a memory format whose convolutions alone are slower by this factor is not raced
-# Largest difference to the model before, relative to the largest output: some hundred steps of the type (TF32 for
-# float32 on CUDA), or else what the model itself makes of such a step on its input, times a few for its many layers.
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-TF32_TOLERANCE = 1e-2
-NOISE_MARGIN = 20
-LARGEST_LIMIT = 0.1
+
+
+@overload
+def accelerate(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    runtime: Literal["torch"] = "torch",
+    remember: bool = True,
+    progress: bool = False,
+) -> fx.GraphModule: ...
+
+
+@overload
+def accelerate(
+    model: nn.Module, example_inputs: Inputs, *, runtime: str, remember: bool = True, progress: bool = False
+) -> fx.GraphModule | RuntimeModel | TorchModel: ...
 
 
 @torch.no_grad()
 def accelerate(
-    model: nn.Module, example_inputs: Inputs, *, remember: bool = True, progress: bool = False
-) -> fx.GraphModule:
+    model: nn.Module, example_inputs: Inputs, *, runtime: str = TORCH, remember: bool = True, progress: bool = False
+) -> fx.GraphModule | RuntimeModel | TorchModel:
     """Return the fastest inference form of a model on the device where it is.
 
     Args:
         model: what `fxprune.compile`, `rewrite` or `load` returned; also any other traceable model, which becomes the
             best dense form of itself: the opponent to compare with. It is not changed.
         example_inputs: positional arguments of forward, with the sizes to be fast for. Other batch and image sizes work
-            too; the choices were timed for these.
+            too; the choices were timed for these. Other runtimes than `"torch"` take other batch sizes only.
+        runtime: what shall run it. `"torch"`: PyTorch, each layer in the fastest engine. `"inductor"`, `"onnxruntime"`,
+            `"openvino"`: that runtime, which is installed with `fxprune[onnx]` or `fxprune[openvino]`; on the CPU, and
+            but for Inductor in float32. `"tensorrt"`: refused, fxprune does not run it yet. `"auto"`: all of these that
+            are here, and the fastest is returned.
         remember: keep measured times of layers in the cache folder (`FXPRUNE_CACHE`, default `~/.cache/fxprune`), and
             use those that are there.
         progress: show bars on stderr.
 
     Returns:
-        A `GraphModule` for evaluation on this device and in this type. `fxprune.acceleration_report` explains it.
+        A `GraphModule` for evaluation on this device and in this type. With another runtime a module that is called as
+        the model is, says what it is when printed, and has `save(path)`, which writes what the runtime needs, see
+        `fxprune.inference.runtimes.model`; it runs with as many threads as torch is set to when it is called.
+        `fxprune.acceleration_report` explains either.
 
     Raises:
         AccelerationError: the model and the inputs are not on one device or not of one floating-point type, or the
-            model was accelerated before.
+            model was accelerated before; or the runtime is not installed, or cannot take the model.
         TraceError: the model cannot be traced.
         VerificationError: the result differs from the model.
     """
@@ -82,19 +102,16 @@ def accelerate(
             "accelerated; compile with output='graph' if the model can be traced"
         )
     device, dtype = _place(model, inputs)
+    check_runtime(runtime, device, dtype)
     original = copy.deepcopy(model).eval()
     reference = tensors_in(original(*inputs))
     graph, skipped = fused_graph(model, inputs)
-    formats = FORMATS if any(value == 4 for value in _dimensions(inputs)) else {"contiguous": torch.contiguous_format}
     stopwatch = Stopwatch(device, remember)
-    choices: dict[str, Choices] = {}
-    shapes = operand_shapes(graph, inputs)
-    with tqdm(total=len(formats) * len(shapes), desc="timing", disable=not progress, leave=False) as bar:
-        for name, memory_format in formats.items():
-            choices[name] = time_forms(graph, shapes, memory_format, stopwatch, bar)
+    choices = _choices(graph, inputs, stopwatch, progress) if runtime in (TORCH, AUTO) else {}
+    others, absent = entrants(runtime, Network(graph, inputs, stopwatch, progress), original, reference, dtype)
     stopwatch.save()
 
-    graphs = dict(_candidates(graph, inputs, choices))
+    graphs: dict[str, Any] = {**dict(_candidates(graph, inputs, choices)), **others}
     timings = race(
         _replayed({name: functools.partial(candidate, *inputs) for name, candidate in graphs.items()}, device),
         rounds=ROUNDS,
@@ -105,8 +122,10 @@ def accelerate(
     chosen = min(timings, key=lambda name: timings[name].fastest)
     best_dense = min((name for name in timings if name.startswith("dense")), key=lambda name: timings[name].fastest)
     result = graphs[chosen]
-    gap = _check(result, original, inputs, reference, dtype)
-    memory_format_name = chosen.split()[1]
+    gap = check_same(result, original, inputs, reference, dtype)
+    in_torch = chosen not in others
+    memory_format_name = chosen.split()[1] if in_torch else "own"
+    layers = _layers(choices[memory_format_name], dense=chosen.startswith("dense")) if in_torch else result.layers
     result.meta[ACCELERATION] = AccelerationReport(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
@@ -114,13 +133,15 @@ def accelerate(
         chosen=chosen,
         seconds={name: timing.fastest for name, timing in timings.items()},
         relative=timings[chosen].relative_to(timings[best_dense]),
-        layers=_layers(choices[memory_format_name], dense=chosen.startswith("dense")),
-        gathers=sum(1 for _ in calls(result, FormatKeepingGather)),
+        layers=layers,
+        gathers=sum(1 for _ in calls(result, FormatKeepingGather)) if in_torch else result.gathers,
         difference=gap,
         notes=skipped,
         compiled=getattr(find_record(model), "report", None),
+        runtime=TORCH if in_torch else result.runtime,
+        absent=absent,
     )
-    return result
+    return TorchModel(result) if in_torch and runtime == AUTO else result
 
 
 def acceleration_report(accelerated: nn.Module) -> AccelerationReport:
@@ -162,6 +183,19 @@ def _place(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.device, tor
     return devices.pop(), dtypes.pop()
 
 
+def _choices(
+    graph: fx.GraphModule, inputs: tuple[Any, ...], stopwatch: Stopwatch, progress: bool
+) -> dict[str, Choices]:
+    """The fastest engine of each layer, by memory format."""
+    formats = FORMATS if any(value == 4 for value in _dimensions(inputs)) else {"contiguous": torch.contiguous_format}
+    choices: dict[str, Choices] = {}
+    shapes = operand_shapes(graph, inputs)
+    with tqdm(total=len(formats) * len(shapes), desc="timing", disable=not progress, leave=False) as bar:
+        for name, memory_format in formats.items():
+            choices[name] = time_forms(graph, shapes, memory_format, stopwatch, bar)
+    return choices
+
+
 def _dimensions(inputs: tuple[Any, ...]) -> list[int]:
     return [tensor.dim() for tensor in tensors_in(inputs)]
 
@@ -197,35 +231,3 @@ def _engines(
         node.name: forms[choice.chosen].build(conv, memory_format)
         for (node, conv), choice in zip(convs, choices, strict=True)
     }
-
-
-def _check(
-    accelerated: nn.Module, original: nn.Module, inputs: tuple[Any, ...], expected: list[Tensor], dtype: torch.dtype
-) -> float:
-    """The difference that acceleration made, relative to the largest output.
-
-    Raises:
-        VerificationError: it is more than rounding.
-    """
-    found = tensors_in(accelerated(*inputs))
-    gap = difference(found, expected)[1]
-    is_cuda = any(tensor.is_cuda for tensor in expected)
-    limit = TF32_TOLERANCE if is_cuda and dtype == torch.float32 else TOLERANCES.get(dtype, LARGEST_LIMIT)
-    if gap > limit:
-        shaken = tree_map(lambda leaf: _shaken(leaf, limit / NOISE_MARGIN), inputs)
-        moved = tensors_in(original(*shaken))
-        limit = max(limit, min(LARGEST_LIMIT, NOISE_MARGIN * difference(moved, expected)[1]))
-    if not gap <= limit:
-        raise VerificationError(
-            f"the accelerated model differs by {gap:.1e} of the largest output (limit {limit:.0e}); "
-            "this is a defect of fxprune, please report it with the model"
-        )
-    return gap
-
-
-def _shaken(leaf: Any, share: float) -> Any:
-    """The input, each number moved by about `share` of itself."""
-    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-        return leaf
-    noise = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(1)).to(leaf)
-    return leaf * (1 + share * noise)

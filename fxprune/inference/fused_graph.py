@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]  # public, but not in its __all__
 from torch.utils._pytree import tree_map
 
 from fxprune.errors import AccelerationError
@@ -16,6 +17,7 @@ from fxprune.graph.fused import FusedConv2d, gather_channels
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.tracing import trace
 from fxprune.inference.engines import Engine
+from fxprune.inference.forking import check_fork, forks
 from fxprune.passes import FoldBatchNorm, FuseConvs
 
 
@@ -74,8 +76,11 @@ class _Entry(nn.Module):
         self.dtype = example.dtype
         self.dimensions = example.dim()
         self.channels_last = channels_last and example.dim() == 4
+        self.forks = forks()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not is_scripting() and not torch.compiler.is_compiling():  # neither knows of processes
+            check_fork(self.forks)
         if self.training:
             raise AccelerationError("an accelerated model is for inference; call eval(), or train the pruned model")
         if x.device.type != self.device_type or x.dtype != self.dtype:

@@ -1,7 +1,7 @@
 """The account of an acceleration: what was tried for each convolution, how long it took, and what was chosen."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fxprune.exact.reporting import Report
@@ -16,7 +16,9 @@ class LayerChoice:
         input_shape: `(N, C, H, W)` it was timed with.
         chosen: the fastest form, a key of `seconds`.
         seconds: shortest time of each form that was tried. A form is `"pruned"` or `"dense"` and the engine: `"pruned
-            native"`. A convolution that was not pruned has dense forms only.
+            native"`; in ONNX Runtime and OpenVINO it is `"pruned grouped"`, `"pruned split"` or `"dense conv"`, timed
+            between two convolutions that pass each channel on, so that changes of layout count. A convolution that was
+            not pruned has dense forms only.
         obstacles: engines that cannot compute it, with the reason.
     """
 
@@ -25,6 +27,10 @@ class LayerChoice:
     chosen: str
     seconds: Mapping[str, float]
     obstacles: Mapping[str, str]
+
+    def of(self, form: str) -> "LayerChoice":
+        """The same with another form chosen."""
+        return replace(self, chosen=form)
 
     @property
     def dense_form(self) -> str:
@@ -42,15 +48,19 @@ class AccelerationReport:
     """The account of an accelerated model. `str()` is a table; `to_dict()` is JSON-able.
 
     Attributes:
-        device, dtype, memory_format: what the model was made for.
+        device, dtype, memory_format: what the model was made for. The format is that of PyTorch; `"own"` in runtimes
+            that choose it themselves.
         chosen: the whole graph that was chosen, a key of `seconds`.
-        seconds: shortest time of each whole graph that was tried: `"pruned"` or `"dense"` and the memory format.
+        seconds: shortest time of each whole graph that was tried: `"pruned"` or `"dense"` and the memory format in
+            PyTorch, or the runtime.
         relative: time of the chosen graph relative to the best dense one, in the same rounds; 1 if that is the choice.
         layers: the convolutions, in graph order.
         gathers: gathers that no convolution could take in.
         difference: largest difference to the model before, relative to the largest output.
         notes: what else the user should know.
         compiled: the report of the pruned model; None if the model was not compiled.
+        runtime: what computes the chosen graph, see `fxprune.accelerate`.
+        absent: runtimes that were asked for and did not race, with the reason and what to install.
     """
 
     device: str
@@ -64,6 +74,8 @@ class AccelerationReport:
     difference: float
     notes: tuple[str, ...]
     compiled: Report | None
+    runtime: str = "torch"
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as dicts, lists, strings and numbers."""
@@ -86,6 +98,7 @@ class AccelerationReport:
             f"chosen: {self.chosen}, {self.relative:.2f} of the best dense time; "
             f"{self.dtype} on {self.device}, {self.memory_format}; {self.gathers} gathers remain",
             f"largest difference to the model before: {self.difference:.1e} of the largest output",
+            *(f"not in the race: {name}: {reason}" for name, reason in self.absent.items()),
             *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from fxprune.files import write_whole
+from fxprune.inference.cache import cache_directory, make_cache_directory
 from fxprune.inference.cuda_graphs import captured
-from fxprune.inference.kernels.native import cache_directory, processor, source_digest
+from fxprune.inference.kernels.native import processor, source_digest
 from fxprune.inference.race import race
 
 ROUNDS = 9
@@ -56,7 +57,7 @@ class Stopwatch:
         if self.path is None or not self._is_new:
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_cache_directory()
             text = json.dumps({**_read(self.path), **self._seconds})
             write_whole(self.path, lambda partial: partial.write_text(text, encoding="utf-8"))
         except OSError:

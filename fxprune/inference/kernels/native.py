@@ -1,7 +1,8 @@
 """The compiled CPU kernel: built once with the system's C++ compiler, kept in a cache, optional.
 
 Where there is no compiler, or the result fails its own test, `obstacle()` says so and everything else works without.
-`FXPRUNE_CACHE` names the folder (default: `~/.cache/fxprune`), `CXX` the compiler, `FXPRUNE_NATIVE=0` turns it off.
+`CXX` names the compiler, `FXPRUNE_NATIVE=0` turns it off; the folder is that of `fxprune.inference.cache`. What others
+could have put there is not loaded.
 """
 
 import functools
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxprune.errors import KernelError
+from fxprune.inference.cache import cache_directory, distrust, make_cache_directory
 
 SOURCES = ("native_channels_last.cpp", "native_contiguous.cpp", "native_ops.cpp")
 HEADERS = ("native_conv.h", "native_vectors.h")
@@ -40,13 +42,6 @@ class Packed(NamedTuple):
     weights: Tensor
     bias: Tensor
     panels: Tensor
-
-
-def cache_directory() -> Path:
-    """Where built kernels and measured times are kept; not made yet."""
-    chosen = os.environ.get("FXPRUNE_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(chosen) if chosen else base / "fxprune"
 
 
 @functools.cache
@@ -83,7 +78,8 @@ def build() -> Path:
     """Compile the kernel for this processor and this torch, unless the cache has it, and return the library.
 
     Raises:
-        KernelError: there is no compiler, or it fails; the message ends with what it said.
+        KernelError: there is no compiler, or it fails; the message ends with what it said. Or the folder, or the
+            library in it, is somebody else's, or others may write it.
     """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
     if not compiler:
@@ -95,11 +91,15 @@ def build() -> Path:
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     made_of = " ".join((compiler, *flags, abi, torch.__version__, processor(), source_digest()))
     folder, name = cache_directory(), f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
-    for built in folder.glob(f"{name}-*.so"):
-        if _is_whole(built):
-            return built
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for path in (make_cache_directory(), *folder.glob(f"{name}-*.so")):
+            if reason := distrust(path):
+                raise KernelError(
+                    f"the compiled kernel is not loaded: {reason}; remove it, or set FXPRUNE_CACHE to a folder that "
+                    "only you may write"
+                )
+            if path != folder and _is_whole(path):
+                return path
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / "native.so"
             inputs = [str(here / name) for name in SOURCES]
@@ -108,6 +108,7 @@ def build() -> Path:
             if done.returncode != 0:
                 said = (done.stderr.strip().splitlines() or ["no message"])[-1]
                 raise KernelError(f"{compiler} cannot build the compiled kernel: {said}")
+            made.chmod(0o700)
             target = folder / f"{name}-{_digest(made)}.so"
             os.replace(made, target)  # whole or not at all, also if several processes build at once
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -1,0 +1,94 @@
+"""OpenVINO on the CPU: its intermediate representation, `.xml` with the weights beside it in `.bin`."""
+
+import importlib
+import os
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fxprune.inference.runtimes.model import Run
+from fxprune.inference.runtimes.onnx_based import OnnxBased, OnnxProgram, as_arrays, refused
+
+MOST_SIZES = 8
+"""Numbers of images for which a model is compiled; with a free one OpenVINO makes slower code. More share that."""
+
+
+class OpenVinoProgram(OnnxProgram):
+    """A model of OpenVINO, compiled for each number of images that is used."""
+
+    runtime = "openvino"
+    suffixes = (".xml",)
+
+    @staticmethod
+    def version() -> str:
+        return str(_library().__version__)
+
+    def load(self, threads: int) -> Run:
+        try:
+            core = _library().Core()
+            return _Compiled(core, core.read_model(self.model), threads)
+        except Exception as error:  # its exceptions have no common base
+            raise refused("OpenVINO", error) from error
+
+    def write(self, path: Path) -> None:
+        library = _library()
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:  # whole or not at all
+            made = Path(scratch) / path.name
+            library.save_model(library.Core().read_model(self.model), str(made), compress_to_fp16=False)
+            os.replace(made.with_suffix(".bin"), path.with_suffix(".bin"))
+            os.replace(made, path)
+
+
+class OpenVino(OnnxBased):
+    """OpenVINO."""
+
+    name = "openvino"
+    packages = ("onnx", "onnxscript", "openvino")
+    extra = "fxprune[openvino]"
+    program: ClassVar[type[OnnxProgram]] = OpenVinoProgram
+
+
+class _Compiled:
+    """What runs a model for inputs of any size that it takes."""
+
+    def __init__(self, core: Any, model: Any, threads: int) -> None:
+        self.core, self.model = core, model
+        self.options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": "f32",  # else it takes bfloat16 where the processor has it
+        }
+        self.compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
+        self.lock = threading.Lock()
+        self.requests: dict[tuple[int, Any], Any] = {}  # of each thread: a request serves one at a time
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        mine = threading.get_ident(), shapes
+        request = self.requests.get(mine)
+        if request is None:
+            with self.lock:
+                request = self.requests[mine] = self._compiled(shapes).create_infer_request()
+        results = request.infer(as_arrays(tensors), share_inputs=True, share_outputs=False)
+        return [torch.from_numpy(results[place]) for place in range(len(results))]
+
+    def _compiled(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
+        """The model for inputs of these shapes, or, if there are too many already, for any."""
+        if shapes not in self.compiled and len(self.compiled) >= MOST_SIZES:
+            shapes = ()
+        if shapes not in self.compiled:
+            model = self.model.clone()
+            if shapes:
+                model.reshape(dict(zip(model.inputs, shapes, strict=True)))
+            self.compiled[shapes] = self.core.compile_model(model, "CPU", self.options)
+        return self.compiled[shapes]
+
+
+def _library() -> Any:
+    return importlib.import_module("openvino")
