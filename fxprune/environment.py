@@ -38,6 +38,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def has_vnni() -> bool:
+    """Whether the processor multiplies bytes into 32 bits at once (AVX-512 VNNI, AVX-VNNI, Arm's dot product)."""
+    flags = (_cpuinfo("flags") or _cpuinfo("Features") or "").split()
+    return not {"avx512_vnni", "avx_vnni", "asimddp"}.isdisjoint(flags)
+
+
 def _cpuinfo(field: str) -> str | None:
     """What Linux says of the first core; None elsewhere."""
     info = Path("/proc/cpuinfo")

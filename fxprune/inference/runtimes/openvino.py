@@ -31,15 +31,19 @@ class OpenVinoProgram(OnnxProgram):
     def load(self, threads: int) -> Run:
         try:
             core = _library().Core()
-            return _Compiled(core, core.read_model(self.model), threads)
+            return _Compiled(core, self.read(core), threads)
         except Exception as error:  # its exceptions have no common base
             raise refused("OpenVINO", error) from error
+
+    def read(self, core: Any) -> Any:
+        """The model, as OpenVINO has it."""
+        return core.read_model(self.model)
 
     def write(self, path: Path) -> None:
         library = _library()
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:  # whole or not at all
             made = Path(scratch) / path.name
-            library.save_model(library.Core().read_model(self.model), str(made), compress_to_fp16=False)
+            library.save_model(self.read(library.Core()), str(made), compress_to_fp16=False)
             os.replace(made.with_suffix(".bin"), path.with_suffix(".bin"))
             os.replace(made, path)
 
