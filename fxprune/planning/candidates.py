@@ -9,8 +9,9 @@ follows the dense network best on these is planned anew on all.
 import math
 from dataclasses import replace
 
+from fxprune.calibration.damage import loss_of
 from fxprune.errors import PlanError
-from fxprune.planning.sensitivity import Cost, LayerSensitivity, Sensitivity, loss_of
+from fxprune.planning.sensitivity import Cost, LayerSensitivity, Sensitivity
 
 MOST_DAMAGE = 1 - 1e-12
 
@@ -51,7 +52,7 @@ def uniform(table: Sensitivity, cost: Cost) -> Sensitivity:
     def evened(layer: LayerSensitivity) -> LayerSensitivity:
         channels, weight = len(layer.damage), getattr(layer, cost) / total
         losses = (weight * (1 - k / channels) ** 2 for k in range(1, channels + 1))
-        return replace(layer, damage=tuple(-math.expm1(-loss) for loss in losses))
+        return replace(layer, damage=tuple(map(damage_of, losses)))
 
     return replace(table, layers=tuple(map(evened, table.layers)))
 
@@ -61,6 +62,11 @@ def between(first: Sensitivity, second: Sensitivity) -> Sensitivity:
 
     def mean(a: LayerSensitivity, b: LayerSensitivity) -> LayerSensitivity:
         losses = (math.sqrt(loss_of(x) * loss_of(y)) for x, y in zip(a.damage, b.damage, strict=True))
-        return replace(a, damage=tuple(min(MOST_DAMAGE, -math.expm1(-loss)) for loss in losses))
+        return replace(a, damage=tuple(map(damage_of, losses)))
 
     return replace(first, layers=tuple(map(mean, first.layers, second.layers)))
+
+
+def damage_of(loss: float) -> float:
+    """The damage of which `loss` is `loss_of`, but never all of the signal."""
+    return min(MOST_DAMAGE, -math.expm1(-loss))

@@ -32,6 +32,8 @@ METHODS = ("auto", "cocluster", "reconstruction", "tmi", "srgkp")
 """
 PUBLISHED = ("tmi", "srgkp")
 """Methods of papers: overlap form only, and 8 groups unless said otherwise."""
+RECONSTRUCTION = "reconstruction"
+"""The criterion of filters that is the error after a refit; the default with calibration data."""
 DEFAULT_RATIO = 0.5
 """Of kernel groups, or filters, where neither ratio nor budget is given."""
 
@@ -59,7 +61,7 @@ class Request:
     latency_table: LatencyTable | None = None
     sensitivity: Sensitivity | None = None
     granularity: str | Mapping[str, float] = "kernel"
-    scope: Scope = "local"
+    scope: Scope | None = None
     round_to: int = 1
     groups: Groups | Mapping[str, Groups] = "auto"
     method: str = "auto"
@@ -84,7 +86,11 @@ class Request:
         self._check_device()
         check_seed(self.seed)
         _freeze(self, "variety", Variety.parse(self.variety))
-        if self.criterion is not None:
+        if self.criterion == RECONSTRUCTION and self.granularity != "kernel":
+            pass  # for filters it is measured on data, kernels then have the method of that name
+        elif self.criterion == RECONSTRUCTION:
+            raise PlanError("criterion 'reconstruction' is for filters; for kernels it is method='reconstruction'")
+        elif self.criterion is not None:
             criterion_of(self.criterion)
         self._check_method()
         if self.snapshots is not None:
@@ -164,6 +170,18 @@ class Request:
             self.rule.similarity_for(calibrated)
         return method
 
+    def measures_filters(self, calibrated: bool) -> bool:
+        """Whether filters go by the error that a refit leaves, given whether there is calibration data.
+
+        Raises:
+            PlanError: it needs calibration data.
+        """
+        if self.criterion == RECONSTRUCTION and not calibrated:
+            raise PlanError(
+                "criterion 'reconstruction' measures the error on data; pass calibration=, or use criterion='l2'"
+            )
+        return calibrated and (self.criterion == RECONSTRUCTION or (self.criterion is None and self.variety is None))
+
     def parts(self) -> "Iterator[Request]":
         """Requests of one granularity each, in the order in which they are served: filters first."""
         if not isinstance(self.granularity, Mapping):
@@ -172,6 +190,8 @@ class Request:
         usual = {name: _DEFAULTS[name] for name in _KERNELS_ONLY}
         yield replace(self, granularity="filter", ratio=self.granularity["filter"], **usual)
         usual = {name: _DEFAULTS[name] for name in _FILTERS_ONLY}
+        if self.criterion == RECONSTRUCTION:
+            usual["criterion"] = None
         yield replace(self, granularity="kernel", ratio=self.granularity["kernel"], **usual)
 
     # --- checks -------------------------------------------------------------------------------------------------------
@@ -246,8 +266,8 @@ class Request:
                 raise PlanError(
                     f"latency={self.latency:.4g} needs the device to be fast on; pass target='cpu' or target='cuda'"
                 )
-        if self.scope not in get_args(Scope):
-            raise PlanError(f"scope is {self.scope!r}; it must be 'local' or 'global'")
+        if self.scope is not None and self.scope not in get_args(Scope):
+            raise PlanError(f"scope is {self.scope!r}; it must be 'local' or 'global', or None for what suits")
         if self.ratio is not None:
             _freeze(self, "ratio", freeze_ratio(self.ratio))
             if self.scope == "global" and isinstance(self.ratio, Mapping):
