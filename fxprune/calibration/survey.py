@@ -11,7 +11,7 @@ from fxprune.calibration.batches import Batch
 from fxprune.calibration.following import Bounds, Following, follow
 from fxprune.calibration.joins import Join, joins_after, share_of_own
 from fxprune.calibration.lockstep import Lockstep
-from fxprune.calibration.samples import Samples, draw
+from fxprune.calibration.samples import MAX_ROWS, Samples, draw
 from fxprune.graph.convolutions import Layer, conv_at, layer_at
 from fxprune.graph.editing import call_sites
 
@@ -49,6 +49,7 @@ def measured(
     measure: Callable[[str, Layer, Samples, Bounds | None], T],
     *,
     seed: int = 0,
+    rows: int = MAX_ROWS,
     progress: bool = False,
 ) -> dict[str, tuple[T, float]]:
     """Measure layers, each where it is called first, with what is added behind them where that is known.
@@ -59,6 +60,7 @@ def measured(
         layers: module paths of convolutions and linear layers.
         measure: what is asked of each: its name, itself, its samples, and the bounds of the rectifier that reads it.
         seed: of the sampled positions.
+        rows: about how many of these there are at most.
         progress: show a bar on stderr.
 
     Returns:
@@ -82,8 +84,8 @@ def measured(
                 shares[what] = share_of_own(what, [sample for sample, _ in samples])
                 continue
             layer = layer_at(dense, what)
-            rows = draw(what, node.name, layer, following[what], samples, seed)
-            found[what] = measure(what, layer, rows, following[what].bounds)
+            drawn = draw(what, node.name, layer, following[what], samples, seed, rows)
+            found[what] = measure(what, layer, drawn, following[what].bounds)
     return {name: (what, math.prod(shares[join] for join in joins[name])) for name, what in found.items()}
 
 

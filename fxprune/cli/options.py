@@ -55,9 +55,10 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--granularity",
         type=values.granularity,
-        metavar="kernel|filter|filter:R,kernel:R",
+        metavar="kernel|filter|auto|filter:R,kernel:R",
         help="prune kernels, so that convolutions become grouped (default), or whole filters, so that they become "
-        "narrower; or filters at one ratio, then kernels at another",
+        "narrower; both, as divides a budget best, which needs --calibration; or filters at one ratio, then kernels at "
+        "another",
     )
     parser.add_argument(
         "--scope",

@@ -7,8 +7,10 @@ follows the dense network best on these is planned anew on all.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
+from fxprune.calibration.agreement import Agreement
 from fxprune.calibration.damage import loss_of
 from fxprune.errors import PlanError
 from fxprune.planning.sensitivity import Cost, LayerSensitivity, Sensitivity
@@ -65,6 +67,24 @@ def between(first: Sensitivity, second: Sensitivity) -> Sensitivity:
         return replace(a, damage=tuple(map(damage_of, losses)))
 
     return replace(first, layers=tuple(map(mean, first.layers, second.layers)))
+
+
+def told(what: str, found: Mapping[str, Agreement | None], taken: str) -> str:
+    """What came of judging several ways, in a sentence.
+
+    Args:
+        what: what was judged.
+        found: by way.
+        taken: the one that was taken.
+    """
+    known = next((agreement for agreement in found.values() if agreement is not None), None)
+    ways = [
+        f"{way}{' (taken)' if way == taken else ''} "
+        + ("unknown" if agreement is None else f"{100 * agreement.share:.1f} %, distance {agreement.distance:.3g}")
+        for way, agreement in found.items()
+    ]
+    where = "" if known is None else f" on {known.inputs} {'held-out' if known.held_out else 'fitted'} inputs"
+    return f"{what}, agreement with the dense network{where}: {'; '.join(ways)}"
 
 
 def damage_of(loss: float) -> float:

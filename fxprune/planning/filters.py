@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from fxprune.calibration import survey
+from fxprune.calibration.agreement import Agreement
 from fxprune.calibration.judging import Judge, best
 from fxprune.calibration.subject import Subject
 from fxprune.calibration.unit_damage import Reader
@@ -18,7 +19,7 @@ from fxprune.criteria.variety import Array, Redundancy
 from fxprune.errors import PlanError
 from fxprune.exact.narrowing import CountedError
 from fxprune.graph.convolutions import conv_at, convolutions
-from fxprune.planning.candidates import between, uniform
+from fxprune.planning.candidates import between, told, uniform
 from fxprune.planning.lossy import masked_by, without_removed
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.requests import RECONSTRUCTION, Request
@@ -37,43 +38,62 @@ def plan_filters(subject: Subject, request: Request) -> PrunePlan:
         PlanError: the shapes of the model are not known, or so much cannot be removed.
         CalibrationError: the calibration data do not fit the model.
     """
-    plans = filter_plans(subject, request)
+    plans = FilterPlanner(subject).plans(request)
     if len(plans) == 1:
         return next(iter(plans.values()))
-    judge = Judge(subject)
-    return plans[best({way: judge.agreement(masked_by(judge.fitted, plan)) for way, plan in plans.items()})]
+    found = judged_plans(Judge(subject), plans)
+    way = best(found)
+    return replace(plans[way], remarks=(told("ways to spread the filters", found, way),))
 
 
-def filter_plans(subject: Subject, request: Request) -> dict[str, PrunePlan]:
-    """Plans of filters, by the way in which the amount is spread over the channel spaces.
+def judged_plans(judge: Judge, plans: Mapping[str, PrunePlan]) -> dict[str, Agreement | None]:
+    """What comes of plans of filters, refitted without the inputs on which they are judged."""
+    return {way: judge.agreement(masked_by(judge.fitted, plan)) for way, plan in plans.items()}
 
-    One, unless there are a budget and calibration data and nobody says how it is spread: then
 
-    - `"global"`: one ranking of all units, with the reconstruction criterion by the loss for each unit of cost saved.
-    - `"between"`: with that criterion, by the geometric mean of the loss and one that spreads evenly.
-    - `"local"`: the same share of each space.
+class FilterPlanner:
+    """Plans of filters for one model, for several amounts; what its layers read is measured once.
 
-    Raises:
-        PlanError: see `plan_filters`, as for the other.
-        CalibrationError: see there.
+    Args:
+        subject: the model.
     """
-    readers: dict[str, Reader] | None = None
-    while True:
-        removable = removable_of(subject, request.patterns)
-        if readers is None and request.measures_filters(subject.batches is not None):
-            readers = measure_readers(subject, removable.units, request.seed, request.progress)
-        plans = _plans(subject, request, removable, readers)
-        if not subject.is_recorded:
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._readers: dict[str, Reader] | None = None
+
+    def plans(self, request: Request) -> dict[str, PrunePlan]:
+        """Plans of filters, by the way in which the amount is spread over the channel spaces.
+
+        One, unless there are a budget and calibration data and nobody says how it is spread: then
+
+        - `"global"`: one ranking of all units, with the reconstruction criterion by the loss for each unit of cost
+          saved.
+        - `"between"`: with that criterion, by the geometric mean of the loss and one that spreads evenly.
+        - `"local"`: the same share of each space.
+
+        Raises:
+            PlanError: see `plan_filters`, as for the other.
+            CalibrationError: see there.
+        """
+        subject = self._subject
+        measures = request.measures_filters(subject.batches is not None)
+        while True:
+            removable = removable_of(subject, request.patterns)
+            if measures and self._readers is None:
+                self._readers = measure_readers(subject, removable.units, request.seed, request.progress)
+            plans = _plans(subject, request, removable, self._readers if measures else None)
+            if not subject.is_recorded:
+                return plans
+            try:
+                for plan in plans.values():
+                    without_removed(subject, masked_copy(subject.model, plan), plan)
+            except CountedError as error:
+                if error.nodes.keys() <= subject.counted.keys():
+                    raise
+                subject.counted.update(error.nodes)
+                continue
             return plans
-        try:
-            for plan in plans.values():
-                without_removed(subject, masked_copy(subject.model, plan), plan)
-        except CountedError as error:
-            if error.nodes.keys() <= subject.counted.keys():
-                raise
-            subject.counted.update(error.nodes)
-            continue
-        return plans
 
 
 @dataclass(frozen=True)
@@ -81,7 +101,7 @@ class _Worth:
     """What units are worth.
 
     Attributes:
-        scores: `(U,)`, by the way in which they spread an amount, see `filter_plans`.
+        scores: `(U,)`, by the way in which they spread an amount, see `FilterPlanner.plans`.
         criterion: its name.
         comparable: whether they have one scale in all spaces.
     """

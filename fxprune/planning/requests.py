@@ -20,6 +20,8 @@ Scope = Literal["local", "global"]
 
 GRANULARITIES = ("kernel", "filter")
 """What is removed: kernels, so that convolutions become grouped, or whole filters, so that they become narrower."""
+AUTO = "auto"
+"""In place of a granularity: a budget is divided among filters and kernels."""
 METHODS = ("auto", "cocluster", "reconstruction", "tmi", "srgkp")
 """How groups and kept kernels are chosen.
 
@@ -184,15 +186,16 @@ class Request:
 
     def parts(self) -> "Iterator[Request]":
         """Requests of one granularity each, in the order in which they are served: filters first."""
-        if not isinstance(self.granularity, Mapping):
+        if isinstance(self.granularity, str) and self.granularity != AUTO:
             yield self
             return
+        amounts = self.granularity if isinstance(self.granularity, Mapping) else dict.fromkeys(GRANULARITIES)
         usual = {name: _DEFAULTS[name] for name in _KERNELS_ONLY}
-        yield replace(self, granularity="filter", ratio=self.granularity["filter"], **usual)
+        yield replace(self, granularity="filter", ratio=amounts["filter"], **usual)
         usual = {name: _DEFAULTS[name] for name in _FILTERS_ONLY}
         if self.criterion == RECONSTRUCTION:
             usual["criterion"] = None
-        yield replace(self, granularity="kernel", ratio=self.granularity["kernel"], **usual)
+        yield replace(self, granularity="kernel", ratio=amounts["kernel"], **usual)
 
     # --- checks -------------------------------------------------------------------------------------------------------
 
@@ -201,15 +204,18 @@ class Request:
         given = self.granularity
         names = list(given) if isinstance(given, Mapping) else [given]
         for name in names:
-            if name not in GRANULARITIES:
-                close = near_matches(str(name), GRANULARITIES)
+            if name not in GRANULARITIES and given != AUTO:
+                close = near_matches(str(name), (*GRANULARITIES, AUTO))
                 raise PlanError(
                     f"granularity is {name!r}{close}; it must be 'kernel', 'filter', or map both to their ratios: "
-                    "granularity={'filter': 0.25, 'kernel': 0.5}"
+                    "granularity={'filter': 0.25, 'kernel': 0.5}; or 'auto', with a budget"
                 )
         if isinstance(given, Mapping):
             self._check_both(names)
             _freeze(self, "granularity", MappingProxyType({name: freeze_ratio(value) for name, value in given.items()}))
+            return
+        if given == AUTO:
+            self._check_auto()
             return
         foreign, other, them = (
             (_KERNELS_ONLY, "kernel", "filters") if given == "filter" else (_FILTERS_ONLY, "filter", "kernels")
@@ -221,6 +227,24 @@ class Request:
             raise PlanError(
                 f"latency={self.latency!r} chooses groups of kernels; give filters a ratio or macs= instead"
             )
+
+    def _check_auto(self) -> None:
+        """See that there is a budget to divide, and nothing that fits one part of the network only."""
+        if self.latency is not None:
+            raise PlanError(
+                f"granularity='auto' divides MACs or parameters; latency={self.latency!r} is for granularity='kernel'"
+            )
+        if self.budget is None or self.ratio is not None:
+            raise PlanError(
+                "granularity='auto' divides a budget among filters and kernels; pass macs= or params= alone, or map "
+                "both to their ratios: granularity={'filter': 0.25, 'kernel': 0.5}"
+            )
+        for name in ("sensitivity", "snapshots", "after"):
+            if (value := getattr(self, name)) is not None:
+                raise PlanError(
+                    f"{name}={_short(value)} does not fit the network that removed filters leave; leave it out for "
+                    "granularity='auto'"
+                )
 
     def _check_both(self, names: list[str]) -> None:
         """See that a mapping from granularity to ratio is the only answer to how much goes."""

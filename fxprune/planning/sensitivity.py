@@ -27,7 +27,7 @@ from tqdm import tqdm
 from fxprune.calibration.batches import Batch
 from fxprune.calibration.damage import damage_path, loss_of
 from fxprune.calibration.following import Bounds
-from fxprune.calibration.samples import Samples
+from fxprune.calibration.samples import MAX_ROWS, Samples
 from fxprune.calibration.survey import measured
 from fxprune.errors import PlanError
 from fxprune.graph.convolutions import Layer, conv_at, convolutions, kernels_of
@@ -257,6 +257,7 @@ def measure(
     batches: Sequence[Batch] | None,
     *,
     seed: int = 0,
+    rows: int = MAX_ROWS,
     progress: bool = False,
 ) -> Sensitivity:
     """Measure the sensitivity of convolutions, each with the rest of the network dense.
@@ -268,6 +269,7 @@ def measure(
         batches: calibration data. Without them the damage is the share of weight energy lost, a poor substitute: it
             knows nothing of what the network does with the output.
         seed: of the positions and of the clustering.
+        rows: about how many positions are drawn for each at most.
         progress: show a bar on stderr.
 
     Raises:
@@ -279,7 +281,7 @@ def measure(
     damages = (
         _from_weights(dense, groups, seed, progress)
         if batches is None
-        else _from_data(dense, groups, batches, seed, progress)
+        else _from_data(dense, groups, batches, seed, rows, progress)
     )
     layers = (
         LayerSensitivity(name, groups[name], costs[name][1] or 0, dense.get_parameter(f"{name}.weight").numel(), damage)
@@ -293,12 +295,12 @@ def measure(
 
 
 def _from_data(
-    dense: fx.GraphModule, groups: Mapping[str, int], batches: Sequence[Batch], seed: int, progress: bool
+    dense: fx.GraphModule, groups: Mapping[str, int], batches: Sequence[Batch], seed: int, rows: int, progress: bool
 ) -> dict[str, tuple[float, ...]]:
     def path(name: str, conv: Layer, samples: Samples, bounds: Bounds | None) -> Matrix:
         return damage_path(kernels_of(conv), samples, groups[name], seed, bounds)
 
-    found = measured(dense, batches, groups, path, seed=seed, progress=progress)
+    found = measured(dense, batches, groups, path, seed=seed, rows=rows, progress=progress)
     return {name: _falling(damage * share) for name, (damage, share) in found.items()}
 
 

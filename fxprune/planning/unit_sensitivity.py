@@ -91,7 +91,9 @@ def measure_readers(subject: Subject, units: ChannelUnits, seed: int = 0, progre
     def reader(name: str, layer: Layer, samples: Samples, bounds: Bounds | None) -> Reader:
         return Reader.of(layer, samples, bounds)
 
-    found = measured(subject.network, subject.network_batches, names, reader, seed=seed, progress=progress)
+    found = measured(
+        subject.network, subject.network_batches, names, reader, seed=seed, rows=subject.rows, progress=progress
+    )
     return {name: reader.weighed(share) for name, (reader, share) in found.items()}
 
 

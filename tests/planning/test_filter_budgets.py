@@ -14,7 +14,7 @@ import fxprune
 from fxprune import PlanError
 from fxprune.calibration.subject import Subject
 from fxprune.planning import filters
-from fxprune.planning.filters import filter_plans, removable_of
+from fxprune.planning.filters import FilterPlanner, removable_of
 from fxprune.planning.requests import Request
 from fxprune.planning.selection import choose_units
 from fxprune.planning.sensitivity import Cost
@@ -172,7 +172,7 @@ def test_the_error_is_smaller_than_with_norms(net: Net) -> None:
 
 
 def test_a_budget_with_data_is_planned_in_three_ways(net: Net) -> None:
-    plans = filter_plans(Subject(net, None, images()), request(macs=0.6))
+    plans = FilterPlanner(Subject(net, None, images())).plans(request(macs=0.6))
     assert list(plans) == ["global", "between", "local"]
     for way, plan in plans.items():
         assert plan.method == f"filter, {way}"
@@ -197,7 +197,7 @@ def test_a_budget_with_data_is_planned_in_three_ways(net: Net) -> None:
 )
 def test_where_nothing_is_open_there_is_one_way(net: Net, asked: dict[str, Any], data: bool, ways: list[str]) -> None:
     subject = Subject(net, images(2), images() if data else None)
-    assert list(filter_plans(subject, request(**asked))) == ways
+    assert list(FilterPlanner(subject).plans(request(**asked))) == ways
 
 
 def test_misleading_scores_are_not_trusted(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
