@@ -267,6 +267,9 @@ def _grid(layer: Layer, shape: torch.Size) -> tuple[int, ...]:
 
 
 def _pick(layer: Layer, value: Tensor, place: tuple[Tensor, ...]) -> Tensor:
+    """The channels of a value at some places, `(R, C)` float32; all that is there if it has no batch."""
+    if not isinstance(layer, Convolution):
+        return (value[place] if place else value[None]).float()
     image, *others = place
-    where: tuple[Tensor | slice, ...] = (image, slice(None), *others) if isinstance(layer, Convolution) else place
-    return value[where].float()  # (R, C): a dimension between comes last
+    where: tuple[Tensor | slice, ...] = (image, slice(None), *others)
+    return value[where].float()  # the dimension between comes last

@@ -19,7 +19,7 @@ from fxprune.calibration.least_squares import Part, choose_ridge, held_out_error
 from fxprune.calibration.samples import Moments, Samples
 from fxprune.graph.convolutions import Layer, kernels_of
 from fxprune.methods import Labels, Matrix
-from fxprune.methods.reconstruction import Elimination, damped_inverse, give_up_together
+from fxprune.methods.reconstruction import Elimination, Summation, damped_inverse, give_up_together
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,50 @@ class Reader:
         return replace(self, counts=self.counts * share)
 
 
+@dataclass(frozen=True)
+class StiffReader:
+    """What is kept of the samples of a layer that no refit changes: the errors of its inputs are taken to add up, as if
+    they were uncorrelated.
+
+    Attributes:
+        costs: `(D,)` float64, the damage without each of its inputs.
+    """
+
+    costs: Tensor
+
+    @classmethod
+    def of(cls, layer: Layer, samples: Samples, bounds: Bounds | None) -> "StiffReader":
+        """That of a layer whose result a rectifier with `bounds` reads."""
+        energy = kernels_of(layer).detach().double().flatten(1).square()
+        return cls((error_weights(samples, bounds) @ energy) * samples.inputs.square().mean(0, dtype=torch.float64))
+
+    def weighed(self, share: float) -> "StiffReader":
+        """The same if errors count by this share only."""
+        return replace(self, costs=self.costs * share)
+
+
+class _Stiff:
+    """A stiff reader that loses units."""
+
+    def __init__(self, reader: StiffReader, unit_of: Labels, units: int) -> None:
+        owner = torch.from_numpy(np.repeat(unit_of, len(reader.costs) // len(unit_of))).to(reader.costs.device)
+        self._costs = reader.costs.new_zeros(units).index_add_(0, owner[owner >= 0], reader.costs[owner >= 0])
+        self.inputs = 0
+
+    def elimination(self) -> Summation:
+        """See `_Losing`, as for the other."""
+        return Summation(self._costs)
+
+    def loss(self, gone: Tensor) -> float:
+        """See there."""
+        return loss_of(float(self._costs[gone].sum()))
+
+
 class _Losing:
     """A reader that loses units: which of its inputs belong to which, and the pull of its refit."""
 
     def __init__(self, reader: Reader, unit_of: Labels, units: int) -> None:
-        self.reader, self._units = reader, units
+        self.reader, self._units, self.inputs = reader, units, reader.weight.shape[1]
         taps = reader.weight.shape[1] // len(unit_of)
         self.owner = torch.from_numpy(np.repeat(unit_of, taps)).to(reader.weight.device)
         first, second = reader.halves
@@ -88,7 +127,9 @@ class _Losing:
         return own[energies[own].argsort(stable=True)[: len(own) // 2]]
 
 
-def space_damage(readers: Sequence[tuple[Reader, Labels]], units: int, gone: Labels) -> tuple[Labels, Matrix]:
+def space_damage(
+    readers: Sequence[tuple[Reader | StiffReader, Labels]], units: int, gone: Labels
+) -> tuple[Labels, Matrix]:
     """In which order the units of a space go, and what their readers lose.
 
     Args:
@@ -99,20 +140,27 @@ def space_damage(readers: Sequence[tuple[Reader, Labels]], units: int, gone: Lab
 
     Returns:
         the units `(units,)`, the first to go first, and the loss `(units,)`, entry `k - 1` if the last `k` of them
-        stay: the sum over the readers of `loss_of` their damage, interpolated as for kernels. Where nobody reads, there
-        is none, and the last goes first.
+        stay: the sum over the readers of `loss_of` their damage, interpolated as for kernels. Where no reader is
+        known, all units are taken to matter alike, and the last goes first.
     """
     if not readers:
         rest = np.setdiff1d(np.arange(units), gone)[::-1]
-        return np.concatenate([gone, rest]).astype(np.intp), np.zeros(units)
-    losing = [_Losing(reader, unit_of, units) for reader, unit_of in readers]
+        damages = 1 - np.arange(1, units + 1) / units
+        return np.concatenate([gone, rest]).astype(np.intp), np.array([loss_of(damage) for damage in damages])
+    losing = [
+        _Losing(reader, unit_of, units) if isinstance(reader, Reader) else _Stiff(reader, unit_of, units)
+        for reader, unit_of in readers
+    ]
     eliminations = [reader.elimination() for reader in losing]
-    before = torch.as_tensor(gone, dtype=torch.long, device=losing[0].owner.device)
+    before = torch.as_tensor(gone, dtype=torch.long, device=eliminations[0].alive.device)
     if len(before):
         for elimination in eliminations:
             elimination.drop(before)
     order = torch.cat([before, give_up_together(eliminations, 0)])
-    inputs = max(reader.weight.shape[1] for reader, _ in readers)
-    path = interpolated(units, inputs, lambda kept: sum(reader.loss(order[: units - kept]) for reader in losing))
+    path = interpolated(
+        units,
+        max(reader.inputs for reader in losing),
+        lambda kept: sum(reader.loss(order[: units - kept]) for reader in losing),
+    )
     found: Labels = order.cpu().numpy()
     return found, np.maximum.accumulate(np.maximum(path, 0)[::-1])[::-1]

@@ -190,7 +190,29 @@ class Elimination:
         self._inverse[gone, gone] = 1
 
 
-def give_up_together(readers: Sequence[Elimination], kept: int) -> Tensor:
+class Summation:
+    """The same for filters whose other weights do not adapt: what their channels cost adds up.
+
+    Args:
+        costs: `(C,)` float64.
+    """
+
+    inputs = 0
+
+    def __init__(self, costs: Tensor) -> None:
+        self._costs = costs
+        self.alive = torch.ones(len(costs), dtype=torch.bool, device=costs.device)
+
+    def costs(self) -> Tensor:
+        """See `Elimination.costs`."""
+        return torch.where(self.alive, self._costs, torch.inf)
+
+    def drop(self, channels: Tensor, adapt: bool = True) -> None:
+        """Remove channels."""
+        self.alive[channels] = False
+
+
+def give_up_together(readers: Sequence[Elimination | Summation], kept: int) -> Tensor:
     """Drop channels that all `readers` lose at once, those first whose loss costs them least in sum, until `kept` are
     left. Returns those that went, in their order. Where one of the readers is `LARGE`, see `elimination_order`.
     """
@@ -259,6 +281,6 @@ def _inverse(damped: Tensor) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
 
-def _at_once(group: Elimination) -> int:
+def _at_once(group: Elimination | Summation) -> int:
     left = int(group.alive.sum())
     return left if group.inputs > LARGE else max(1, int(BATCH * left))

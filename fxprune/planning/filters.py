@@ -10,7 +10,7 @@ from fxprune.calibration import survey
 from fxprune.calibration.agreement import Agreement
 from fxprune.calibration.judging import Judge, best
 from fxprune.calibration.subject import Subject
-from fxprune.calibration.unit_damage import Reader
+from fxprune.calibration.unit_damage import Reader, StiffReader
 from fxprune.channels.removal import Removable, find_removable
 from fxprune.channels.units import STAYS, Chosen
 from fxprune.criteria import Evidence, resolve
@@ -60,7 +60,8 @@ class FilterPlanner:
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        self._readers: dict[str, Reader] | None = None
+        self._readers: dict[str, Reader | StiffReader] | None = None
+        self._sensitivity: tuple[bytes, UnitSensitivity] | None = None
 
     def plans(self, request: Request) -> dict[str, PrunePlan]:
         """Plans of filters, by the way in which the amount is spread over the channel spaces.
@@ -80,9 +81,15 @@ class FilterPlanner:
         measures = request.measures_filters(subject.batches is not None)
         while True:
             removable = removable_of(subject, request.patterns)
-            if measures and self._readers is None:
-                self._readers = measure_readers(subject, removable.units, request.seed, request.progress)
-            plans = _plans(subject, request, removable, self._readers if measures else None)
+            for name, layer in removable.units.layers.items():
+                if layer.prunable:
+                    check_weight(name, conv_at(subject.layers, name).weight)
+            gone = removed_units(removable, request.after)
+            if measures:
+                worth = _by_error(request, self._measured(request, removable, gone))
+            else:
+                worth = _by_criterion(subject, request, removable)
+            plans = _plans(subject, request, removable, gone, worth)
             if not subject.is_recorded:
                 return plans
             try:
@@ -94,6 +101,16 @@ class FilterPlanner:
                 subject.counted.update(error.nodes)
                 continue
             return plans
+
+    def _measured(self, request: Request, removable: Removable, gone: Chosen) -> UnitSensitivity:
+        """The sensitivity of the units, measured anew only where these are others than before."""
+        units = removable.units
+        if self._readers is None:
+            self._readers = measure_readers(self._subject, units, request.seed, request.progress)
+        key = b"".join(part.tobytes() for part in (removable.unit_of, gone))
+        if self._sensitivity is None or self._sensitivity[0] != key:
+            self._sensitivity = key, measure_units(self._readers, units, gone)
+        return self._sensitivity[1]
 
 
 @dataclass(frozen=True)
@@ -112,17 +129,9 @@ class _Worth:
 
 
 def _plans(
-    subject: Subject, request: Request, removable: Removable, readers: Mapping[str, Reader] | None
+    subject: Subject, request: Request, removable: Removable, gone: Chosen, worth: _Worth
 ) -> dict[str, PrunePlan]:
     model, units = subject.layers, removable.units
-    for name, layer in units.layers.items():
-        if layer.prunable:
-            check_weight(name, conv_at(model, name).weight)
-    gone = removed_units(removable, request.after)
-    if readers is None:
-        worth = _by_criterion(subject, request, removable)
-    else:
-        worth = _by_error(request, measure_units(readers, units, gone))
     uncalled = {name: why for name, why in subject.obstacles.items() if name not in units.layers}
     found: dict[str, PrunePlan] = {}
     taken: list[Chosen] = []

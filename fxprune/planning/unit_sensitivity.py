@@ -15,7 +15,7 @@ from fxprune.calibration.following import Bounds
 from fxprune.calibration.samples import Samples
 from fxprune.calibration.subject import Subject
 from fxprune.calibration.survey import measured
-from fxprune.calibration.unit_damage import Reader, space_damage
+from fxprune.calibration.unit_damage import Reader, StiffReader, space_damage
 from fxprune.channels.units import STAYS, ChannelUnits, Chosen
 from fxprune.criteria.variety import Array
 from fxprune.graph.convolutions import Layer, convolutions
@@ -66,9 +66,11 @@ class UnitSensitivity:
         return scores
 
 
-def measure_readers(subject: Subject, units: ChannelUnits, seed: int = 0, progress: bool = False) -> dict[str, Reader]:
-    """What the layers that read units need to be refitted, each where it is called first. Grouped convolutions, whose
-    channels stay, are none; of the linear layers those that a refit solves.
+def measure_readers(
+    subject: Subject, units: ChannelUnits, seed: int = 0, progress: bool = False
+) -> dict[str, Reader | StiffReader]:
+    """What the layers that read units lose without some, each where it is called first. Grouped convolutions, whose
+    channels stay, are none.
 
     Args:
         subject: with calibration data.
@@ -80,16 +82,11 @@ def measure_readers(subject: Subject, units: ChannelUnits, seed: int = 0, progre
         CalibrationError: the data do not fit the model, or a layer's values are not finite.
     """
     assert subject.network_batches is not None
-    linears = refittable_linears(subject.layers, subject.trace)
-    convs = convolutions(subject.layers)
-    names = [
-        name
-        for name, layer in units.layers.items()
-        if layer.reads is not None and (layer.reads != STAYS).any() and (name in convs or name in linears)
-    ]
+    free = {**convolutions(subject.layers), **refittable_linears(subject.layers, subject.trace)}
+    names = [name for name, layer in units.layers.items() if layer.reads is not None and (layer.reads != STAYS).any()]
 
-    def reader(name: str, layer: Layer, samples: Samples, bounds: Bounds | None) -> Reader:
-        return Reader.of(layer, samples, bounds)
+    def reader(name: str, layer: Layer, samples: Samples, bounds: Bounds | None) -> Reader | StiffReader:
+        return (Reader if name in free else StiffReader).of(layer, samples, bounds)
 
     found = measured(
         subject.network, subject.network_batches, names, reader, seed=seed, rows=subject.rows, progress=progress
@@ -97,7 +94,7 @@ def measure_readers(subject: Subject, units: ChannelUnits, seed: int = 0, progre
     return {name: reader.weighed(share) for name, (reader, share) in found.items()}
 
 
-def measure_units(readers: Mapping[str, Reader], units: ChannelUnits, gone: Chosen) -> UnitSensitivity:
+def measure_units(readers: Mapping[str, Reader | StiffReader], units: ChannelUnits, gone: Chosen) -> UnitSensitivity:
     """Put together what the readers of each space lose.
 
     Args:

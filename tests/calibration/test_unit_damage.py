@@ -14,10 +14,11 @@ import fxprune
 from fxprune.calibration.damage import loss_of
 from fxprune.calibration.least_squares import RIDGES
 from fxprune.calibration.survey import measured
-from fxprune.calibration.unit_damage import Reader, space_damage
+from fxprune.calibration.unit_damage import Reader, StiffReader, space_damage
 from fxprune.graph.convolutions import Layer
 from fxprune.graph.tracing import trace
 from fxprune.planning import lossy
+from fxprune.plans import eligibility
 from fxprune.plans.eligibility import MOST_FEATURES, refittable_linears
 from fxprune.plans.masking import masked_copy
 
@@ -109,10 +110,71 @@ def test_channels_of_other_spaces_stay() -> None:
     assert losses[0] < whole[0]
 
 
-def test_without_readers_nothing_is_lost() -> None:
+def test_where_no_reader_is_known_all_units_matter_alike() -> None:
     order, losses = space_damage([], 4, np.array([1]))
     assert list(order) == [1, 3, 2, 0]
-    assert not losses.any()
+    np.testing.assert_allclose(np.exp(-losses), [0.25, 0.5, 0.75, 1])
+
+
+def test_what_a_reader_loses_that_no_refit_changes_adds_up() -> None:
+    model, data = net(), images(2048)
+    graph = trace(model, data).module
+    ((reader, _),) = measured(
+        graph, [(data,)], ["head"], lambda _, layer, samples, bounds: StiffReader.of(layer, samples, bounds)
+    ).values()
+    order, losses = space_damage([(reader, np.arange(8))], 8, np.zeros(0, dtype=np.intp))
+    with torch.no_grad():
+        features = model.stem(data).relu().mean((2, 3))
+        variance = float(model.head(features).var(0, correction=0).sum())
+        costs = (model.head.weight.square().sum(0) * features.var(0, correction=0) / variance).numpy()
+    assert list(order) == list(np.argsort(costs))
+    for kept in (2, 6):
+        assert losses[kept - 1] == pytest.approx(loss_of(float(costs[order[: 8 - kept]].sum())), rel=1e-3)
+    assert space_damage([(reader.weighed(0.5), np.arange(8))], 8, np.zeros(0, dtype=np.intp))[1][4] < losses[4]
+
+
+class Wide(nn.Module):
+    """A linear layer over all positions, which hardly looks at some channels; these are written loudly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.head = nn.Linear(8 * 64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stem(x).relu().flatten(1))
+
+
+def test_a_layer_too_wide_to_be_refitted_still_says_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Wide().eval()
+    with torch.no_grad():
+        model.stem.weight[:3] *= 4
+        model.head.weight.view(4, 8, 64)[:, :3] = 1e-4
+    monkeypatch.setattr(eligibility, "MOST_FEATURES", 100)
+    assert not refittable_linears(model, trace(model, images().float()))
+    options: dict[str, Any] = {"granularity": "filter", "calibration": images().float()}
+    assert fxprune.make_plan(model, 3 / 8, **options).removed["stem"].outputs == (0, 1, 2)
+    assert fxprune.make_plan(model, 3 / 8, criterion="l2", **options).removed["stem"].outputs != (0, 1, 2)
+
+
+class Single(nn.Module):
+    """All images at once: the linear layer gives no batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stem(x).relu().mean((0, 2, 3)))
+
+
+def test_a_linear_layer_without_a_batch_is_read_all_the_same() -> None:
+    singles = list(images().float().split(1))  # type: ignore[no-untyped-call]
+    plan = fxprune.make_plan(Single().eval(), 0.25, granularity="filter", calibration=singles)
+    assert len(plan.removed["stem"].outputs) == 2
 
 
 def test_few_images_do_not_make_units_look_harmless() -> None:
