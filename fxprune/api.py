@@ -46,7 +46,7 @@ def compile(
     example_inputs: Inputs | None = None,
     calibration: Calibration | None = None,
     granularity: str | Mapping[str, float] = "kernel",
-    scope: Scope = "local",
+    scope: Scope | None = None,
     round_to: int = 1,
     groups: Groups | Mapping[str, Groups] = "auto",
     method: str = "auto",
@@ -93,9 +93,11 @@ def compile(
         granularity: `"kernel"`: convolutions become grouped, each group keeps some input channels. `"filter"`: whole
             filters go, with everything they feed, through residual additions, concatenations, depthwise convolutions,
             shuffles and slices; convolutions become narrower. A mapping gives both a ratio and does one after the
-            other: `{"filter": 0.25, "kernel": 0.5}`.
+            other: `{"filter": 0.25, "kernel": 0.5}`. `"auto"` divides a budget among both, in the way that does best
+            on held-out data (`fxprune.planning.auto`); it needs calibration data.
         scope: of filters: `"local"` removes the same share from each channel space, `"global"` ranks all filters of the
-            network (`fxprune.planning.selection.choose_units`).
+            network (`fxprune.planning.selection.choose_units`). None is `"local"`; but for a budget with calibration
+            data both are tried, and one between, and what does best on held-out data is taken.
         round_to: each channel space keeps a multiple of this many filters.
         groups: number of groups, `"auto"`, or a mapping from pattern to either. `"auto"` is wide groups, for time; with
             a budget, calibration data and no target it is 8 where that divides, for accuracy. One number for all is a
@@ -108,7 +110,9 @@ def compile(
 
         method: how the groups are chosen, see `fxprune.planning.METHODS`.
         criterion: importance of a kernel, for method `"cocluster"`, or summed over a filter: a name in
-            `fxprune.criteria.CRITERIA`, a `Criterion`, or a function `(name, conv) -> (O, C)`.
+            `fxprune.criteria.CRITERIA`, a `Criterion`, or a function `(name, conv) -> (O, C)`. Of filters also
+            `"reconstruction"`, the error that is left once all layers that read them are refitted, which is the default
+            with calibration data and no variety.
         variety: make the criterion keep rare kernels or filters: a name in
             `fxprune.criteria.variety.VARIETIES` or a `Variety`.
         seed: of the planner's random starts and of the sampled positions.
@@ -228,7 +232,7 @@ def make_plan(
     example_inputs: Inputs | None = None,
     calibration: Calibration | None = None,
     granularity: str | Mapping[str, float] = "kernel",
-    scope: Scope = "local",
+    scope: Scope | None = None,
     round_to: int = 1,
     groups: Groups | Mapping[str, Groups] = "auto",
     method: str = "auto",

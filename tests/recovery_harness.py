@@ -63,8 +63,9 @@ class Depthwise(nn.Module):
 NETS: dict[str, Callable[[], nn.Module]] = {"residual": Residual, "plain": plain, "depthwise": Depthwise}
 PLANS: dict[str, dict[str, Any]] = {
     "kernels": {"ratio": 0.75, "groups": 4, "form": "overlap"},
-    "filters": {"ratio": 0.25, "granularity": "filter"},
-    "both": {"granularity": {"filter": 0.25, "kernel": 0.5}, "groups": 2, "form": "overlap"},
+    # Filters go by their norm: for the error, so little is lost of nets so small that nothing is left to recover.
+    "filters": {"ratio": 0.25, "granularity": "filter", "criterion": "l2"},
+    "both": {"granularity": {"filter": 0.25, "kernel": 0.5}, "groups": 2, "form": "overlap", "criterion": "l2"},
 }
 
 

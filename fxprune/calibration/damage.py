@@ -4,6 +4,9 @@ With a few hundred rows for thousands of inputs any layer could be fitted from a
 on the next image. So one half of the images is fitted, and the other one predicted, each in turn.
 """
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from scipy.interpolate import PchipInterpolator
@@ -15,6 +18,8 @@ from fxprune.calibration.samples import Samples
 from fxprune.methods import Matrix
 from fxprune.methods.reconstruction import LARGE, elimination_order
 
+LEAST_SIGNAL = 1e-6
+"""Where less than this is left of the signal, all is lost; a damage of 1 and more has a logarithm all the same."""
 # Shares of its channels with which a layer is fitted, and those with which one above LARGE is, for time.
 SHARES = tuple(part / 16 for part in range(1, 16))
 FEW_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
@@ -29,10 +34,7 @@ def damage_path(weight: Tensor, samples: Samples, groups: int, seed: int = 0, bo
         samples: of it, in the dense network.
         groups: `n`, a divisor of `O`.
         seed: of the clustering.
-        bounds: of the rectifier that reads the result. The next layer then reads what it lets through: the variance is
-            that of the clipped values, and an error counts in the share of positions where the filter is not cut off.
-            Before a ReLU6 most of the variance may be far outside (MobileNetV2: an expansion whose loss of half of its
-            channels ruins the network looked harmless, 3 %).
+        bounds: of the rectifier that reads the result, see `error_weights`.
     """
     channels, area, prior = weight.shape[1], weight[0, 0].numel(), weight.detach().double().flatten(1)
     half = max(1, channels // 2)
@@ -43,15 +45,44 @@ def damage_path(weight: Tensor, samples: Samples, groups: int, seed: int = 0, bo
         return columns_of(filters, order[:, -kept:], area, prior.device)
 
     ridge = choose_ridge(samples, parts(half), prior)
+    weights = error_weights(samples, bounds)
+    return interpolated(
+        channels, channels * area, lambda kept: float(held_out_errors(samples, parts(kept), prior, ridge) @ weights)
+    )
+
+
+def loss_of(damage: float) -> float:
+    """Minus the logarithm of what a damage leaves of the signal."""
+    return -math.log(max(1 - damage, LEAST_SIGNAL))
+
+
+def error_weights(samples: Samples, bounds: Bounds | None) -> Tensor:
+    """What a squared error of each output counts, `(O,)` float64, so that they add up relative to the variance of what
+    the next layer reads.
+
+    Where a rectifier with `bounds` reads the result, the next layer reads what it lets through: the variance is that of
+    the clipped values, and an error counts in the share of positions where the filter is not cut off. Before a ReLU6
+    most of the variance may be far outside (MobileNetV2: an expansion whose loss of half of its channels ruins the
+    network looked harmless, 3 %).
+    """
     read = samples.targets * samples.scale + samples.offset
     weights = samples.scale.double().square()
     if bounds is not None:
         weights *= ((read > bounds[0]) & (read < bounds[1])).double().mean(0)
         read = read.clamp(*bounds)
-    weights /= max(float(read.var(0, correction=0).sum()), torch.finfo(torch.float32).tiny)
-    shares = FEW_SHARES if channels * area > LARGE else SHARES
+    return weights / max(float(read.var(0, correction=0).sum()), torch.finfo(torch.float32).tiny)
+
+
+def interpolated(channels: int, inputs: int, damage: Callable[[int], float]) -> Matrix:
+    """The damage with `1` to `channels` channels, `(C,)`, from what it is with a few numbers of them; none with all.
+
+    Args:
+        channels: how many there are.
+        inputs: of the layer that reads them; above `LARGE` there are fewer points.
+        damage: with so many of them.
+    """
+    shares = FEW_SHARES if inputs > LARGE else SHARES
     counts = sorted({1, *(max(1, round(share * channels)) for share in shares)} - {channels})
-    errors = [float(held_out_errors(samples, parts(kept), prior, ridge) @ weights) for kept in counts]
-    path: Matrix = PchipInterpolator([*counts, channels], [*errors, 0.0])(np.arange(1, channels + 1))
+    path: Matrix = PchipInterpolator([*counts, channels], [*map(damage, counts), 0.0])(np.arange(1, channels + 1))
     path[-1] = 0.0  # up to rounding it is
     return path

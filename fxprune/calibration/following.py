@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxprune.graph.editing import call_sites
+from fxprune.graph.editing import call_sites, called_module
 from fxprune.graph.memory import Memory
 
 Bounds = tuple[float, float]
@@ -47,10 +47,15 @@ class Following:
 
 
 def follow(gm: fx.GraphModule, node: fx.Node) -> Following:
-    """Find what follows the convolution `node`, as long as each result has one reader."""
+    """Find what follows the convolution or linear layer `node`, as long as each result has one reader.
+
+    The BatchNorm behind a linear layer counts as unknown: in a sequence it would count positions, not channels.
+    """
     following, conv = Following(), node
     reader = _only_reader(node)
     if reader is not None and _is_norm(gm, reader):
+        if isinstance(called_module(gm, node), nn.Linear):
+            return following
         following = replace(following, norm=str(reader.target))
         node, reader = reader, _only_reader(reader)
     if reader is not None and is_addition(reader):

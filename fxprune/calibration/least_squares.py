@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fxprune.calibration.samples import Samples
+from fxprune.calibration.samples import Moments, Samples
 from fxprune.methods import cocluster
 from fxprune.methods.reconstruction import kernel_energy
 
@@ -22,6 +22,18 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 PLENTY = 64
 # Groups that choose it for all, spread over the layer: it is one of five numbers, and wide layers take long.
 JUDGES = 2
+
+
+class Halved(Protocol):
+    """Rows of a layer, of which one half can be predicted from the other: `Samples`, or what is left of them."""
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+
+    @property
+    def halves(self) -> tuple[Moments, Moments]:
+        """See `Samples.halves`."""
 
 
 def columns_of(out_order: ArrayLike, kept: ArrayLike, area: int, device: torch.device) -> list[Part]:
@@ -83,7 +95,7 @@ class GroupedRidge:
         return max(0.0, 1 - float(explained) / energy) if energy > 0 else 0.0
 
 
-def choose_ridge(samples: Samples, parts: Sequence[Part], prior: Tensor) -> float:
+def choose_ridge(samples: Halved, parts: Sequence[Part], prior: Tensor) -> float:
     """The pull that does best when one half of the images is fitted and the other one predicted.
 
     Args:
@@ -91,10 +103,9 @@ def choose_ridge(samples: Samples, parts: Sequence[Part], prior: Tensor) -> floa
         parts: see `GroupedRidge`, as for `prior`.
         prior: the dense weights.
     """
-    rows, unknowns = samples.inputs.shape
-    if rows >= PLENTY * unknowns:
+    if samples.rows >= PLENTY * prior.shape[1]:
         return RIDGES[0]
-    if rows < 2:
+    if samples.rows < 2:
         return RIDGES[-1]
     judges = parts[:: max(1, len(parts) // JUDGES)]
 
@@ -108,7 +119,7 @@ def choose_ridge(samples: Samples, parts: Sequence[Part], prior: Tensor) -> floa
     return RIDGES[best]
 
 
-def held_out_errors(samples: Samples, parts: Sequence[Part], prior: Tensor, ridge: float) -> Tensor:
+def held_out_errors(samples: Halved, parts: Sequence[Part], prior: Tensor, ridge: float) -> Tensor:
     """The mean squared error of each output, `(O,)`, when one half of the images is fitted and the other one predicted.
 
     Args:

@@ -17,6 +17,7 @@ Layer by layer in graph order, each by least squares in closed form, without lab
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -26,7 +27,7 @@ from fxprune.calibration.following import Bounds, Following, follow
 from fxprune.calibration.least_squares import GroupedRidge, choose_ridge, columns_of
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.samples import MAX_ROWS, Samples, draw
-from fxprune.graph.convolutions import Convolution, conv_at, kernels_of
+from fxprune.graph.convolutions import kernels_of, layer_at
 from fxprune.graph.editing import call_sites
 from fxprune.plans import GroupedKernels
 
@@ -53,8 +54,8 @@ class LayerFit:
 FITS = "fxprune_fits"
 """Attribute of a masked model under which the fit of each layer is kept for the report."""
 
-Choose = Callable[[str, Convolution, Samples], GroupedKernels]
-"""Decides, when its turn comes, how a layer is grouped: name, dense convolution, samples of its input and target."""
+Choose = Callable[[str, Any, Samples], GroupedKernels]  # the layer, as whichever class the function is written for
+"""Decides, when its turn comes, how a layer is grouped: name, dense layer, samples of its input and target."""
 
 Follow = Callable[[fx.GraphModule, fx.Node], Following]
 """Finds what the fit of a convolution takes account of beside its own output."""
@@ -72,13 +73,13 @@ def reconstruct(
     rows: int = MAX_ROWS,
     progress: bool = False,
 ) -> tuple[dict[str, GroupedKernels], dict[str, LayerFit]]:
-    """Prune and refit the convolutions of a network one after the other, in graph order.
+    """Prune and refit convolutions and linear layers of a network one after the other, in graph order.
 
     Args:
         dense: the reference, traced.
         pruned: a trace of a copy of the same model. Weights, biases and BatchNorm means of it are changed in place.
         batches: arguments of forward.
-        layers: names of the convolutions. One that is called several times is pruned, but not refitted.
+        layers: names of these. One that is called several times is pruned, but not refitted.
         choose: how each is grouped.
         follow: what comes after a convolution and is fitted with it; `Following()` makes plain least squares of it.
         seed: of the sampled positions.
@@ -95,7 +96,7 @@ def reconstruct(
     with torch.no_grad(), Lockstep(dense, pruned, batches, progress=progress) as networks:
         for node, *more in sites:
             name = str(node.target)
-            original, conv = conv_at(dense, name), conv_at(pruned, name)
+            original, conv = layer_at(dense, name), layer_at(pruned, name)
             weight = kernels_of(conv)  # a view: written in place
             following = Following() if more else follow(dense, node)
             if following.other and not networks.can_look_ahead(node.name, following.other, stops):

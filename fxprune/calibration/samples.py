@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fxprune.calibration.following import Following
 from fxprune.calibration.lockstep import Sample
 from fxprune.errors import CalibrationError
-from fxprune.graph.convolutions import Convolution, kernels_of
+from fxprune.graph.convolutions import Convolution, Layer, kernels_of
 
 # Rows: at most MAX_ROWS, and fewer if they would take more than MAX_BYTES in float32, but then still ROWS_PER_UNKNOWN
 # for each unknown of an output.
@@ -63,6 +63,11 @@ class Samples:
     scale: Tensor
     offset: Tensor
     centered: bool = True
+
+    @property
+    def rows(self) -> int:
+        """Their number, `N`."""
+        return len(self.inputs)
 
     def gram(self) -> Tensor:
         """`(D, D)` float64, mean of `u^T u` over the rows `u` of `inputs`."""
@@ -127,18 +132,18 @@ def rows_for(unknowns: int, most: int = MAX_ROWS) -> int:
 def draw(
     name: str,
     node: str,
-    conv: Convolution,
+    layer: Layer,
     following: Following,
     pairs: Sequence[tuple[Sample, Sample]],
     seed: int = 0,
     rows: int = MAX_ROWS,
 ) -> Samples:
-    """Sample a convolution before which both networks pause.
+    """Sample a convolution, or a linear layer, before which both networks pause.
 
     Args:
-        name: of the convolution, for errors.
+        name: of the layer, for errors.
         node: name of its node.
-        conv: the dense convolution.
+        layer: the dense one.
         following: what follows it, with what it takes from there.
         pairs: the batches, in the dense and in the pruned network.
         seed: of the positions.
@@ -148,7 +153,8 @@ def draw(
         CalibrationError: the layer reads or gives values that are not finite.
     """
     norm = None if following.norm is None else pairs[0][0].network.module.get_submodule(following.norm)
-    scale, shift = affine(norm, conv.out_channels, conv.weight.device)
+    weight = kernels_of(layer)
+    scale, shift = affine(norm, len(weight), weight.device)
     scale = torch.where(scale.abs() > SILENT * scale.abs().max(), scale, 0)
     generator = torch.Generator().manual_seed(seed)
     outputs = [dense.value(node) for dense, _ in pairs]
@@ -157,22 +163,23 @@ def draw(
         others = [torch.as_tensor(dense.value(following.other)).shape for dense, _ in pairs]
         shapes = [torch.Size(np.broadcast_shapes(*terms)) for terms in zip(shapes, others, strict=True)]
     for shape in shapes:
-        if len(shape) != 2 + len(conv.kernel_size):
-            axes = ", ".join(("N", "C", *"DHW"[-len(conv.kernel_size) :]))
+        if isinstance(layer, Convolution) and len(shape) != 2 + len(layer.kernel_size):
+            axes = ", ".join(("N", "C", *"DHW"[-len(layer.kernel_size) :]))
             raise CalibrationError(f"{name}: gives {tuple(shape)}; calibrate with batches of images ({axes})")
-    available = [math.prod(_grid(shape)) for shape in shapes]
-    share = min(1.0, rows_for(kernels_of(conv)[0].numel(), rows) / max(1, sum(available)))
+    grids = [_grid(layer, shape) for shape in shapes]
+    available = list(map(math.prod, grids))
+    share = min(1.0, rows_for(weight[0].numel(), rows) / max(1, sum(available)))
     read, targets, offsets = [], [], []
-    for output, shape, count, (dense, pruned) in zip(outputs, shapes, available, pairs, strict=True):
+    for output, shape, grid, count, (dense, pruned) in zip(outputs, shapes, grids, available, pairs, strict=True):
         positions = torch.randperm(count, generator=generator)[: max(1, round(share * count))].sort().values
-        place = tuple(index.to(output.device) for index in torch.unravel_index(positions, _grid(shape)))
-        own = tuple(index % size for index, size in zip(place, _grid(output.shape), strict=True))
+        place = tuple(index.to(output.device) for index in torch.unravel_index(positions, grid))
+        own = tuple(index % size for index, size in zip(place, _grid(layer, output.shape), strict=True))
         (source,) = dense.network.nodes[node].all_input_nodes
-        read.append(patches(conv, pruned.value(source.name), *own))
-        target = _pick(output, *own)
+        read.append(_read(layer, pruned.value(source.name), own))
+        target = _pick(layer, output, own)
         if following.other is not None:
             now, then = (
-                _pick(torch.as_tensor(sample.value(following.other), device=output.device).expand(shape), *place)
+                _pick(layer, torch.as_tensor(sample.value(following.other), device=output.device).expand(shape), place)
                 for sample in (pruned, dense)
             )
             target = target + torch.where(scale == 0, 0, (then - now) / scale)
@@ -189,7 +196,7 @@ def draw(
                 f"{name}: on the calibration data the layer {what} values beyond {LARGEST:g}, whose squares are too "
                 "large to add up; check the scale of the data"
             )
-    centered = conv.bias is not None or following.norm is not None
+    centered = layer.bias is not None or following.norm is not None
     input_mean = inputs.mean(0, dtype=torch.float64) * centered
     inputs -= input_mean.float()
     target_mean = wanted.mean(0, dtype=torch.float64) * centered
@@ -249,10 +256,20 @@ def affine(norm: nn.Module | None, filters: int, device: torch.device) -> tuple[
     return scale.float(), shift.float()
 
 
-def _grid(shape: torch.Size) -> tuple[int, ...]:
-    return shape[0], *shape[2:]
+def _read(layer: Layer, value: Tensor, place: tuple[Tensor, ...]) -> Tensor:
+    """What a layer reads for its outputs at some places, `(R, D)` float32."""
+    return patches(layer, value, *place) if isinstance(layer, Convolution) else _pick(layer, value, place)
 
 
-def _pick(value: Tensor, image: Tensor, *place: Tensor) -> Tensor:
-    where: tuple[Tensor | slice, ...] = (image, slice(None), *place)
-    return value[where].float()  # (R, C): the dimension between comes last
+def _grid(layer: Layer, shape: torch.Size) -> tuple[int, ...]:
+    """The dimensions of an output but for that of the channels, which is the last one of a linear layer."""
+    return (shape[0], *shape[2:]) if isinstance(layer, Convolution) else shape[:-1]
+
+
+def _pick(layer: Layer, value: Tensor, place: tuple[Tensor, ...]) -> Tensor:
+    """The channels of a value at some places, `(R, C)` float32; all that is there if it has no batch."""
+    if not isinstance(layer, Convolution):
+        return (value[place] if place else value[None]).float()
+    image, *others = place
+    where: tuple[Tensor | slice, ...] = (image, slice(None), *others)
+    return value[where].float()  # the dimension between comes last

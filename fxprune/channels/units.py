@@ -67,6 +67,19 @@ class ChannelUnits:
         """Weights (and biases, as a share of the weights) of the same."""
         return sum(layer.params * share for layer, share in self._shares(kept))
 
+    def costs_of_one(self, cost: str) -> npt.NDArray[np.float64]:
+        """What the dense network saves without each unit alone, `(U,)`, in `"macs"` or `"params"`."""
+        saved = np.zeros(self.count)
+        for layer in self.layers.values():
+            writes = self._share_of_one(layer.writes)
+            reads = np.zeros(self.count) if layer.reads is None else self._share_of_one(layer.reads)
+            saved += (getattr(layer, cost) or 0) * (writes + reads - writes * reads)
+        return saved
+
+    def _share_of_one(self, labels: Units) -> npt.NDArray[np.float64]:
+        """The share of the channels that belong to each unit."""
+        return np.bincount(labels[labels != STAYS], minlength=self.count) / max(1, len(labels))
+
     def _shares(self, kept: Chosen) -> list[tuple[UnitLayer, float]]:
         """Share of the weights of each layer that is left."""
         stays = np.append(kept, True)  # STAYS is the last

@@ -55,14 +55,16 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--granularity",
         type=values.granularity,
-        metavar="kernel|filter|filter:R,kernel:R",
+        metavar="kernel|filter|auto|filter:R,kernel:R",
         help="prune kernels, so that convolutions become grouped (default), or whole filters, so that they become "
-        "narrower; or filters at one ratio, then kernels at another",
+        "narrower; both, as divides a budget best, which needs --calibration; or filters at one ratio, then kernels at "
+        "another",
     )
     parser.add_argument(
         "--scope",
         choices=get_args(Scope),
-        help="filters: the same share of each layer, or all ranked together (default: local)",
+        help="filters: the same share of each layer, or all ranked together (default: local; for a budget with "
+        "calibration data what does better on held-out data)",
     )
     parser.add_argument("--round-to", type=int, metavar="N", help="filters: keep a multiple of N in each layer")
     parser.add_argument("--groups", type=values.groups, default="auto", metavar="N|auto", help="groups per convolution")
@@ -85,7 +87,8 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--criterion",
-        help=f"importance of a filter, or of a kernel for method cocluster: {', '.join(CRITERIA)} (default: l2)",
+        help=f"importance of a filter, or of a kernel for method cocluster: {', '.join(CRITERIA)}; of a filter also "
+        "reconstruction, the default with calibration data (else l2)",
     )
     parser.add_argument("--variety", help=f"make the criterion keep rare kernels or filters: {', '.join(VARIETIES)}")
     parser.add_argument(

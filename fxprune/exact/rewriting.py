@@ -72,7 +72,7 @@ def rewritten(masked: nn.Module, plan: PrunePlan, captured: Trace, *, fold_batch
     dense = layer_costs(captured.module, captured.values)
     params_dense = sum(p.numel() for p in captured.module.parameters())  # without heads that are never called
     inputs = captured.inputs
-    notes = [*captured.notes, *(f"{name}: {note}" for name, note in plan.notes.items())]
+    notes = [*captured.notes, *plan.remarks, *(f"{name}: {note}" for name, note in plan.notes.items())]
     if isinstance(captured, Recording):
         result, graph, values, plan = _operated(masked, plan, captured)
     else:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 Convolution: TypeAlias = nn.modules.conv._ConvNd
 """`Conv1d`, `Conv2d`, `Conv3d` and their transposed forms, with all subclasses."""
 
+Layer: TypeAlias = Convolution | nn.Linear
+"""What reads channels with weights: a linear layer is a convolution whose kernels have no extent."""
+
 PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """The classes that are not transposed."""
 
@@ -26,6 +29,13 @@ def conv_at(model: nn.Module, name: str) -> Convolution:
     conv = model.get_submodule(name)
     assert isinstance(conv, Convolution)
     return conv
+
+
+def layer_at(model: nn.Module, name: str) -> Layer:
+    """The convolution or linear layer at a module path, which is known to be one."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, Layer)
+    return layer
 
 
 def torch_class(kind: type[nn.Module]) -> type[nn.Module]:
@@ -58,16 +68,18 @@ def filter_dim(conv: Convolution) -> int:
     return 1 if conv.transposed and not is_depthwise(conv) else 0
 
 
-def kernels_of(conv: Convolution) -> Tensor:
-    """The weight of a convolution of one group as `(O, C, *kernel)`, whatever its kind: a view of it, not detached."""
+def kernels_of(conv: Layer) -> Tensor:
+    """The weight of a convolution of one group as `(O, C, *kernel)`, whatever its kind: a view of it, not detached.
+    That of a linear layer is `(O, C)`.
+    """
     return oriented(conv.weight, conv)
 
 
-def oriented(weight: Tensor, conv: Convolution) -> Tensor:
+def oriented(weight: Tensor, conv: Layer) -> Tensor:
     """A tensor that lies as the weight of a convolution does, as `(O, C, *kernel)`, or one of those as the weight does:
     a view. It is its own inverse.
     """
-    return weight.transpose(0, 1) if conv.transposed else weight
+    return weight.transpose(0, 1) if isinstance(conv, Convolution) and conv.transposed else weight
 
 
 def filters_first(conv: Convolution) -> Convolution:

@@ -107,11 +107,11 @@ def elimination_order(weight: Tensor, gram: Tensor, cross: Tensor, groups: int, 
         The filters of each group `(n, O / n)`, and its channels `(n, C)`, the first to go first.
     """
     channels, area = weight.shape[1], weight[0, 0].numel()
-    inverse = _inverse(_damped(gram))
+    inverse = damped_inverse(gram)
     start = cocluster(kernel_energy(weight, gram), groups, max(1, channels // 2), seed=seed)
     filters = np.array(start.out_order).reshape(groups, -1)
     members = (torch.from_numpy(group).to(cross.device) for group in filters)
-    order = [_give_up(Elimination(inverse, cross[group], area), 0).cpu().numpy() for group in members]
+    order = [give_up_together([Elimination(inverse, cross[group], area)], 0).cpu().numpy() for group in members]
     return filters, np.stack(order)
 
 
@@ -144,21 +144,35 @@ class Elimination:
     Args:
         inverse: `(D, D)` float64, of the damped Gram matrix of all inputs. It is not changed.
         cross: `(d, D)` float64, cross products of the wanted outputs of the group.
-        area: weights of a kernel, `kh * kw`; where channels go in blocks, those of the kernels of a block, and all that
-            is said of a channel is said of a block.
+        owner: `(D,)` the channel that each input belongs to, or -1 if it never goes; or the number of inputs of each
+            channel, side by side: the taps of a kernel, `kh * kw`. Where channels go in blocks, or other sets, all that
+            is said of a channel is said of such a set.
+        channels: their number, `C`, if some may own no input; else that of the owners.
     """
 
-    def __init__(self, inverse: Tensor, cross: Tensor, area: int) -> None:
-        self._inverse, self._weight, self._area = inverse.clone(), cross @ inverse, area
+    def __init__(self, inverse: Tensor, cross: Tensor, owner: Tensor | int, channels: int | None = None) -> None:
+        self._inverse, self._weight = inverse.clone(), cross @ inverse
         self.inputs = len(inverse)
-        self.alive = torch.ones(len(inverse) // area, dtype=torch.bool, device=inverse.device)
+        if isinstance(owner, int):
+            owner = torch.arange(self.inputs, device=inverse.device) // owner
+        self._owner = owner
+        taken = owner[owner >= 0]
+        sizes = taken.bincount(minlength=0 if channels is None else channels)
+        order = owner.argsort(stable=True)[len(owner) - len(taken) :]  # inputs, channel by channel
+        first = sizes.cumsum(0) - sizes
+        self._alike = []  # channels of equally many inputs: which, and their inputs (n, a)
+        for size in sorted(set(sizes[sizes > 0].tolist())):
+            which = (sizes == size).nonzero().flatten()
+            self._alike.append((which, order[first[which][:, None] + torch.arange(size, device=order.device)]))
+        self.alive = torch.ones(len(sizes), dtype=torch.bool, device=inverse.device)
 
     def costs(self) -> Tensor:
         """`(C,)`: by how much the squared error grows if a channel goes and the other weights adapt; inf if it went."""
-        shape = len(self.alive), self._area
-        diagonal = self._inverse.view(*shape, *shape).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (C, a, a)
-        weight = self._weight.view(-1, *shape).permute(1, 2, 0)  # (C, a, d)
-        costs = (weight * torch.linalg.solve(diagonal, weight)).sum((1, 2))
+        costs = self._weight.new_zeros(len(self.alive))
+        for which, inputs in self._alike:
+            diagonal = self._inverse[inputs[:, :, None], inputs[:, None]]  # (n, a, a)
+            weight = self._weight[:, inputs].permute(1, 2, 0)  # (n, a, d)
+            costs[which] = (weight * torch.linalg.solve(diagonal, weight)).sum((1, 2))
         return torch.where(self.alive, costs, torch.inf)
 
     def drop(self, channels: Tensor, adapt: bool = True) -> None:
@@ -166,7 +180,7 @@ class Elimination:
         self.alive[channels] = False
         if not adapt:
             return
-        gone = (channels[:, None] * self._area + torch.arange(self._area, device=channels.device)).flatten()
+        gone = torch.isin(self._owner, channels).nonzero().flatten()
         update = torch.linalg.solve(self._inverse[gone[:, None], gone], self._inverse[gone])
         self._weight -= self._weight[:, gone] @ update
         self._inverse -= self._inverse[:, gone] @ update
@@ -174,6 +188,43 @@ class Elimination:
         self._inverse[gone] = 0
         self._inverse[:, gone] = 0
         self._inverse[gone, gone] = 1
+
+
+class Summation:
+    """The same for filters whose other weights do not adapt: what their channels cost adds up.
+
+    Args:
+        costs: `(C,)` float64.
+    """
+
+    inputs = 0
+
+    def __init__(self, costs: Tensor) -> None:
+        self._costs = costs
+        self.alive = torch.ones(len(costs), dtype=torch.bool, device=costs.device)
+
+    def costs(self) -> Tensor:
+        """See `Elimination.costs`."""
+        return torch.where(self.alive, self._costs, torch.inf)
+
+    def drop(self, channels: Tensor, adapt: bool = True) -> None:
+        """Remove channels."""
+        self.alive[channels] = False
+
+
+def give_up_together(readers: Sequence[Elimination | Summation], kept: int) -> Tensor:
+    """Drop channels that all `readers` lose at once, those first whose loss costs them least in sum, until `kept` are
+    left. Returns those that went, in their order. Where one of the readers is `LARGE`, see `elimination_order`.
+    """
+    alive = readers[0].alive
+    gone = [alive.new_empty(0, dtype=torch.long)]
+    while (surplus := int(alive.sum()) - kept) > 0:
+        count = min(surplus, *map(_at_once, readers))
+        costs = torch.stack([reader.costs() for reader in readers]).sum(0)
+        gone.append(costs.argsort(stable=True)[:count])
+        for reader in readers:
+            reader.drop(gone[-1], adapt=count < surplus)
+    return torch.cat(gone)
 
 
 def _choose(inverse: Tensor, cross: Tensor, labels: Labels, area: int, kept: int, form: Form) -> Mask:
@@ -186,18 +237,8 @@ def _choose(inverse: Tensor, cross: Tensor, labels: Labels, area: int, kept: int
 def _eliminate(eliminations: Sequence[Elimination], kept: int) -> Mask:
     """Overlap form: each group drops the channels that cost it least. `(n, C)` bool."""
     for group in eliminations:
-        _give_up(group, kept)
+        give_up_together([group], kept)
     return np.stack([group.alive.cpu().numpy() for group in eliminations])
-
-
-def _give_up(group: Elimination, kept: int) -> Tensor:
-    """Drop channels until `kept` are left. Returns those that went, in their order."""
-    gone = [group.alive.new_empty(0, dtype=torch.long)]
-    while (surplus := int(group.alive.sum()) - kept) > 0:
-        count = min(surplus, _at_once(group))
-        gone.append(group.costs().argsort(stable=True)[:count])
-        group.drop(gone[-1], adapt=count < surplus)
-    return torch.cat(gone)
 
 
 def _deal(eliminations: Sequence[Elimination], kept: int) -> Mask:
@@ -225,6 +266,11 @@ def _deal(eliminations: Sequence[Elimination], kept: int) -> Mask:
     return alive
 
 
+def damped_inverse(gram: Tensor) -> Tensor:
+    """The inverse of a Gram matrix `(D, D)`, see `DAMPING`."""
+    return _inverse(_damped(gram))
+
+
 def _damped(gram: Tensor) -> Tensor:
     damped = gram.clone()
     damped.diagonal().add_(DAMPING * float(gram.diagonal().mean()) or 1.0)
@@ -235,6 +281,6 @@ def _inverse(damped: Tensor) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
 
-def _at_once(group: Elimination) -> int:
+def _at_once(group: Elimination | Summation) -> int:
     left = int(group.alive.sum())
     return left if group.inputs > LARGE else max(1, int(BATCH * left))

@@ -7,10 +7,13 @@ follows the dense network best on these is planned anew on all.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
+from fxprune.calibration.agreement import Agreement
+from fxprune.calibration.damage import loss_of
 from fxprune.errors import PlanError
-from fxprune.planning.sensitivity import Cost, LayerSensitivity, Sensitivity, loss_of
+from fxprune.planning.sensitivity import Cost, LayerSensitivity, Sensitivity
 
 MOST_DAMAGE = 1 - 1e-12
 
@@ -51,7 +54,7 @@ def uniform(table: Sensitivity, cost: Cost) -> Sensitivity:
     def evened(layer: LayerSensitivity) -> LayerSensitivity:
         channels, weight = len(layer.damage), getattr(layer, cost) / total
         losses = (weight * (1 - k / channels) ** 2 for k in range(1, channels + 1))
-        return replace(layer, damage=tuple(-math.expm1(-loss) for loss in losses))
+        return replace(layer, damage=tuple(map(damage_of, losses)))
 
     return replace(table, layers=tuple(map(evened, table.layers)))
 
@@ -61,6 +64,29 @@ def between(first: Sensitivity, second: Sensitivity) -> Sensitivity:
 
     def mean(a: LayerSensitivity, b: LayerSensitivity) -> LayerSensitivity:
         losses = (math.sqrt(loss_of(x) * loss_of(y)) for x, y in zip(a.damage, b.damage, strict=True))
-        return replace(a, damage=tuple(min(MOST_DAMAGE, -math.expm1(-loss)) for loss in losses))
+        return replace(a, damage=tuple(map(damage_of, losses)))
 
     return replace(first, layers=tuple(map(mean, first.layers, second.layers)))
+
+
+def told(what: str, found: Mapping[str, Agreement | None], taken: str) -> str:
+    """What came of judging several ways, in a sentence.
+
+    Args:
+        what: what was judged.
+        found: by way.
+        taken: the one that was taken.
+    """
+    known = next((agreement for agreement in found.values() if agreement is not None), None)
+    ways = [
+        f"{way}{' (taken)' if way == taken else ''} "
+        + ("unknown" if agreement is None else f"{100 * agreement.share:.1f} %, distance {agreement.distance:.3g}")
+        for way, agreement in found.items()
+    ]
+    where = "" if known is None else f" on {known.inputs} {'held-out' if known.held_out else 'fitted'} inputs"
+    return f"{what}, agreement with the dense network{where}: {'; '.join(ways)}"
+
+
+def damage_of(loss: float) -> float:
+    """The damage of which `loss` is `loss_of`, but never all of the signal."""
+    return min(MOST_DAMAGE, -math.expm1(-loss))

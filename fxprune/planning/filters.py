@@ -1,26 +1,31 @@
 """Plan which whole filters are removed: find the units, score them, choose, and say what goes in each module."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
 from fxprune.calibration import survey
+from fxprune.calibration.agreement import Agreement
+from fxprune.calibration.judging import Judge, best
 from fxprune.calibration.subject import Subject
+from fxprune.calibration.unit_damage import Reader, StiffReader
 from fxprune.channels.removal import Removable, find_removable
 from fxprune.channels.units import STAYS, Chosen
 from fxprune.criteria import Evidence, resolve
 from fxprune.criteria.snapshots import load_snapshots
-from fxprune.criteria.variety import Redundancy
+from fxprune.criteria.variety import Array, Redundancy
 from fxprune.errors import PlanError
 from fxprune.exact.narrowing import CountedError
 from fxprune.graph.convolutions import conv_at, convolutions
-from fxprune.planning.lossy import without_removed
+from fxprune.planning.candidates import between, told, uniform
+from fxprune.planning.lossy import masked_by, without_removed
 from fxprune.planning.patterns import match_patterns
-from fxprune.planning.requests import Request
+from fxprune.planning.requests import RECONSTRUCTION, Request
 from fxprune.planning.selection import choose_units
 from fxprune.planning.unit_scores import unit_scores, varied
+from fxprune.planning.unit_sensitivity import UnitSensitivity, measure_readers, measure_units
 from fxprune.plans import PrunePlan, RemovedChannels
 from fxprune.plans.eligibility import check_model, check_weight
 from fxprune.plans.masking import masked_copy
@@ -31,52 +36,149 @@ def plan_filters(subject: Subject, request: Request) -> PrunePlan:
 
     Raises:
         PlanError: the shapes of the model are not known, or so much cannot be removed.
+        CalibrationError: the calibration data do not fit the model.
     """
-    while True:
-        plan = _plan(subject, request)
-        if not subject.is_recorded:
-            return plan
-        try:
-            without_removed(subject, masked_copy(subject.model, plan), plan)
-        except CountedError as error:
-            if error.nodes.keys() <= subject.counted.keys():
-                raise
-            subject.counted.update(error.nodes)
+    plans = FilterPlanner(subject).plans(request)
+    if len(plans) == 1:
+        return next(iter(plans.values()))
+    found = judged_plans(Judge(subject), plans)
+    way = best(found)
+    return replace(plans[way], remarks=(told("ways to spread the filters", found, way),))
+
+
+def judged_plans(judge: Judge, plans: Mapping[str, PrunePlan]) -> dict[str, Agreement | None]:
+    """What comes of plans of filters, refitted without the inputs on which they are judged."""
+    return {way: judge.agreement(masked_by(judge.fitted, plan)) for way, plan in plans.items()}
+
+
+class FilterPlanner:
+    """Plans of filters for one model, for several amounts; what its layers read is measured once.
+
+    Args:
+        subject: the model.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._readers: dict[str, Reader | StiffReader] | None = None
+        self._sensitivity: tuple[bytes, UnitSensitivity] | None = None
+
+    def plans(self, request: Request) -> dict[str, PrunePlan]:
+        """Plans of filters, by the way in which the amount is spread over the channel spaces.
+
+        One, unless there are a budget and calibration data and nobody says how it is spread: then
+
+        - `"global"`: one ranking of all units, with the reconstruction criterion by the loss for each unit of cost
+          saved.
+        - `"between"`: with that criterion, by the geometric mean of the loss and one that spreads evenly.
+        - `"local"`: the same share of each space.
+
+        Raises:
+            PlanError: see `plan_filters`, as for the other.
+            CalibrationError: see there.
+        """
+        subject = self._subject
+        measures = request.measures_filters(subject.batches is not None)
+        while True:
+            removable = removable_of(subject, request.patterns)
+            for name, layer in removable.units.layers.items():
+                if layer.prunable:
+                    check_weight(name, conv_at(subject.layers, name).weight)
+            gone = removed_units(removable, request.after)
+            if measures:
+                worth = _by_error(request, self._measured(request, removable, gone))
+            else:
+                worth = _by_criterion(subject, request, removable)
+            plans = _plans(subject, request, removable, gone, worth)
+            if not subject.is_recorded:
+                return plans
+            try:
+                for plan in plans.values():
+                    without_removed(subject, masked_copy(subject.model, plan), plan)
+            except CountedError as error:
+                if error.nodes.keys() <= subject.counted.keys():
+                    raise
+                subject.counted.update(error.nodes)
+                continue
+            return plans
+
+    def _measured(self, request: Request, removable: Removable, gone: Chosen) -> UnitSensitivity:
+        """The sensitivity of the units, measured anew only where these are others than before."""
+        units = removable.units
+        if self._readers is None:
+            self._readers = measure_readers(self._subject, units, request.seed, request.progress)
+        key = b"".join(part.tobytes() for part in (removable.unit_of, gone))
+        if self._sensitivity is None or self._sensitivity[0] != key:
+            self._sensitivity = key, measure_units(self._readers, units, gone)
+        return self._sensitivity[1]
+
+
+@dataclass(frozen=True)
+class _Worth:
+    """What units are worth.
+
+    Attributes:
+        scores: `(U,)`, by the way in which they spread an amount, see `FilterPlanner.plans`.
+        criterion: its name.
+        comparable: whether they have one scale in all spaces.
+    """
+
+    scores: Mapping[str, Array]
+    criterion: str
+    comparable: bool
+
+
+def _plans(
+    subject: Subject, request: Request, removable: Removable, gone: Chosen, worth: _Worth
+) -> dict[str, PrunePlan]:
+    model, units = subject.layers, removable.units
+    uncalled = {name: why for name, why in subject.obstacles.items() if name not in units.layers}
+    found: dict[str, PrunePlan] = {}
+    taken: list[Chosen] = []
+    judged = request.scope is None and request.budget is not None and subject.batches is not None
+    for way in worth.scores if judged else (request.scope or "local",):
+        scores, criterion = worth.scores[way], worth.criterion
+        asked = replace(request, scope="local" if way == "local" else "global")
+        nothing: Chosen = np.zeros(0, dtype=np.bool_)
+        chosen = choose_units(units, scores, asked, gone, worth.comparable) if units.count else nothing
+        redundancies: tuple[Redundancy, ...] = ()
+        if request.rule is not None:
+            scores, redundancies = varied(model, units, scores, request.rule, chosen)
+            chosen = choose_units(units, scores, asked, gone, worth.comparable) if units.count else nothing
+            criterion = f"{criterion}, variety {request.rule.rule}"
+        if any(np.array_equal(chosen, other) for other in taken):
             continue
-        return plan
+        taken.append(chosen)
+        found[way] = PrunePlan(
+            {},
+            {**uncalled, **units.fixed},
+            {} if request.filter_ratio is None else request.filter_ratio,
+            f"filter, {way}",
+            criterion,
+            request.seed,
+            removed=_annotated(removable, removable.removed(chosen), request.filter_ratio, redundancies),
+        )
+    return found
 
 
-def _plan(subject: Subject, request: Request) -> PrunePlan:
+def _by_criterion(subject: Subject, request: Request, removable: Removable) -> _Worth:
     model = subject.layers
-    removable = removable_of(subject, request.patterns)
-    units = removable.units
-    for name, layer in units.layers.items():
-        if layer.prunable:
-            check_weight(name, conv_at(model, name).weight)
     moments = _moments(subject, removable, request)
     earlier = () if request.snapshots is None else load_snapshots(request.snapshots, model)
     evidence = Evidence(model, next(iter(earlier), None), moments, request.seed)
     criterion, score = resolve("l2" if request.criterion is None else request.criterion, evidence)
-    scores = unit_scores(model, units, score, criterion)
-    gone = removed_units(removable, request.after)
-    nothing: Chosen = np.zeros(0, dtype=np.bool_)
-    chosen = choose_units(units, scores, request, gone) if units.count else nothing
-    redundancies: tuple[Redundancy, ...] = ()
-    if request.rule is not None:
-        scores, redundancies = varied(model, units, scores, request.rule, chosen)
-        chosen = choose_units(units, scores, request, gone) if units.count else nothing
-        criterion = f"{criterion}, variety {request.rule.rule}"
-    removed = _annotated(removable, removable.removed(chosen), request.filter_ratio, redundancies)
-    uncalled = {name: why for name, why in subject.obstacles.items() if name not in units.layers}
-    return PrunePlan(
-        {},
-        {**uncalled, **units.fixed},
-        {} if request.filter_ratio is None else request.filter_ratio,
-        f"filter, {request.scope}",
-        criterion,
-        request.seed,
-        removed=removed,
-    )
+    scores = unit_scores(model, removable.units, score, criterion)
+    return _Worth({"global": scores, "local": scores}, criterion, comparable=False)
+
+
+def _by_error(request: Request, found: UnitSensitivity) -> _Worth:
+    if request.budget is None:
+        scores = found.scores(found.table, None)
+        return _Worth({"global": scores, "local": scores}, RECONSTRUCTION, comparable=True)
+    cost, _ = request.budget
+    scores = found.scores(found.table, cost)
+    mean = found.scores(between(found.table, uniform(found.table, cost)), cost)
+    return _Worth({"global": scores, "between": mean, "local": scores}, RECONSTRUCTION, comparable=True)
 
 
 def removable_of(subject: Subject, ignore: Iterable[str] = ()) -> Removable:

@@ -1,6 +1,6 @@
 """A plan of kernels: the ratio of each layer, its groups, and the input channels that each group keeps."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -11,7 +11,7 @@ from fxprune.calibration.judging import Judge, best
 from fxprune.calibration.subject import Subject
 from fxprune.channels.writers import common_writers
 from fxprune.graph.copying import copied
-from fxprune.planning.candidates import candidates
+from fxprune.planning.candidates import candidates, told
 from fxprune.planning.latency_budget import meet_latency
 from fxprune.planning.planner import Planner, prunable_shapes, serves_accuracy
 from fxprune.planning.requests import Request
@@ -29,28 +29,55 @@ def plan_kernels(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Modu
     if request.budget is None:
         if request.latency is not None:
             request = meet_latency(subject, request, sensitivity_of(subject, request), _writers(subject, request))
-        return _planned(subject, request)
+        return planned(subject, request)
+    ways = ways_to_spend(subject, request)
+    if subject.batches is None or len(ways) == 1:
+        return planned(subject, next(iter(ways.values())), accurate=serves_accuracy(subject, request))
+    judge = Judge(subject)
+    found = judged_ways(judge, ways)
+    way = best(found)
+    plan, masked = planned(subject, ways[way], accurate=serves_accuracy(subject, request))
+    return replace(plan, remarks=(told("ways to spend the budget", found, way),)), masked
+
+
+def ways_to_spend(subject: Subject, request: Request) -> dict[str, Request]:
+    """The request with a ratio for each layer in place of the budget, in several ways, see `candidates`; the first is
+    that of least damage.
+
+    Raises:
+        PlanError: the budget cannot be met.
+        CalibrationError: the calibration data do not fit the model.
+    """
+    assert request.budget is not None
     cost, share = request.budget
     ways = candidates(sensitivity_of(subject, request), share, cost, request.effective_block)
     form = "overlap" if request.form == "auto" else request.form
     request = replace(request, form=form, macs=None, params=None, sensitivity=None)
-    accurate = serves_accuracy(subject, request)
-    way = "sensitivity"
-    if subject.batches is not None and len(ways) > 1:
-        judge, cheaper = Judge(subject), request
-        found: dict[str, Agreement | None] = {}
-        if request.method_for(calibrated=True) == "reconstruction":  # ratios are judged, and cheaper kernels will do
-            cheaper = replace(request, method="cocluster", criterion="activation")
-        for name, ratios in ways.items():
-            _, masked = _planned(judge.fitted, replace(cheaper, ratio=ratios), accurate)
-            assert masked is not None
-            found[name] = judge.agreement(masked)
-        way = best(found)
-    return _planned(subject, replace(request, ratio=ways[way]), accurate)
+    return {way: replace(request, ratio=ratios) for way, ratios in ways.items()}
 
 
-def _planned(subject: Subject, request: Request, accurate: bool = False) -> tuple[PrunePlan, nn.Module | None]:
-    """The same for ratios."""
+def judged_ways(judge: Judge, ways: Mapping[str, Request]) -> dict[str, Agreement | None]:
+    """What comes of each way to spend a budget, fitted without the inputs on which it is judged. Ratios are judged, so
+    kernels are chosen in a cheaper way.
+    """
+    found = {}
+    for way, request in ways.items():
+        if request.method_for(calibrated=True) == "reconstruction":
+            request = replace(request, method="cocluster", criterion="activation")
+        _, masked = planned(judge.fitted, request, accurate=serves_accuracy(judge.fitted, request))
+        assert masked is not None
+        found[way] = judge.agreement(masked)
+    return found
+
+
+def planned(subject: Subject, request: Request, accurate: bool = False) -> tuple[PrunePlan, nn.Module | None]:
+    """The plan for ratios, and the masked model if there are data to refit it.
+
+    Args:
+        subject: the model.
+        request: with ratios.
+        accurate: whether the number of groups, where it is open, serves accuracy, see `Planner`.
+    """
     writers = _writers(subject, request)
     planner = Planner(
         subject.layers,
@@ -87,4 +114,12 @@ def sensitivity_of(subject: Subject, request: Request) -> Sensitivity:
     if request.sensitivity is not None:
         return request.sensitivity.among(subject.layers, groups)
     graph = subject.trace.module if subject.batches is None else subject.network
-    return measure(graph, groups, subject.costs, subject.network_batches, seed=request.seed, progress=request.progress)
+    return measure(
+        graph,
+        groups,
+        subject.costs,
+        subject.network_batches,
+        seed=request.seed,
+        rows=subject.rows,
+        progress=request.progress,
+    )

@@ -17,13 +17,14 @@ from fxprune.errors import CalibrationError, PlanError, PoorAgreementWarning
 from fxprune.exact.narrowing import narrow
 from fxprune.exact.pipeline import run
 from fxprune.graph.baking import baked
-from fxprune.graph.convolutions import Convolution, convolutions, oriented
+from fxprune.graph.convolutions import Layer, convolutions, kernels_of, oriented
 from fxprune.graph.copying import copied, own_tensors
 from fxprune.graph.examples import Inputs
 from fxprune.graph.recording import Recording
 from fxprune.graph.values import CarriedValues
 from fxprune.passes import RemoveChannels
 from fxprune.plans import GroupedKernels, PrunePlan
+from fxprune.plans.eligibility import refittable_linears
 from fxprune.plans.fields import check_seed
 from fxprune.plans.masking import entries_without_removed, kept_entries, masked_copy, remaining, zero_pruned
 
@@ -188,16 +189,18 @@ def tell_agreement(subject: Subject, plan: PrunePlan, masked: nn.Module, *, prog
 
 
 def refit_readers(subject: Subject, masked: nn.Module, plan: PrunePlan, *, progress: bool = False) -> None:
-    """Refit, in place, the convolutions that read channels which `plan` removes: the others make up for them."""
+    """Refit, in place, the layers that read channels which `plan` removes: their other weights make up for them."""
+    layers: dict[str, Layer] = {**convolutions(masked), **refittable_linears(subject.layers, subject.trace)}
     readers = [
         name
-        for name, conv in convolutions(masked).items()
-        if conv.groups == 1 and name in plan.removed and plan.removed[name].inputs
+        for name, layer in layers.items()
+        if getattr(layer, "groups", 1) == 1 and name in plan.removed and plan.removed[name].inputs
     ]
 
-    def choose(name: str, conv: Convolution, samples: object) -> GroupedKernels:
-        kept = tuple(remaining(conv.in_channels, plan.removed[name].inputs).tolist())
-        return GroupedKernels(tuple(range(conv.out_channels)), (kept,), conv.in_channels, 0.0)
+    def choose(name: str, layer: Layer, samples: object) -> GroupedKernels:
+        filters, channels = kernels_of(layer).shape[:2]
+        kept = tuple(remaining(channels, plan.removed[name].inputs).tolist())
+        return GroupedKernels(tuple(range(filters)), (kept,), channels, 0.0)
 
     subject.reconstruct(masked, readers, choose, plan.seed, progress)
     zero_pruned(masked, entries_without_removed(masked, plan))  # the fit gives the removed filters a value again

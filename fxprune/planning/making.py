@@ -5,10 +5,11 @@ from dataclasses import replace
 from torch import nn
 
 from fxprune.calibration.subject import Subject
+from fxprune.planning.auto import plan_auto
 from fxprune.planning.filters import plan_filters
+from fxprune.planning.joint import kernels_of_rest
 from fxprune.planning.kernels import plan_kernels
-from fxprune.planning.lossy import masked_by, put_back, without_removed
-from fxprune.planning.requests import Request
+from fxprune.planning.requests import AUTO, Request
 from fxprune.plans import PrunePlan
 
 
@@ -20,6 +21,8 @@ def plan_for(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module |
         AccelerationError: a latency is asked for, and the model cannot be accelerated.
         CalibrationError: the calibration data do not fit the model.
     """
+    if request.granularity == AUTO:
+        return plan_auto(subject, request)
     first, *rest = request.parts()
     if first.granularity == "kernel":
         return plan_kernels(subject, first)
@@ -29,14 +32,7 @@ def plan_for(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module |
     if not rest:
         return plan, None
     (second,) = rest
-    masked = masked_by(subject, plan, progress=request.progress)
-    smaller = without_removed(subject, masked, plan)
-    kernels, refitted = plan_kernels(subject.of(smaller), second)
-    together = _joined(plan, kernels)
-    if refitted is None:
-        return together, None
-    put_back(masked, refitted, plan)
-    return together, masked
+    return kernels_of_rest(subject, plan, lambda left: plan_kernels(left, second), request.progress)
 
 
 def noted_as_baked(plan: PrunePlan, names: tuple[str, ...]) -> PrunePlan:
@@ -49,14 +45,3 @@ def noted_as_baked(plan: PrunePlan, names: tuple[str, ...]) -> PrunePlan:
 
 
 _BAKED = "its weight was computed, and is a plain one now"
-
-
-def _joined(filters: PrunePlan, kernels: PrunePlan) -> PrunePlan:
-    """One plan of both; why a layer keeps its filters is said beside why it stays dense, or noted."""
-    skipped, notes = dict(kernels.skipped), dict(kernels.notes)
-    for name, reason in filters.skipped.items():
-        said = notes if name in kernels.layers else skipped
-        before = f"{said[name]}; " if name in said else ""
-        said[name] = f"{before}keeps its filters: {reason}"
-    method = f"{filters.method}; {kernels.method}"
-    return replace(kernels, removed=filters.removed, ratio={}, method=method, skipped=skipped, notes=notes)

@@ -20,6 +20,8 @@ Scope = Literal["local", "global"]
 
 GRANULARITIES = ("kernel", "filter")
 """What is removed: kernels, so that convolutions become grouped, or whole filters, so that they become narrower."""
+AUTO = "auto"
+"""In place of a granularity: a budget is divided among filters and kernels."""
 METHODS = ("auto", "cocluster", "reconstruction", "tmi", "srgkp")
 """How groups and kept kernels are chosen.
 
@@ -32,6 +34,8 @@ METHODS = ("auto", "cocluster", "reconstruction", "tmi", "srgkp")
 """
 PUBLISHED = ("tmi", "srgkp")
 """Methods of papers: overlap form only, and 8 groups unless said otherwise."""
+RECONSTRUCTION = "reconstruction"
+"""The criterion of filters that is the error after a refit; the default with calibration data."""
 DEFAULT_RATIO = 0.5
 """Of kernel groups, or filters, where neither ratio nor budget is given."""
 
@@ -59,7 +63,7 @@ class Request:
     latency_table: LatencyTable | None = None
     sensitivity: Sensitivity | None = None
     granularity: str | Mapping[str, float] = "kernel"
-    scope: Scope = "local"
+    scope: Scope | None = None
     round_to: int = 1
     groups: Groups | Mapping[str, Groups] = "auto"
     method: str = "auto"
@@ -84,7 +88,11 @@ class Request:
         self._check_device()
         check_seed(self.seed)
         _freeze(self, "variety", Variety.parse(self.variety))
-        if self.criterion is not None:
+        if self.criterion == RECONSTRUCTION and self.granularity != "kernel":
+            pass  # for filters it is measured on data, kernels then have the method of that name
+        elif self.criterion == RECONSTRUCTION:
+            raise PlanError("criterion 'reconstruction' is for filters; for kernels it is method='reconstruction'")
+        elif self.criterion is not None:
             criterion_of(self.criterion)
         self._check_method()
         if self.snapshots is not None:
@@ -164,15 +172,30 @@ class Request:
             self.rule.similarity_for(calibrated)
         return method
 
+    def measures_filters(self, calibrated: bool) -> bool:
+        """Whether filters go by the error that a refit leaves, given whether there is calibration data.
+
+        Raises:
+            PlanError: it needs calibration data.
+        """
+        if self.criterion == RECONSTRUCTION and not calibrated:
+            raise PlanError(
+                "criterion 'reconstruction' measures the error on data; pass calibration=, or use criterion='l2'"
+            )
+        return calibrated and (self.criterion == RECONSTRUCTION or (self.criterion is None and self.variety is None))
+
     def parts(self) -> "Iterator[Request]":
         """Requests of one granularity each, in the order in which they are served: filters first."""
-        if not isinstance(self.granularity, Mapping):
+        if isinstance(self.granularity, str) and self.granularity != AUTO:
             yield self
             return
+        amounts = self.granularity if isinstance(self.granularity, Mapping) else dict.fromkeys(GRANULARITIES)
         usual = {name: _DEFAULTS[name] for name in _KERNELS_ONLY}
-        yield replace(self, granularity="filter", ratio=self.granularity["filter"], **usual)
+        yield replace(self, granularity="filter", ratio=amounts["filter"], **usual)
         usual = {name: _DEFAULTS[name] for name in _FILTERS_ONLY}
-        yield replace(self, granularity="kernel", ratio=self.granularity["kernel"], **usual)
+        if self.criterion == RECONSTRUCTION:
+            usual["criterion"] = None
+        yield replace(self, granularity="kernel", ratio=amounts["kernel"], **usual)
 
     # --- checks -------------------------------------------------------------------------------------------------------
 
@@ -181,15 +204,18 @@ class Request:
         given = self.granularity
         names = list(given) if isinstance(given, Mapping) else [given]
         for name in names:
-            if name not in GRANULARITIES:
-                close = near_matches(str(name), GRANULARITIES)
+            if name not in GRANULARITIES and given != AUTO:
+                close = near_matches(str(name), (*GRANULARITIES, AUTO))
                 raise PlanError(
                     f"granularity is {name!r}{close}; it must be 'kernel', 'filter', or map both to their ratios: "
-                    "granularity={'filter': 0.25, 'kernel': 0.5}"
+                    "granularity={'filter': 0.25, 'kernel': 0.5}; or 'auto', with a budget"
                 )
         if isinstance(given, Mapping):
             self._check_both(names)
             _freeze(self, "granularity", MappingProxyType({name: freeze_ratio(value) for name, value in given.items()}))
+            return
+        if given == AUTO:
+            self._check_auto()
             return
         foreign, other, them = (
             (_KERNELS_ONLY, "kernel", "filters") if given == "filter" else (_FILTERS_ONLY, "filter", "kernels")
@@ -201,6 +227,24 @@ class Request:
             raise PlanError(
                 f"latency={self.latency!r} chooses groups of kernels; give filters a ratio or macs= instead"
             )
+
+    def _check_auto(self) -> None:
+        """See that there is a budget to divide, and nothing that fits one part of the network only."""
+        if self.latency is not None:
+            raise PlanError(
+                f"granularity='auto' divides MACs or parameters; latency={self.latency!r} is for granularity='kernel'"
+            )
+        if self.budget is None or self.ratio is not None:
+            raise PlanError(
+                "granularity='auto' divides a budget among filters and kernels; pass macs= or params= alone, or map "
+                "both to their ratios: granularity={'filter': 0.25, 'kernel': 0.5}"
+            )
+        for name in ("sensitivity", "snapshots", "after"):
+            if (value := getattr(self, name)) is not None:
+                raise PlanError(
+                    f"{name}={_short(value)} does not fit the network that removed filters leave; leave it out for "
+                    "granularity='auto'"
+                )
 
     def _check_both(self, names: list[str]) -> None:
         """See that a mapping from granularity to ratio is the only answer to how much goes."""
@@ -246,8 +290,8 @@ class Request:
                 raise PlanError(
                     f"latency={self.latency:.4g} needs the device to be fast on; pass target='cpu' or target='cuda'"
                 )
-        if self.scope not in get_args(Scope):
-            raise PlanError(f"scope is {self.scope!r}; it must be 'local' or 'global'")
+        if self.scope is not None and self.scope not in get_args(Scope):
+            raise PlanError(f"scope is {self.scope!r}; it must be 'local' or 'global', or None for what suits")
         if self.ratio is not None:
             _freeze(self, "ratio", freeze_ratio(self.ratio))
             if self.scope == "global" and isinstance(self.ratio, Mapping):

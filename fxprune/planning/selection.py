@@ -43,7 +43,9 @@ FLOOR = 1 / 16
 NOISE = 1e-9
 
 
-def choose_units(units: ChannelUnits, scores: Array, request: Request, gone: Chosen | None = None) -> Chosen:
+def choose_units(
+    units: ChannelUnits, scores: Array, request: Request, gone: Chosen | None = None, comparable: bool = False
+) -> Chosen:
     """Choose the units to remove, those with the lowest scores of each space; of equal ones the last goes first.
 
     Local scope takes the same share of each space. Global scope ranks all units by their score over the mean of their
@@ -63,6 +65,7 @@ def choose_units(units: ChannelUnits, scores: Array, request: Request, gone: Cho
             spaces of the layers that it matches, other spaces stay whole. A budget is met within 1 %; if steps of
             `round_to` are too coarse for that, the nearest below.
         gone: `(U,)` units that were removed before and stay so. If they are more than is asked for, no others go.
+        comparable: the scores have the same scale everywhere: a global ranking takes them as they are.
 
     Returns:
         `(U,)` True for the units that are removed, `gone` included.
@@ -74,12 +77,12 @@ def choose_units(units: ChannelUnits, scores: Array, request: Request, gone: Cho
     gone = np.zeros(units.count, dtype=np.bool_) if gone is None else gone
     _check(units, scores, request, gone)
     sizes = np.bincount(units.space, minlength=len(units.names))
-    steps = _Steps.make(units, sizes, scores, gone, request)
+    steps = _Steps.make(units, sizes, scores, gone, request, comparable)
     ratio = request.filter_ratio
     if ratio is None:
         assert request.budget is not None
         taken = _within(units, steps, gone, *request.budget)
-    elif request.scope == "local":
+    elif request.scope != "global":
         asked = _ratios(units, ratio)[steps.space] * sizes[steps.space]
         taken = steps.forced | (steps.removable & (asked - steps.middle > NOISE))
     else:
@@ -126,7 +129,9 @@ class _Steps:
     ranking: Labels
 
     @classmethod
-    def make(cls, units: ChannelUnits, sizes: Labels, scores: Array, gone: Chosen, request: Request) -> "_Steps":
+    def make(
+        cls, units: ChannelUnits, sizes: Labels, scores: Array, gone: Chosen, request: Request, comparable: bool = False
+    ) -> "_Steps":
         round_to = request.round_to
         order = np.lexsort((-np.arange(units.count), scores, ~gone, units.space))
         position = positions(units.space)
@@ -142,7 +147,8 @@ class _Steps:
         fraction = middle / sizes[space]
         if request.scope == "global":
             # A step goes when more than half of it would: rounding to the nearest.
-            key = (scores / _means(units.space, sizes, scores))[order[first + size // 2]]
+            scale = 1.0 if comparable else _means(units.space, sizes, scores)
+            key = (scores / scale)[order[first + size // 2]]
         else:
             key = fraction
         ranking = np.lexsort((-space, fraction, key, ~forced))

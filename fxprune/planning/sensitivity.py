@@ -21,19 +21,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import fx, nn
 from tqdm import tqdm
 
 from fxprune.calibration.batches import Batch
-from fxprune.calibration.damage import damage_path
-from fxprune.calibration.following import Following, follow
-from fxprune.calibration.joins import Join, joins_after, share_of_own
-from fxprune.calibration.lockstep import Lockstep
-from fxprune.calibration.samples import draw
+from fxprune.calibration.damage import damage_path, loss_of
+from fxprune.calibration.following import Bounds
+from fxprune.calibration.samples import MAX_ROWS, Samples
+from fxprune.calibration.survey import measured
 from fxprune.errors import PlanError
-from fxprune.graph.convolutions import conv_at, convolutions, kernels_of
-from fxprune.graph.editing import call_sites
+from fxprune.graph.convolutions import Layer, conv_at, convolutions, kernels_of
 from fxprune.methods import Matrix, cocluster
 from fxprune.plans.fields import check_share
 from fxprune.plans.shapes import kept_channels, unit_of
@@ -45,8 +42,6 @@ TOLERANCE = 0.01
 ENOUGH = 0.001
 # Channels are taken in steps of this share of a layer, but at least one at a time.
 STEP = 1 / 32
-LEAST_SIGNAL = 1e-6
-"""Where less than this is left of the signal, all is lost; a damage of 1 and more has a logarithm all the same."""
 FLOOR = 1 / 16
 """Share of its channels that a budget leaves each layer while others have more, as for whole filters: a layer that is
 nearly empty is a bottleneck that no other makes up for ("layer collapse" of Tanaka, Kunin, Yamins, Ganguli, NeurIPS
@@ -255,11 +250,6 @@ class Sensitivity:
             ) from error
 
 
-def loss_of(damage: float) -> float:
-    """Minus the logarithm of what a damage leaves of the signal."""
-    return -math.log(max(1 - damage, LEAST_SIGNAL))
-
-
 def measure(
     dense: fx.GraphModule,
     groups: Mapping[str, int],
@@ -267,6 +257,7 @@ def measure(
     batches: Sequence[Batch] | None,
     *,
     seed: int = 0,
+    rows: int = MAX_ROWS,
     progress: bool = False,
 ) -> Sensitivity:
     """Measure the sensitivity of convolutions, each with the rest of the network dense.
@@ -278,6 +269,7 @@ def measure(
         batches: calibration data. Without them the damage is the share of weight energy lost, a poor substitute: it
             knows nothing of what the network does with the output.
         seed: of the positions and of the clustering.
+        rows: about how many positions are drawn for each at most.
         progress: show a bar on stderr.
 
     Raises:
@@ -289,7 +281,7 @@ def measure(
     damages = (
         _from_weights(dense, groups, seed, progress)
         if batches is None
-        else _from_data(dense, groups, batches, seed, progress)
+        else _from_data(dense, groups, batches, seed, rows, progress)
     )
     layers = (
         LayerSensitivity(name, groups[name], costs[name][1] or 0, dense.get_parameter(f"{name}.weight").numel(), damage)
@@ -303,43 +295,13 @@ def measure(
 
 
 def _from_data(
-    dense: fx.GraphModule, groups: Mapping[str, int], batches: Sequence[Batch], seed: int, progress: bool
+    dense: fx.GraphModule, groups: Mapping[str, int], batches: Sequence[Batch], seed: int, rows: int, progress: bool
 ) -> dict[str, tuple[float, ...]]:
-    sites = {name: nodes[0] for nodes in call_sites(dense).values() if (name := str(nodes[0].target)) in groups}
-    position = {node: i for i, node in enumerate(dense.graph.nodes)}
-    damages: dict[str, Matrix] = {}
-    with torch.no_grad(), Lockstep(dense, dense, batches, progress=progress) as network:
-        following = {name: _followed(dense, node, network) for name, node in sites.items()}
-        joins = joins_after(dense, {name: _read(dense, node, following[name]) for name, node in sites.items()})
-        shares = dict.fromkeys((join for through in joins.values() for join in through), 1.0)
-        stops: list[tuple[str | Join, fx.Node]] = [*sites.items(), *((join, join.node) for join in shares)]
-        for what, node in sorted(stops, key=lambda stop: position[stop[1]]):
-            samples = network.pause_before(node.name)
-            if isinstance(what, Join):
-                shares[what] = share_of_own(what, [sample for sample, _ in samples])
-                continue
-            conv = conv_at(dense, what)
-            rows = draw(what, node.name, conv, following[what], samples, seed)
-            damages[what] = damage_path(kernels_of(conv), rows, groups[what], seed, following[what].bounds)
-    return {name: _falling(path * math.prod(shares[join] for join in joins[name])) for name, path in damages.items()}
+    def path(name: str, conv: Layer, samples: Samples, bounds: Bounds | None) -> Matrix:
+        return damage_path(kernels_of(conv), samples, groups[name], seed, bounds)
 
-
-def _followed(dense: fx.GraphModule, node: fx.Node, network: Lockstep) -> Following:
-    """What follows a convolution, as far as it is known before the convolution is called."""
-    following = follow(dense, node)
-    known = not following.other or network.can_look_ahead(node.name, following.other, frozenset())
-    return following if known else following.without_other()
-
-
-def _read(dense: fx.GraphModule, node: fx.Node, following: Following) -> fx.Node:
-    """The node whose variance the damage of a convolution is relative to, but for a rectifier: the convolution, the
-    BatchNorm that reads it, or the addition.
-    """
-    if following.norm is not None:
-        (node,) = node.users
-    if following.other is not None:
-        (node,) = node.users
-    return node
+    found = measured(dense, batches, groups, path, seed=seed, rows=rows, progress=progress)
+    return {name: _falling(damage * share) for name, (damage, share) in found.items()}
 
 
 def _from_weights(

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from fxprune.errors import PlanError
 from fxprune.graph.convolutions import Convolution, convolutions, has_own_forward
 from fxprune.graph.editing import calls, first_reader, read_by_name
-from fxprune.graph.tracing import Trace
+from fxprune.graph.tracing import Trace, is_hooked
 
 # Narrower convolutions stay dense. Below 16 input channels (an RGB stem) there is little to remove and every kernel
 # matters; below 16 filters even two groups are narrower than the 8 lanes of an AVX2 register, and measured slower than
@@ -20,6 +20,9 @@ MIN_OUT_CHANNELS = 16
 
 # Subclasses whose forward only pads and then convolves with `self.weight` and `self.groups`, so regrouping is exact.
 EXACT_SUBCLASSES = frozenset({"timm.layers.conv2d_same.Conv2dSame"})
+
+MOST_FEATURES = 4096
+"""Input features of a linear layer that may be solved anew: the least squares problem has as many unknowns."""
 
 QUANTIZED_PACKAGES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
@@ -133,3 +136,26 @@ def find_obstacles(model: nn.Module, traced: Trace) -> dict[str, str]:
         elif reader := first_reader(called[name].parameters(), named):
             obstacles[name] = f"its parameters are also read by {reader}, which needs them dense"
     return obstacles
+
+
+def refittable_linears(model: nn.Module, traced: Trace) -> dict[str, nn.Linear]:
+    """The linear layers of a traced model that can be solved anew, by module path: plain ones, called by the graph,
+    whose parameters nobody else reads, of at most `MOST_FEATURES` input features.
+    """
+    shared, named = parameters_of_several_modules(model), read_by_name(traced.module)
+    found = {}
+    for node, layer in calls(traced.module, nn.Linear):
+        value, parameters = traced.values.get(node), list(layer.parameters(recurse=False))
+        if (
+            type(layer) is nn.Linear
+            and not is_hooked(layer)
+            and "forward" not in vars(layer)
+            and layer.weight.is_floating_point()
+            and layer.in_features <= MOST_FEATURES
+            and not any(id(parameter) in shared for parameter in model.get_submodule(str(node.target)).parameters())
+            and not first_reader(parameters, named)
+            and isinstance(value, Tensor)
+            and value.dim() > 1
+        ):
+            found[str(node.target)] = layer
+    return found

@@ -252,6 +252,7 @@ class PrunePlan:
         removed: module name (or parameter name, where the model reads a parameter itself) to the channels that go as a
             whole, in every module they touch.
         baked: names of the convolutions whose computed weight became a plain one before this was planned.
+        remarks: what the user should know of the plan as a whole: what else was tried, and what it would have given.
 
     Two plans are equal when all fields are. A plan can be copied and pickled, but not hashed.
 
@@ -268,6 +269,7 @@ class PrunePlan:
     notes: Mapping[str, str] = field(default_factory=dict)
     removed: Mapping[str, RemovedChannels] = field(default_factory=dict)
     baked: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Make the mappings read-only and check them."""
@@ -277,10 +279,11 @@ class PrunePlan:
         set_field(self, "removed", frozen("removed", self.removed, RemovedChannels))
         set_field(self, "ratio", freeze_ratio(self.ratio))
         set_field(self, "seed", integer("seed", self.seed))
-        names: object = self.baked
-        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-            raise PlanError(f"baked is {names!r}; it must list names of modules")
-        set_field(self, "baked", tuple(names))
+        for what, kind in (("baked", "names of modules"), ("remarks", "sentences")):
+            texts = getattr(self, what)
+            if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+                raise PlanError(f"{what} is {texts!r}; it must list {kind}")
+            set_field(self, what, tuple(texts))
         for name in ("method", "criterion"):
             if not isinstance(getattr(self, name), str):
                 raise PlanError(f"{name} is {getattr(self, name)!r}; it must be a string")
@@ -295,7 +298,8 @@ class PrunePlan:
         """Pickle by the constructor: `pickle` does not know the mapping proxies that keep the plan constant."""
         ratio = dict(self.ratio) if isinstance(self.ratio, Mapping) else self.ratio
         layers, skipped, notes, removed = (dict(m) for m in (self.layers, self.skipped, self.notes, self.removed))
-        return PrunePlan, (layers, skipped, ratio, self.method, self.criterion, self.seed, notes, removed, self.baked)
+        names = self.method, self.criterion, self.seed
+        return PrunePlan, (layers, skipped, ratio, *names, notes, removed, self.baked, self.remarks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PrunePlan":
         """The plan itself, for it is constant: a compiled model carries it, and would spend more time on a copy of it
@@ -325,6 +329,7 @@ class PrunePlan:
             lines.append(f"{line}  {kernels.block}{cost}" if blocks else line.rstrip())
         lines += [f"{name:{width}}  dense      {reason}" for name, reason in self.skipped.items()]
         lines += [f"note: {name}: {note}" for name, note in self.notes.items()]
+        lines += [f"note: {remark}" for remark in self.remarks]
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -342,7 +347,7 @@ class PrunePlan:
                 "notes": dict(self.notes),
                 "removed": {name: channels.to_dict() for name, channels in self.removed.items()},
             }
-            | ({"baked": list(self.baked)} if self.baked else {})
+            | {name: list(texts) for name in ("baked", "remarks") if (texts := getattr(self, name))}
         )
 
     @classmethod
@@ -362,7 +367,9 @@ class PrunePlan:
         if version != VERSION:
             raise PlanError(f"the plan has version {version!r}, but only {VERSION} can be read; make the plan again")
         names = (field.name for field in fields(cls))
-        values = fields_of({"notes": {}, "removed": {}, "baked": []} | data, *names)  # earlier versions lack these
+        values = fields_of(
+            {"notes": {}, "removed": {}, "baked": [], "remarks": []} | data, *names
+        )  # earlier versions lack these
         values["layers"] = parsed("layers", values["layers"], GroupedKernels.from_dict)
         values["removed"] = parsed("removed", values["removed"], RemovedChannels.from_dict)
         return cls(**values)

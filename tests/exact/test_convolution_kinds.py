@@ -104,7 +104,7 @@ def test_filters_go_from_every_kind(dims: int) -> None:
 @pytest.mark.parametrize("dims", DIMS)
 def test_filters_then_kernels_with_a_refit(dims: int) -> None:
     model, images = net(dims), example(dims, torch.float32, batch=16)
-    granularity = {"filter": 0.25, "kernel": 0.5}
+    granularity = {"filter": 0.5, "kernel": 0.5}
     plan = fxprune.make_plan(model, granularity=granularity, calibration=images)
     masked = fxprune.mask(model, plan, images)
     pruned = fxprune.rewrite(masked, plan, images[:2])

@@ -19,6 +19,7 @@ from fxprune.methods.reconstruction import (
     _eliminate,
     elimination_order,
     filter_errors,
+    give_up_together,
     kernel_energy,
 )
 from fxprune.plans import Form, GroupedKernels
@@ -382,3 +383,50 @@ def test_large_layers_are_chosen_in_one_round(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(MODULE, "LARGE", 16)
     given = problem(8, 32)
     assert [len(kept) for kept in given.solve(2, 16).kept] == [16, 16]
+
+
+# --- sets of inputs that several readers lose ------------------------------------------------------------------------
+
+
+def owned_error(given: Problem, owner: Tensor, alive: Mask) -> float:
+    stays = np.append(alive, True)[owner.numpy()]  # -1 never goes
+    return sum(ridge_error(given, torch.from_numpy(np.flatnonzero(stays)), filter_) for filter_ in range(3))
+
+
+def test_costs_of_sets_of_inputs_of_any_size() -> None:
+    given = problem(3, 12)
+    owner = torch.tensor([2, -1, 0, 1, 1, 4, 0, 2, 2, -1, 4, 0])  # set 3 owns none, as does the last
+    elimination = Elimination(torch.linalg.inv(given.damped), given.cross, owner, 6)
+    alive = np.ones(6, dtype=np.bool_)
+    for gone in ([], [2], [1, 4]):
+        elimination.drop(torch.tensor(gone, dtype=torch.long))
+        alive[gone] = False
+        now = owned_error(given, owner, alive)
+        growth = []
+        for which in range(6):
+            without = alive.copy()
+            without[which] = False
+            growth.append(owned_error(given, owner, without) - now if alive[which] else np.inf)
+        np.testing.assert_allclose(elimination.costs(), growth, rtol=1e-6, atol=1e-12)
+
+
+def test_what_several_readers_lose_at_once_costs_the_sum() -> None:
+    problems = [problem(3, 6, seed=seed) for seed in (0, 1)]
+    owners = torch.tensor([0, 1, 2, 3, 4, 5]), torch.tensor([3, 3, 0, 5, 1, 2])
+    readers = [
+        Elimination(torch.linalg.inv(given.damped), given.cross, owner, 6)
+        for given, owner in zip(problems, owners, strict=True)
+    ]
+    order = give_up_together(readers, 0).tolist()
+    alive = np.ones(6, dtype=np.bool_)
+    for went in order:
+        errors = []
+        for which in np.flatnonzero(alive):
+            without = alive.copy()
+            without[which] = False
+            errors.append(sum(owned_error(g, o, without) for g, o in zip(problems, owners, strict=True)))
+        assert went == np.flatnonzero(alive)[np.argmin(errors)]
+        alive[went] = False
+    for given, owner in zip(problems, owners, strict=True):  # control: neither of them would have it so
+        alone = Elimination(torch.linalg.inv(given.damped), given.cross, owner, 6)
+        assert give_up_together([alone], 0).tolist() != order

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 import fxprune
 from fxprune import PlanError
 from fxprune.calibration.agreement import Agreement
+from fxprune.calibration.damage import loss_of
 from fxprune.calibration.judging import best
 from fxprune.exact.record import record_of
 from fxprune.planning import kernels
 from fxprune.planning.candidates import between, candidates, uniform
-from fxprune.planning.sensitivity import TOLERANCE, LayerSensitivity, Sensitivity, loss_of
+from fxprune.planning.sensitivity import TOLERANCE, LayerSensitivity, Sensitivity
 from fxprune.plans.shapes import accurate_groups
 
 

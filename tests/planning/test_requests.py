@@ -199,6 +199,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "seed is -1"),
     ({"variety": "many"}, "many"),
     ({"criterion": "l3"}, "l3"),
+    ({"criterion": "reconstruction"}, "criterion 'reconstruction' is for filters; for kernels it is method='recon"),
     ({"criterion": "l1", "method": "reconstruction"}, "method 'reconstruction' has its own score; leave criterion out"),
     ({"variety": "soft", "method": "srgkp"}, "method 'srgkp' has its own score; leave variety out"),
     ({"method": "tmi"}, "method 'tmi' compares the weights with earlier states of the same training run; pass snap"),
@@ -284,12 +285,12 @@ def test_a_combined_granularity_is_served_in_two_parts() -> None:
         criterion="l1", ignore="a", seed=7,
     )  # fmt: skip
     assert list(whole.parts()) == [
-        Request(granularity="filter", ratio=0.25, round_to=8, criterion="l1", ignore="a", seed=7),
+        Request(granularity="filter", ratio=0.25, round_to=8, scope="local", criterion="l1", ignore="a", seed=7),
         Request(granularity="kernel", ratio=0.5, groups=4, form="overlap", block=2, criterion="l1", ignore="a", seed=7),
     ]
     ratios = MappingProxyType({"filter": 0.25, "kernel": 0.5})
     first, second = Request(granularity=ratios, scope="global", target="cuda").parts()
-    assert (first.scope, second.scope) == ("global", "local")
+    assert (first.scope, second.scope) == ("global", None)
     assert first.target == second.target == "cuda"
 
 

@@ -1,0 +1,166 @@
+"""How much the readers of a channel space suffer as it gives up channels, and in which order these should go.
+
+A channel that is removed is lost to every layer that reads it, and to nobody else. What each of them suffers is the
+error that a refit of its other weights leaves, as for kernels (`fxprune.calibration.damage`), with one group of all
+filters. The order is second-order elimination of whole units: again and again the unit goes whose loss costs all its
+readers together least when their other weights adapt (`fxprune.methods.reconstruction.Elimination`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxprune.calibration.damage import error_weights, interpolated, loss_of
+from fxprune.calibration.following import Bounds
+from fxprune.calibration.least_squares import Part, choose_ridge, held_out_errors
+from fxprune.calibration.samples import Moments, Samples
+from fxprune.graph.convolutions import Layer, kernels_of
+from fxprune.methods import Labels, Matrix
+from fxprune.methods.reconstruction import Elimination, Summation, damped_inverse, give_up_together
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What is kept of the samples of a layer: all that a refit without some of its inputs needs to know.
+
+    Attributes:
+        weight: `(O, D)` float64 of the dense layer, `D = C * taps`.
+        rows: how many there were.
+        halves: see `Samples.halves`.
+        counts: `(O,)` float64, what a squared error of each output counts, see `error_weights`.
+    """
+
+    weight: Tensor
+    rows: int
+    halves: tuple[Moments, Moments]
+    counts: Tensor
+
+    @classmethod
+    def of(cls, layer: Layer, samples: Samples, bounds: Bounds | None) -> "Reader":
+        """That of a layer whose result a rectifier with `bounds` reads."""
+        weight = kernels_of(layer).detach().double().flatten(1)
+        return cls(weight, samples.rows, samples.halves, error_weights(samples, bounds))
+
+    def weighed(self, share: float) -> "Reader":
+        """The same if errors count by this share only."""
+        return replace(self, counts=self.counts * share)
+
+
+@dataclass(frozen=True)
+class StiffReader:
+    """What is kept of the samples of a layer that no refit changes: the errors of its inputs are taken to add up, as if
+    they were uncorrelated.
+
+    Attributes:
+        costs: `(D,)` float64, the damage without each of its inputs.
+    """
+
+    costs: Tensor
+
+    @classmethod
+    def of(cls, layer: Layer, samples: Samples, bounds: Bounds | None) -> "StiffReader":
+        """That of a layer whose result a rectifier with `bounds` reads."""
+        energy = kernels_of(layer).detach().double().flatten(1).square()
+        return cls((error_weights(samples, bounds) @ energy) * samples.inputs.square().mean(0, dtype=torch.float64))
+
+    def weighed(self, share: float) -> "StiffReader":
+        """The same if errors count by this share only."""
+        return replace(self, costs=self.costs * share)
+
+
+class _Stiff:
+    """A stiff reader that loses units."""
+
+    def __init__(self, reader: StiffReader, unit_of: Labels, units: int) -> None:
+        owner = torch.from_numpy(np.repeat(unit_of, len(reader.costs) // len(unit_of))).to(reader.costs.device)
+        self._costs = reader.costs.new_zeros(units).index_add_(0, owner[owner >= 0], reader.costs[owner >= 0])
+        self.inputs = 0
+
+    def elimination(self) -> Summation:
+        """See `_Losing`, as for the other."""
+        return Summation(self._costs)
+
+    def loss(self, gone: Tensor) -> float:
+        """See there."""
+        return loss_of(float(self._costs[gone].sum()))
+
+
+class _Losing:
+    """A reader that loses units: which of its inputs belong to which, and the pull of its refit."""
+
+    def __init__(self, reader: Reader, unit_of: Labels, units: int) -> None:
+        self.reader, self._units, self.inputs = reader, units, reader.weight.shape[1]
+        taps = reader.weight.shape[1] // len(unit_of)
+        self.owner = torch.from_numpy(np.repeat(unit_of, taps)).to(reader.weight.device)
+        first, second = reader.halves
+        self._gram, self._cross = (first.gram + second.gram) / 2, (first.cross + second.cross) / 2
+        self._ridge = choose_ridge(reader, self._parts(self._lighter_half()), reader.weight)
+
+    def elimination(self) -> Elimination:
+        """Its weights, as units go one by one; an error counts as the reader says."""
+        pull = self._ridge * float(self._gram.diagonal().mean())
+        gram = self._gram + pull * torch.eye(len(self._gram), dtype=self._gram.dtype, device=self._gram.device)
+        cross = (self._cross + pull * self.reader.weight) * self.reader.counts.sqrt()[:, None]
+        return Elimination(damped_inverse(gram), cross, self.owner, self._units)
+
+    def loss(self, gone: Tensor) -> float:
+        """What is lost of its signal without some units, on images that it was not fitted to."""
+        errors = held_out_errors(self.reader, self._parts(gone), self.reader.weight, self._ridge)
+        return loss_of(float(errors @ self.reader.counts))
+
+    def _parts(self, gone: Tensor) -> list[Part]:
+        kept = (~torch.isin(self.owner, gone)).nonzero().flatten()
+        return [(torch.arange(len(self.reader.weight), device=kept.device), kept)]
+
+    def _lighter_half(self) -> Tensor:
+        """Half of the units that it reads, those that add least energy to its outputs: the pull has to suit a layer
+        that lost some.
+        """
+        read = self.owner >= 0
+        energy = (self.reader.weight.square() * self.reader.counts[:, None]).sum(0) * self._gram.diagonal()
+        energies = torch.zeros(self._units, dtype=energy.dtype, device=energy.device)
+        energies.index_add_(0, self.owner[read], energy[read])
+        own = self.owner[read].bincount().nonzero().flatten()
+        return own[energies[own].argsort(stable=True)[: len(own) // 2]]
+
+
+def space_damage(
+    readers: Sequence[tuple[Reader | StiffReader, Labels]], units: int, gone: Labels
+) -> tuple[Labels, Matrix]:
+    """In which order the units of a space go, and what their readers lose.
+
+    Args:
+        readers: the layers that read units of the space, and the unit `0..units - 1` of each of their `C` input
+            channels, -1 for those of other spaces, which stay.
+        units: how many the space has.
+        gone: those that went before, in no order; they go first.
+
+    Returns:
+        the units `(units,)`, the first to go first, and the loss `(units,)`, entry `k - 1` if the last `k` of them
+        stay: the sum over the readers of `loss_of` their damage, interpolated as for kernels. Where no reader is
+        known, all units are taken to matter alike, and the last goes first.
+    """
+    if not readers:
+        rest = np.setdiff1d(np.arange(units), gone)[::-1]
+        damages = 1 - np.arange(1, units + 1) / units
+        return np.concatenate([gone, rest]).astype(np.intp), np.array([loss_of(damage) for damage in damages])
+    losing = [
+        _Losing(reader, unit_of, units) if isinstance(reader, Reader) else _Stiff(reader, unit_of, units)
+        for reader, unit_of in readers
+    ]
+    eliminations = [reader.elimination() for reader in losing]
+    before = torch.as_tensor(gone, dtype=torch.long, device=eliminations[0].alive.device)
+    if len(before):
+        for elimination in eliminations:
+            elimination.drop(before)
+    order = torch.cat([before, give_up_together(eliminations, 0)])
+    path = interpolated(
+        units,
+        max(reader.inputs for reader in losing),
+        lambda kept: sum(reader.loss(order[: units - kept]) for reader in losing),
+    )
+    found: Labels = order.cpu().numpy()
+    return found, np.maximum.accumulate(np.maximum(path, 0)[::-1])[::-1]

@@ -1,0 +1,165 @@
+"""One budget over filters and kernels: it is divided in several ways, and the best division is taken.
+
+Kernels alone and filters alone are always among them. The others let filters save a part and kernels of what they leave
+the rest. Each is planned as it would be by itself, refitted without the held-out inputs, and compared with the dense
+network on these; so the result is worse than either alone only where these inputs mislead.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import nn
+
+from fxprune.calibration.agreement import Agreement
+from fxprune.calibration.judging import Judge, best
+from fxprune.calibration.subject import Subject
+from fxprune.errors import PlanError
+from fxprune.planning.candidates import told
+from fxprune.planning.filters import FilterPlanner, judged_plans
+from fxprune.planning.joint import kernels_of_rest
+from fxprune.planning.kernels import judged_ways, planned, ways_to_spend
+from fxprune.planning.planner import serves_accuracy
+from fxprune.planning.requests import Request
+from fxprune.planning.sensitivity import Cost
+from fxprune.plans import PrunePlan
+
+SPLITS = {"filters for a third of the saving": 1 / 3, "filters for two thirds of the saving": 2 / 3}
+"""Divisions between kernels alone and filters alone, with the share of the saving that filters make."""
+ROUND_TO = 8
+"""Before kernels, filters stay in multiples of this many, so that what they leave divides into groups."""
+
+
+@dataclass(frozen=True)
+class _Division:
+    """A way to divide the budget.
+
+    Attributes:
+        filters: the filters that go, if any.
+        kernels: the request for kernels of what they leave, with ratios, if any.
+    """
+
+    filters: PrunePlan | None = None
+    kernels: Request | None = None
+
+    def carried_out(self, subject: Subject) -> tuple[PrunePlan, nn.Module | None]:
+        """The plan of both, and the masked model if it was refitted on the way."""
+        if self.kernels is None:
+            assert self.filters is not None
+            return self.filters, None
+        request, accurate = self.kernels, serves_accuracy(subject, self.kernels)
+        if self.filters is None:
+            return planned(subject, request, accurate)
+        return kernels_of_rest(subject, self.filters, lambda rest: planned(rest, request, accurate), request.progress)
+
+
+def plan_auto(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module | None]:
+    """A plan of filters, kernels or both that meets a budget, and the masked model if it was refitted on the way.
+
+    Raises:
+        PlanError: there are no calibration data, or the budget can be met neither by filters nor by kernels.
+        CalibrationError: the calibration data do not fit the model.
+    """
+    if subject.batches is None:
+        raise PlanError(
+            "granularity='auto' compares filters and kernels on data; pass calibration=, or granularity='kernel' or "
+            "'filter'"
+        )
+    trials = _Trials(subject, request)
+    trials.of("kernels alone", trials.kernels_alone)
+    trials.of("filters alone", trials.filters_alone)
+    for name, part in SPLITS.items():
+        trials.of(name, partial(trials.both, part))
+    if not trials.found:
+        raise PlanError("granularity='auto': " + "; ".join(trials.failures))
+    agreements = {name: agreement for name, (_, agreement) in trials.found.items()}
+    taken = best(agreements)
+    plan, masked = trials.found[taken][0].carried_out(subject)
+    remark = told("one budget over filters and kernels", agreements, taken)
+    return replace(plan, remarks=(remark, *trials.remarks, *trials.failures)), masked
+
+
+class _Trials:
+    """Divisions of a budget that were tried.
+
+    Args:
+        subject: the model, with calibration data.
+        request: what is asked for.
+
+    Attributes:
+        found: each division by its name, and what came of it.
+        remarks: what came of the ways to spend the whole budget on one granularity.
+        failures: divisions that are not possible, and why.
+    """
+
+    def __init__(self, subject: Subject, request: Request) -> None:
+        self.found: dict[str, tuple[_Division, Agreement | None]] = {}
+        self.remarks: list[str] = []
+        self.failures: list[str] = []
+        self._subject = subject
+        self._filters, self._kernels = request.parts()
+        self._judge, self._planner = Judge(subject), FilterPlanner(subject)
+        self._spread: str | None = None
+
+    def of(self, name: str, trial: Callable[[], tuple[_Division, Agreement | None]]) -> None:
+        """Try a division; that it is not possible is no reason to give up."""
+        try:
+            self.found[name] = trial()
+        except PlanError as error:
+            self.failures.append(f"{name}: {error}")
+
+    def kernels_alone(self) -> tuple[_Division, Agreement | None]:
+        """The best way to spend all on kernels. It is judged as it would be carried out, for filters are, too."""
+        ways = ways_to_spend(self._subject, self._kernels)
+        way = next(iter(ways))
+        if len(ways) > 1:
+            agreements = judged_ways(self._judge, ways)
+            way = best(agreements)
+            self.remarks.append(told("kernels alone, ways to spend the budget", agreements, way))
+        division = _Division(kernels=ways[way])
+        _, masked = division.carried_out(self._judge.fitted)
+        assert masked is not None
+        return division, self._judge.agreement(masked)
+
+    def filters_alone(self) -> tuple[_Division, Agreement | None]:
+        """The best way to spend all on filters."""
+        plans = self._planner.plans(self._filters)
+        agreements = judged_plans(self._judge, plans)
+        way = self._spread = best(agreements)
+        if len(plans) > 1:
+            self.remarks.append(told("filters alone, ways to spread them", agreements, way))
+        return _Division(filters=plans[way]), agreements[way]
+
+    def both(self, part: float) -> tuple[_Division, Agreement | None]:
+        """Filters for a part of the saving, spread as was best for all of it; kernels of what they leave for the
+        rest, by the least damage.
+        """
+        assert self._filters.budget is not None
+        cost, share = self._filters.budget
+        asked = _with_budget(self._filters, cost, 1 - part * (1 - share))
+        plans = self._planner.plans(replace(asked, round_to=math.lcm(asked.round_to, ROUND_TO)))
+        filters = plans[self._spread] if self._spread in plans else next(iter(plans.values()))
+        ways: list[Request] = []
+
+        def of_rest(rest: Subject) -> tuple[PrunePlan, nn.Module | None]:
+            left = _cost(rest, cost) / _cost(self._subject, cost)
+            if left <= share:
+                raise PlanError(f"the filters leave {left:.4g} of the {cost}, and nothing to do for kernels")
+            ways.append(next(iter(ways_to_spend(rest, _with_budget(self._kernels, cost, share / left)).values())))
+            return planned(rest, ways[0], accurate=serves_accuracy(rest, ways[0]))
+
+        _, masked = kernels_of_rest(self._judge.fitted, filters, of_rest)
+        assert masked is not None
+        return _Division(filters, ways[0]), self._judge.agreement(masked)
+
+
+def _with_budget(request: Request, cost: Cost, share: float) -> Request:
+    return replace(request, macs=share) if cost == "macs" else replace(request, params=share)
+
+
+def _cost(subject: Subject, cost: Cost) -> int:
+    """MACs or parameters of a network, as a sensitivity counts them."""
+    if cost == "params":
+        return sum(parameter.numel() for parameter in subject.trace.module.parameters())
+    return sum(macs or 0 for _, macs in subject.costs.values())
