@@ -9,7 +9,7 @@ from torch import nn
 from fxprune.calibration import Calibration
 from fxprune.calibration.subject import Subject
 from fxprune.channels import ChannelAnalysis, analyze_channels
-from fxprune.channels.capture import Output, capture, check_output
+from fxprune.channels.capture import capture, check_output
 from fxprune.criteria import Criterion, ScoreFunction
 from fxprune.criteria.snapshots import Snapshot
 from fxprune.criteria.variety import Variety
@@ -28,10 +28,11 @@ from fxprune.planning.latency_measure import measure_layers
 from fxprune.planning.latency_table import LatencyTable
 from fxprune.planning.lossy import masked_by, recovered_by, tell_agreement
 from fxprune.planning.making import noted_as_baked, plan_for
-from fxprune.planning.requests import Request, Scope
+from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Sensitivity
 from fxprune.plans import PrunePlan
 from fxprune.plans.shapes import Groups
+from fxprune.vocabulary import Output, Scope
 
 
 def compile(

@@ -17,6 +17,7 @@ PACKAGE = Path(fxprune.__file__).parent
 # Each package (or lone module) may import from those before it only.
 ORDER = (
     "errors",
+    "vocabulary",  # names that arguments take
     "files",
     "environment",  # where and when a measurement was made
     "models",  # networks by name

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.channels.atoms import Array, Blocks, Tie
 from fxprune.channels.interpreter import Port, Scale, State, layer_name
-from fxprune.channels.operators import FUNCTIONS, METHODS, rule_for
+from fxprune.channels.operators import METHODS, function_rule, rule_for
 from fxprune.channels.rules import Rule, constant, item, named_item
 from fxprune.graph.containers import is_plain
 from fxprune.graph.editing import called_module, label
@@ -235,7 +235,7 @@ def rule_of(module: fx.GraphModule, node: fx.Node) -> Rule | None:
         return None
     if node.op == "call_module":
         return rule_for(called_module(module, node))
-    return METHODS.get(str(node.target)) if node.op == "call_method" else FUNCTIONS.get(node.target)
+    return METHODS.get(str(node.target)) if node.op == "call_method" else function_rule(node.target)
 
 
 def family_of(module: fx.GraphModule, node: fx.Node) -> str:

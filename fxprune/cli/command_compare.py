@@ -1,17 +1,16 @@
 """`fxprune compare`: accuracy against MACs and measured time, of several pruners on one network."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from fxprune.cli import values
-from fxprune.cli.options import DATA_HELP, MODEL_HELP, add_recipe_options, recipe_of, refuse
+from fxprune.cli.options import DATA_HELP, MODEL_HELP, add_recipe_options, device_of, recipe_of, refuse
 from fxprune.cli.output import Subparsers
-from fxprune.comparison.methods import METHODS
-from fxprune.training.data.sources import usual_validation
+from fxprune.vocabulary import ComparedMethod
 
 if TYPE_CHECKING:
     from fxprune.comparison.requests import ComparisonRequest
@@ -60,7 +59,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--weights", type=Path, help="state dict of the model (default: random)")
     add("--data", required=True, metavar="SOURCE", help=DATA_HELP)
     add("--output", type=Path, required=True, metavar="DIR", help="where runs, record and pictures go")
-    add("--methods", default="all", metavar="M,M,...", help=f"some of {','.join(METHODS)} (default: all)")
+    add(
+        "--methods",
+        default="all",
+        metavar="M,M,...",
+        help=f"some of {values.either(ComparedMethod)} (default: all)",
+    )
     add(
         "--shares",
         type=values.list_of(values.fraction("share of MACs", "0.57,0.4")),
@@ -79,7 +83,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--snapshots", nargs="+", type=Path, default=[], metavar="FILE", help="earlier states of the training, for TMI")
     add("--validation", type=int, metavar="N", help="training images held back (default: 5000, of the digits 200)")
     add("--evaluate", choices=("test", "validation"), default="test", help="on what images (default: %(default)s)")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--threads", type=values.count, help="of torch (default: its own choice)")
     group = parser.add_argument_group("latency")
     group.add_argument("--latency-only", action="store_true", help="time what is done, in place of doing more")
@@ -91,6 +95,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do what is not done yet, and write what is known; return the exit code."""
+    import torch
+
     from fxprune.comparison.accuracy import compare, time_done
 
     def complain(about: str) -> None:
@@ -109,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
         return 130
 
 
-def request_of(options: argparse.Namespace) -> "ComparisonRequest":
+def request_of(options: argparse.Namespace) -> ComparisonRequest:
     """What the options ask for; ends with a message where they do not go together.
 
     Raises:
@@ -117,6 +123,7 @@ def request_of(options: argparse.Namespace) -> "ComparisonRequest":
     """
     from fxprune.comparison.extras import ComparisonError
     from fxprune.comparison.requests import ComparisonRequest, choose_methods
+    from fxprune.training.data.sources import usual_validation
 
     recipe = recipe_of(options)
     try:
@@ -135,7 +142,7 @@ def request_of(options: argparse.Namespace) -> "ComparisonRequest":
             snapshots=options.snapshots,
             validation=usual_validation(options.data) if options.validation is None else options.validation,
             evaluate=options.evaluate,
-            device=options.device,
+            device=device_of(options),
             amp=options.amp,
             channels_last=options.channels_last,
         )

@@ -1,17 +1,14 @@
 """`fxprune compile`: prune a model, check the smaller graph, write it."""
 
+from __future__ import annotations
+
 import argparse
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, get_args
 
 import fxprune
-from fxprune.calibration.augmentation import AUGMENTATIONS
-from fxprune.calibration.recovery import SECONDS, STEPS, Recovery
-from fxprune.channels.capture import Output
 from fxprune.cli.options import (
     MODEL_HELP,
     add_model_options,
@@ -24,7 +21,12 @@ from fxprune.cli.options import (
 )
 from fxprune.cli.output import Subparsers, show, shows_progress, steps, verdict
 from fxprune.errors import CalibrationError, PlanError
-from fxprune.exports import save_onnx, save_torchscript
+from fxprune.vocabulary import AugmentName, Output
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fxprune.calibration.recovery import Recovery
 
 EXAMPLES = """\
 examples:
@@ -49,10 +51,12 @@ def add_to(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--recover", nargs="?", type=float, const=True, metavar="SECONDS",
         help="after the refit train the kept weights on the --calibration inputs, without labels, until each block "
-        f"gives what the dense one gives: so many seconds (default: {SECONDS:.0f}, or {STEPS} steps)",
+        "gives what the dense one gives: so many seconds (default: at most three minutes)",
     )  # fmt: skip
     parser.add_argument(
-        "--augment", choices=AUGMENTATIONS, help="for --recover: mirror or shift the inputs, where they are images"
+        "--augment",
+        choices=get_args(AugmentName),
+        help="for --recover: mirror or shift the inputs, where they are images",
     )
     add_model_options(parser)
     parser.add_argument(
@@ -114,6 +118,8 @@ def _recovery_of(options: argparse.Namespace) -> Recovery | None:
     Raises:
         PlanError, CalibrationError: an option is missing beside another.
     """
+    from fxprune.calibration.recovery import Recovery
+
     if options.recover is None:
         if options.augment is not None:
             raise PlanError("--augment is for --recover; add that, or leave it out")
@@ -125,6 +131,8 @@ def _recovery_of(options: argparse.Namespace) -> Recovery | None:
 
 def _write(pruned: nn.Module, inputs: tuple[Tensor], options: argparse.Namespace) -> dict[str, str]:
     """Write the files that were asked for; return the path of each kind."""
+    from fxprune.exports import save_onnx, save_torchscript
+
     targets = {"fxprune": options.output, "TorchScript": options.torchscript, "ONNX": options.onnx}
     written = {kind: path for kind, path in targets.items() if path is not None}
     for path in written.values():

@@ -16,7 +16,6 @@ from fxprune.cli.options import (
 )
 from fxprune.cli.output import Subparsers, show, shows_progress, steps, verdict
 from fxprune.errors import VerificationError
-from fxprune.exact.record import record_of
 
 
 def add_to(subparsers: Subparsers) -> None:
@@ -34,6 +33,8 @@ def add_to(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Verify as asked; return the exit code."""
+    from fxprune.exact.record import record_of
+
     model = model_of(options.model, options)
     calibration = calibration_of(options)
     with steps(3, options) as step:

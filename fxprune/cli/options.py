@@ -1,25 +1,29 @@
 """Options that several subcommands share, in groups: how each is asked for, and what is made of the answer."""
 
+from __future__ import annotations
+
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, get_args
-
-import numpy as np
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from fxprune.cli import values
 from fxprune.cli.output import shows_progress
-from fxprune.criteria import CRITERIA
-from fxprune.criteria.variety import VARIETIES
 from fxprune.errors import CalibrationError
-from fxprune.models import default_input_size, example_inputs, load_model
-from fxprune.planning import METHODS
-from fxprune.planning.requests import Scope
-from fxprune.plans.shapes import TARGETS
-from fxprune.training.loop import AMP
-from fxprune.training.recipe import SCHEDULES, Recipe
+from fxprune.training.recipe import Recipe
+from fxprune.vocabulary import (
+    Amp,
+    CriterionName,
+    FormChoice,
+    Method,
+    RateSchedule,
+    Scope,
+    Target,
+    VarietyName,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 MODEL_HELP = "a torchvision model, a timm model (timm:NAME), resnet20 and its like for CIFAR-10, or module:callable"
 FILE_HELP = "a file that `fxprune compile -o` wrote"
@@ -66,14 +70,14 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--round-to", type=int, metavar="N", help="filters: keep a multiple of N in each layer")
     parser.add_argument("--groups", type=values.groups, default="auto", metavar="N|auto", help="groups per convolution")
-    parser.add_argument("--form", choices=("auto", "partition", "overlap"), default="auto", help="default: %(default)s")
+    parser.add_argument("--form", choices=get_args(FormChoice), default="auto", help="default: %(default)s")
     parser.add_argument(
         "--block",
         type=int,
         metavar="N",
         help="keep input channels in aligned blocks of N, for wide loads (default: 8 for target cuda, else 1)",
     )
-    parser.add_argument("--target", choices=TARGETS, help="kind of device to plan groups and blocks for")
+    parser.add_argument("--target", choices=get_args(Target), help="kind of device to plan groups and blocks for")
     parser.add_argument(
         "--share-groups",
         action=argparse.BooleanOptionalAction,
@@ -81,13 +85,15 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
         "(default: with --target)",
     )
     parser.add_argument(
-        "--method", default="auto", help=f"how kernels are chosen: {', '.join(METHODS)} (default: %(default)s)"
+        "--method", default="auto", help=f"how kernels are chosen: {values.either(Method)} (default: %(default)s)"
     )
     parser.add_argument(
         "--criterion",
-        help=f"importance of a filter, or of a kernel for method cocluster: {', '.join(CRITERIA)} (default: l2)",
+        help=f"what a filter is worth, or a kernel of method cocluster: {values.either(CriterionName)} (default: l2)",
     )
-    parser.add_argument("--variety", help=f"make the criterion keep rare kernels or filters: {', '.join(VARIETIES)}")
+    parser.add_argument(
+        "--variety", help=f"make the criterion keep rare kernels or filters: {values.either(VarietyName)}"
+    )
     parser.add_argument(
         "--snapshots",
         type=Path,
@@ -121,7 +127,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     add("--momentum", type=float, default=Recipe.momentum, help="default: %(default)s")
     add("--weight-decay", type=float, default=Recipe.weight_decay, help="default: %(default)s")
     add("--nesterov", action="store_true")
-    add("--schedule", choices=SCHEDULES, default=Recipe.schedule, help="default: %(default)s")
+    add("--schedule", choices=get_args(RateSchedule), default=Recipe.schedule, help="default: %(default)s")
     add("--warmup", type=int, default=Recipe.warmup, metavar="EPOCHS", help="default: %(default)s")
     add("--label-smoothing", type=float, default=Recipe.label_smoothing, help="default: %(default)s")
     none = (Recipe.distill_weight, Recipe.distill_temperature)
@@ -129,7 +135,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         "--distill", type=values.distillation, default=none, metavar="WEIGHT:TEMPERATURE",
         help="learn from the dense network too, such as 0.5:4",
     )  # fmt: skip
-    add("--amp", choices=AMP, help="compute forward in this type (default: float32)")
+    add("--amp", choices=get_args(Amp), help="compute forward in this type (default: float32)")
     add("--channels-last", action="store_true", help="lay images and weights out with the channels innermost")
 
 
@@ -141,11 +147,15 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 def model_of(name: str, options: argparse.Namespace) -> nn.Module:
     """The model of this name, as the options want it."""
+    from fxprune.models import load_model
+
     return load_model(name, options.weights, options.seed)
 
 
 def inputs_of(model: nn.Module, options: argparse.Namespace, calibration: Tensor | None = None) -> tuple[Tensor]:
     """Example inputs: of the size asked for, else some of the calibration, else of the usual size."""
+    from fxprune.models import default_input_size, example_inputs
+
     if calibration is not None and options.input_size is None:
         return (calibration[:2],)
     return example_inputs(options.input_size or default_input_size(model), options.seed)
@@ -157,6 +167,9 @@ def calibration_of(options: argparse.Namespace) -> Tensor | None:
     Raises:
         CalibrationError: the file cannot be read, or holds something else.
     """
+    import numpy as np
+    import torch
+
     path: Path | None = options.calibration
     if path is None:
         return None
@@ -170,7 +183,7 @@ def calibration_of(options: argparse.Namespace) -> Tensor | None:
     except Exception as error:  # foreign bytes: UnpicklingError, ValueError, EOFError, ...
         opener = "numpy.load" if path.suffix == ".npy" else "torch.load(weights_only=True)"
         raise CalibrationError(f"{path}: is no file that {opener} opens; save one tensor or array (N, ...)") from error
-    if not isinstance(content, Tensor):
+    if not isinstance(content, torch.Tensor):
         raise CalibrationError(f"{path}: holds a {type(content).__name__}; save one tensor or array (N, ...)")
     if not content.is_floating_point():
         raise CalibrationError(
@@ -200,6 +213,14 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     weight, temperature = options.distill
     given = {name: getattr(options, name) for name in names}
     return Recipe(**given, distill_weight=weight, distill_temperature=temperature)
+
+
+def device_of(options: argparse.Namespace) -> str:
+    """The device asked for; without, CUDA where there is one."""
+    import torch
+
+    asked: str | None = options.device
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def refuse(options: argparse.Namespace, error: Exception) -> NoReturn:

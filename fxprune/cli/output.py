@@ -1,13 +1,13 @@
 """What a subcommand shows: one result on stdout, bars on stderr."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
-
-from tqdm import tqdm
 
 import fxprune
 
@@ -23,6 +23,8 @@ def shows_progress(options: argparse.Namespace) -> bool:
 @contextmanager
 def steps(count: int, options: argparse.Namespace) -> Iterator[Callable[[str], None]]:
     """Yield a function that names the step that begins; a bar on stderr counts the steps that are over."""
+    from tqdm import tqdm
+
     layout = "{desc:<12}{bar}{n_fmt}/{total_fmt} {elapsed}"
     with tqdm(total=count, disable=not shows_progress(options), bar_format=layout) as bar:
         begun = False

@@ -2,7 +2,12 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
+
+
+def either(kind: object) -> str:
+    """The names that one of the types of `fxprune.vocabulary` has, with commas between."""
+    return ", ".join(get_args(kind))
 
 
 def groups(text: str) -> int | str:

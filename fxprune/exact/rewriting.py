@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.calibration import FITS
 from fxprune.calibration.agreement import AGREEMENT
-from fxprune.channels.capture import Output, capture, check_output, recorded
+from fxprune.channels.capture import capture, check_output, recorded
 from fxprune.errors import NothingRewrittenWarning, PassError, TraceError
 from fxprune.exact.narrowing import narrow
 from fxprune.exact.operating import operate
@@ -27,6 +27,7 @@ from fxprune.graph.recording import Recording
 from fxprune.graph.tracing import Trace
 from fxprune.graph.values import CarriedValues
 from fxprune.plans import PrunePlan
+from fxprune.vocabulary import Output
 
 
 def rewrite(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from fxprune.calibration.recovery import Recovery
 from fxprune.criteria import Criterion, ScoreFunction, criterion_of
@@ -15,12 +15,11 @@ from fxprune.planning.sensitivity import Cost, Sensitivity
 from fxprune.plans import PrunePlan
 from fxprune.plans.fields import check_seed, check_share, freeze_ratio
 from fxprune.plans.shapes import BLOCKS, FORMS, TARGETS, Groups
+from fxprune.vocabulary import Granularity, Method, Scope
 
-Scope = Literal["local", "global"]
-
-GRANULARITIES = ("kernel", "filter")
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 """What is removed: kernels, so that convolutions become grouped, or whole filters, so that they become narrower."""
-METHODS = ("auto", "cocluster", "reconstruction", "tmi", "srgkp")
+METHODS: tuple[str, ...] = get_args(Method)
 """How groups and kept kernels are chosen.
 
 - `"cocluster"`: the kept importance is largest (`fxprune.methods.cocluster`). The only one that takes a criterion and

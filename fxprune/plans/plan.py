@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,8 +28,7 @@ from fxprune.plans.fields import (
     set_field,
     share,
 )
-
-Form = Literal["partition", "overlap"]
+from fxprune.vocabulary import Form
 
 FORMAT = "fxprune-plan"
 VERSION = 1

@@ -8,7 +8,7 @@ once does not: pruned weights still have gradients, and they count in the norm t
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -16,7 +16,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from fxprune.calibration.subject import Subject
-from fxprune.channels.capture import Output
 from fxprune.criteria.snapshots import load_snapshots
 from fxprune.errors import FxpruneError, PlanError
 from fxprune.exact.rewriting import rewrite
@@ -30,8 +29,7 @@ from fxprune.plans.eligibility import parameters_of_several_modules
 from fxprune.plans.masking import kept_entries, zero_pruned
 from fxprune.training.gradual import narrow
 from fxprune.training.schedules import OneShot, Schedule, resolve_schedule
-
-Granularity = Literal["kernel", "filter"]
+from fxprune.vocabulary import Granularity, Output
 
 EVENTS = 100
 """Into how many equal parts the training is divided by the steps at which a gradual schedule plans anew, unless said
