@@ -33,8 +33,8 @@ check: .venv/.installed-dev ## ruff and mypy
 	$(BIN)/mypy
 
 bench: .venv/.installed-dev ## measure compile times and memory (several minutes) into benchmarks/results
-	$(BIN)/python -m benchmarks.compile_time
-	$(BIN)/python -m benchmarks.compile_time --scaling
+	$(BIN)/python -m benchmarks.compile_time --record
+	$(BIN)/python -m benchmarks.compile_time --scaling --record
 
 clean: ## remove .venv, caches and build products
 	rm -rf .venv .venv-wild build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxprune.errors import (
     AccelerationError,
+    ArgumentError,
     CalibrationError,
     FxpruneError,
     KernelError,
@@ -48,6 +49,7 @@ __version__ = "0.2.0"
 __all__ = [
     "AccelerationError",
     "AccelerationReport",
+    "ArgumentError",
     "CalibrationError",
     "ChannelAnalysis",
     "ChannelGather",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Never
 
 from torch import nn
 
@@ -22,12 +22,14 @@ from fxprune.graph.baking import baked
 from fxprune.graph.examples import Inputs, as_examples, as_inputs
 from fxprune.graph.tracing import check_is_model
 from fxprune.inference.acceleration import accelerate, acceleration_report
+from fxprune.planning.hints import refuse_unknown
 from fxprune.planning.kernels import sensitivity_of
 from fxprune.planning.latency_budget import check_target, group_counts
 from fxprune.planning.latency_measure import measure_layers
 from fxprune.planning.latency_table import LatencyTable
 from fxprune.planning.lossy import masked_by, recovered_by, tell_agreement
 from fxprune.planning.making import noted_as_baked, plan_for
+from fxprune.planning.patterns import Ignored, ignored_patterns
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Sensitivity
 from fxprune.plans import PrunePlan
@@ -58,7 +60,7 @@ def compile(
     criterion: str | Criterion | ScoreFunction | None = None,
     variety: str | Variety | None = None,
     snapshots: Iterable[Snapshot] | None = None,
-    ignore: str | Iterable[str] = (),
+    ignore: Ignored | Iterable[Ignored] = (),
     seed: int = 0,
     progress: bool = False,
     recover: bool | float | Mapping[str, Any] = False,
@@ -66,6 +68,7 @@ def compile(
     bake: bool = False,
     fold_batch_norm: bool = False,
     output: Output = "auto",
+    **unknown: Never,
 ) -> Any:
     """Prune a trained model and rewrite it into a smaller one that computes exactly what the masked model computes.
 
@@ -103,7 +106,7 @@ def compile(
             wish: a layer whose filters it does not divide takes the nearest divisor, which is noted, or stays dense
             with the reason; a number in a mapping must divide.
         form: `"partition"`, `"overlap"` or `"auto"`.
-        ignore: patterns of layers to leave dense.
+        ignore: layers to leave dense: names or patterns of names, modules of the model, types of modules.
 
         *How it is chosen.*
 
@@ -240,12 +243,13 @@ def make_plan(
     criterion: str | Criterion | ScoreFunction | None = None,
     variety: str | Variety | None = None,
     snapshots: Iterable[Snapshot] | None = None,
-    ignore: str | Iterable[str] = (),
+    ignore: Ignored | Iterable[Ignored] = (),
     seed: int = 0,
     progress: bool = False,
     after: PrunePlan | None = None,
     output: Output = "auto",
     bake: bool = False,
+    **unknown: Never,
 ) -> PrunePlan:
     """Choose which convolutions are pruned and how. Arguments and errors are those of `compile`; the model is only
     read. Equal arguments give equal plans.
@@ -271,7 +275,7 @@ def measure_latency(
     example_inputs: Inputs,
     target: str | None = None,
     groups: Groups | Mapping[str, Groups] = "auto",
-    ignore: str | Iterable[str] = (),
+    ignore: Ignored | Iterable[Ignored] = (),
     progress: bool = False,
 ) -> LatencyTable:
     """Measure how long each convolution takes, dense and at each ratio and number of groups. `print` the table, and
@@ -282,7 +286,7 @@ def measure_latency(
         example_inputs: of the sizes to be fast for.
         target: the device to measure, where the model must be; None is the device of the model.
         groups: number of groups to measure; `"auto"` tries several.
-        ignore: patterns of layers to leave out.
+        ignore: layers to leave out, see `compile`.
         progress: show bars on stderr.
 
     Raises:
@@ -306,7 +310,7 @@ def measure_sensitivity(
     calibration: Calibration | None = None,
     groups: Groups | Mapping[str, Groups] = "auto",
     target: str | None = None,
-    ignore: str | Iterable[str] = (),
+    ignore: Ignored | Iterable[Ignored] = (),
     seed: int = 0,
     progress: bool = False,
 ) -> Sensitivity:
@@ -319,7 +323,7 @@ def measure_sensitivity(
         calibration: what the damage is measured on. Without it, only the weights count.
         groups: number of groups to measure with.
         target: see `compile`; it decides how many `"auto"` is.
-        ignore: patterns of layers to leave out.
+        ignore: layers to leave out, see `compile`.
         seed: of the sampled positions and of the clustering.
         progress: show a bar on stderr.
 
@@ -362,5 +366,13 @@ def report(pruned: nn.Module) -> Report:
 
 
 def _request(arguments: Mapping[str, Any]) -> Request:
-    """What the arguments of a public function ask for."""
-    return Request(**{field.name: arguments[field.name] for field in fields(Request) if field.name in arguments})
+    """What the arguments of a public function ask for.
+
+    Raises:
+        TraceError: the model is none.
+        PlanError: an argument is unknown or not legal.
+    """
+    check_is_model(arguments["model"])
+    refuse_unknown(arguments.get("unknown", {}))
+    given = {field.name: arguments[field.name] for field in fields(Request) if field.name in arguments}
+    return Request(**given | {"ignore": ignored_patterns(arguments["ignore"], arguments["model"])})

@@ -18,13 +18,49 @@ WRAPPERS = ("state_dict", "model_state_dict")
 PARALLEL_PREFIX = "module."
 
 
+def check_writable(path: Path, *, new_folder: bool = True) -> None:
+    """See that a file can be written, before the work that is to fill it.
+
+    Args:
+        path: of the file.
+        new_folder: its folder may be absent, as it will be made.
+
+    Raises:
+        StorageError: it cannot; the message says why and what to do.
+    """
+    if path.is_dir():
+        raise StorageError(f"{path} is a folder; name a file in it, such as {path / 'pruned.pt'}")
+    if path.exists() and not path.is_file():
+        raise StorageError(f"{path} is a device or pipe and no file; name another")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise StorageError(f"{path} cannot be written: {parent} is a file, not a folder; choose another place")
+    if parent != path.absolute().parent and not new_folder:
+        raise StorageError(f"{path} cannot be written: the folder {path.parent} does not exist; make it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise StorageError(f"{path} cannot be written: no permission to write in {parent}; choose another place")
+
+
+def check_folder(path: Path) -> None:
+    """See that files can be written in a folder that may be absent as yet.
+
+    Raises:
+        StorageError: they cannot.
+    """
+    if path.exists() and not path.is_dir():
+        raise StorageError(f"{path} is a file; name a folder, which is made if it does not exist")
+    check_writable(path / "file")
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then rename it: whatever happens, `path` is the old file or the new one.
 
     Raises:
+        StorageError: `path` is a folder, or anything but a file that can be written.
         OSError, RuntimeError: the file cannot be written (torch reports a full disk as RuntimeError). Nothing is left
             behind; the caller knows what the file is for, and says so.
     """
+    check_writable(path, new_folder=False)
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         write(partial)
@@ -37,11 +73,15 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON record, whole or not at all; its folder is made if absent.
 
     Raises:
-        OSError: it cannot be written.
+        StorageError: it cannot be written.
     """
+    check_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=2) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    try:
+        write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror or error}; choose another place") from error
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -438,7 +438,7 @@ CALIBRATIONS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "a number": (lambda x: 3, "calibration is a int; it must be"),
     "a dict": (lambda x: {"x": x}, "calibration is a dict; it must be"),
     "a batch of None": (lambda x: [None], "batch 0 is a NoneType; it must be a tensor, or a tuple"),
-    "a batch as dict": (lambda x: [{"image": x}], "batch 0 has 'image', but forward takes 'x'; rename the entry"),
+    "a batch as dict": (lambda x: [{"scan": x}], "batch 0 has 'scan', but forward takes 'x'; rename the entry"),
     "an array": (lambda x: x.numpy(), "batch 0 is a ndarray; it must be a tensor"),
     "one dimension": (lambda x: x.flatten(), r"a tensor of shape \(1536,\); the first dimension must count samples"),
     "one image without batch": (lambda x: x[0], "batch 0 does not fit the model: .*expected 4D input"),

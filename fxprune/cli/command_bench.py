@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from fxprune.cli import values
-from fxprune.cli.options import MODEL_HELP, add_output_options
+from fxprune.cli.options import MODEL_HELP, add_output_options, add_size
 from fxprune.cli.output import Subparsers, show, shows_progress
 from fxprune.vocabulary import BenchRuntime, Dtype, FormChoice, Layout, Rival
 
@@ -50,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser, output: str = "write a JSON rec
     add("--only", metavar="PATTERN|1x1", help="prune only convolutions of these names, or the 1x1 ones")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     add("--dtype", choices=get_args(Dtype), default="float32", help="default: %(default)s")
-    add("--size", type=values.count, metavar="PIXELS", help="height and width (default: the model's own)")
+    add_size(parser)
     batches = values.list_of(values.count)
     add("--batch", type=batches, default=[1], metavar="N,N,...", help="images (default: 1)")
     add("--layout", choices=get_args(Layout), help="memory layout (default: both, and the faster counts)")
@@ -79,9 +79,12 @@ def run(options: argparse.Namespace) -> int:
     from fxprune.comparison.extras import require
     from fxprune.comparison.latency import Latency, measure_model
     from fxprune.comparison.plots import draw_speed_up, read_records
-    from fxprune.files import write_json
+    from fxprune.files import check_writable, write_json
 
     check(options)
+    for path in (options.output, options.plot):
+        if path is not None:
+            check_writable(path)
     if options.plot:
         require("matplotlib")
     if options.records:
@@ -115,6 +118,16 @@ def check(options: argparse.Namespace) -> None:
         options.error("MODEL is needed: what to measure")
 
 
+def pixels_of(options: argparse.Namespace) -> int | None:
+    """Height and width of the images: `--batch` has their number, and the model knows the channels."""
+    size: tuple[int, ...] | None = options.size
+    if size is None:
+        return None
+    if len(size) not in (1, 4) or size[-1] != size[-2:][0]:
+        options.error(f"--size {','.join(map(str, size))}: images are square here; give pixels, as in 224")
+    return size[-1]
+
+
 def request_of(options: argparse.Namespace) -> LatencyRequest:
     """What the options ask for."""
     from fxprune.comparison.requests import LatencyRequest
@@ -128,7 +141,7 @@ def request_of(options: argparse.Namespace) -> LatencyRequest:
         only=options.only,
         device=options.device,
         dtype=options.dtype,
-        size=options.size,
+        size=pixels_of(options),
         batch=options.batch,
         layout=options.layout,
         against=options.against,

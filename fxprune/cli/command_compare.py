@@ -95,6 +95,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do what is not done yet, and write what is known; return the exit code."""
+    from fxprune.files import check_folder
+
+    check_folder(options.output)
     import torch
 
     from fxprune.comparison.accuracy import compare, time_done

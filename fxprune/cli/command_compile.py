@@ -19,7 +19,7 @@ from fxprune.cli.options import (
     model_of,
     pruning_of,
 )
-from fxprune.cli.output import Subparsers, show, shows_progress, steps, verdict
+from fxprune.cli.output import Subparsers, show, shows_progress, steps, verdict, warn
 from fxprune.errors import CalibrationError, PlanError
 from fxprune.vocabulary import AugmentName, Output
 
@@ -76,6 +76,7 @@ def add_to(subparsers: Subparsers) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compile as asked; return the exit code."""
     began = time.perf_counter()
+    _check_targets(options)
     model = model_of(options.model, options)
     calibration = calibration_of(options)
     recovery = _recovery_of(options)
@@ -129,12 +130,37 @@ def _recovery_of(options: argparse.Namespace) -> Recovery | None:
     return Recovery(seconds=None if options.recover is True else options.recover, augment=options.augment)
 
 
+def _targets(options: argparse.Namespace) -> dict[str, Path]:
+    """The files that were asked for, by kind."""
+    targets = {"fxprune": options.output, "TorchScript": options.torchscript, "ONNX": options.onnx}
+    return {kind: path for kind, path in targets.items() if path is not None}
+
+
+def _check_targets(options: argparse.Namespace) -> None:
+    """See that the files can be written, before hours of work; say so if there will be none.
+
+    Raises:
+        StorageError: one cannot.
+        FxpruneError: what writes one is not installed.
+    """
+    targets = _targets(options)
+    if not targets:
+        warn("nothing will be written: -o FILE, --onnx FILE or --torchscript FILE says where")
+        return
+    from fxprune.exports import check_onnx
+    from fxprune.files import check_writable
+
+    for path in targets.values():
+        check_writable(path)
+    if "ONNX" in targets:
+        check_onnx()
+
+
 def _write(pruned: nn.Module, inputs: tuple[Tensor], options: argparse.Namespace) -> dict[str, str]:
     """Write the files that were asked for; return the path of each kind."""
     from fxprune.exports import save_onnx, save_torchscript
 
-    targets = {"fxprune": options.output, "TorchScript": options.torchscript, "ONNX": options.onnx}
-    written = {kind: path for kind, path in targets.items() if path is not None}
+    written = _targets(options)
     for path in written.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     if "fxprune" in written:

@@ -20,6 +20,9 @@ def add_to(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the demo; return the exit code."""
+    from fxprune.files import check_folder
+
+    check_folder(options.output)
     from fxprune.cli import demo
 
     result = demo.run(

@@ -98,6 +98,9 @@ def _add_pruning(group: argparse._ArgumentGroup) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train; return the exit code."""
+    from fxprune.files import check_folder
+
+    check_folder(options.output)
     import torch
 
     from fxprune.training.loop import Interrupted

@@ -109,13 +109,19 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what a model by name needs to be built and run."""
     parser.add_argument("--weights", type=Path, metavar="FILE", help="state dict of MODEL (default: random weights)")
+    add_size(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and of the plan (default: %(default)s)")
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Add how large inputs are."""
     parser.add_argument(
+        "--size",
         "--input-size",
         type=values.size,
-        metavar="N,C,H,W",
-        help="shape of the example input (default: 2,3,224,224 or alike)",
+        metavar="PIXELS|N,C,H,W",
+        help="height and width of the inputs, or their whole shape (default: the model's own, else 2,3,224,224)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of random weights and of the plan (default: %(default)s)")
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
@@ -154,11 +160,22 @@ def model_of(name: str, options: argparse.Namespace) -> nn.Module:
 
 def inputs_of(model: nn.Module, options: argparse.Namespace, calibration: Tensor | None = None) -> tuple[Tensor]:
     """Example inputs: of the size asked for, else some of the calibration, else of the usual size."""
-    from fxprune.models import default_input_size, example_inputs
+    from fxprune.models import example_inputs
 
-    if calibration is not None and options.input_size is None:
+    if calibration is not None and options.size is None:
         return (calibration[:2],)
-    return example_inputs(options.input_size or default_input_size(model), options.seed)
+    return example_inputs(size_of(model, options), options.seed)
+
+
+def size_of(model: nn.Module, options: argparse.Namespace) -> tuple[int, ...]:
+    """The shape of a batch of inputs: as asked for, else the model's own."""
+    from fxprune.models import default_input_size
+
+    asked: tuple[int, ...] | None = options.size
+    usual = default_input_size(model)
+    if asked is None:
+        return usual
+    return (*usual[:-2], *asked * 2) if len(asked) == 1 else asked
 
 
 def calibration_of(options: argparse.Namespace) -> Tensor | None:

@@ -15,6 +15,11 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What `add_to` of a subcommand adds it to."""
 
 
+def warn(text: str) -> None:
+    """Say on stderr what the user should know before the work."""
+    print(f"fxprune: warning: {text}", file=sys.stderr)
+
+
 def shows_progress(options: argparse.Namespace) -> bool:
     """Whether there is somebody to look at bars."""
     return sys.stderr.isatty() and not options.quiet

@@ -33,13 +33,13 @@ def granularity(text: str) -> str | dict[str, float]:
 
 
 def size(text: str) -> tuple[int, ...]:
-    """A shape: `2,3,224,224` or `2x3x224x224`."""
+    """A number of pixels, `224`, or a shape: `2,3,224,224` or `2x3x224x224`."""
     try:
         shape = tuple(int(part) for part in text.replace("x", ",").split(","))
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape; give positive integers, as in 2,3,224,224")
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give pixels, as in 224, or a shape, as in 2,3,224,224")
     return shape
 
 

@@ -25,6 +25,7 @@ from fxprune.graph.editing import calls
 from fxprune.graph.examples import Inputs, as_inputs
 from fxprune.graph.fused import FusedConv2d
 from fxprune.graph.gathered import GatheredLayer
+from fxprune.graph.tracing import check_is_model
 from fxprune.inference.engines import Engine
 from fxprune.inference.forms import Choices, all_forms, operand_shapes, time_forms
 from fxprune.inference.fused_graph import FormatKeepingGather, fused_graph, with_engines
@@ -69,6 +70,7 @@ def accelerate(
         TraceError: the model cannot be traced.
         VerificationError: the result differs from the model.
     """
+    check_is_model(model)
     inputs = as_inputs(example_inputs, model)
     if ACCELERATION in getattr(model, "meta", {}):
         raise AccelerationError("the model is accelerated already; pass what it was made from")

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,21 +32,24 @@ def load_model(name: str, weights: str | Path | None = None, seed: int = 0) -> n
 
     Args:
         name: a torchvision model (`resnet50`); one of `OWN_MODELS` (`resnet20`); a timm model if timm is installed
-            (`timm:resnest14d`, or `resnest14d` alone where nobody else has that name); or `module:callable`, called
-            without arguments.
+            (`timm:resnest14d`, or `resnest14d` alone where nobody else has that name); or `module:callable` or
+            `path/to/file.py:callable`, called without arguments.
         weights: a file with a state dict, loaded with `weights_only=True`; `{"state_dict": ...}` and
             `{"model_state_dict": ...}` are unwrapped and the prefix `module.` of `nn.DataParallel` is removed. Without
             it the weights are random.
         seed: of the random weights, so that the same call builds the same model.
 
     Raises:
-        ModelNameError: there is no such model.
+        ModelNameError: there is no such model, or what builds it fails.
         StorageError: the file cannot be read, or belongs to another model.
     """
     build = _builder(name)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        model = build()
+        try:
+            model = build()
+        except Exception as error:  # the user's function, or a library's
+            raise ModelNameError(f"{name}: called without arguments, it raises {_told(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelNameError(f"{name}: returned a {type(model).__name__}; a model must be a torch.nn.Module")
     if weights is not None:
@@ -120,9 +124,11 @@ def _callable_builder(name: str, module_name: str, attribute: str) -> Callable[[
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ModelNameError(f"{name}: cannot import {module_name!r}: {error}") from error
+        found: Any = _file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
+    except ModelNameError:
+        raise
+    except Exception as error:  # a module may raise anything while it is imported
+        raise ModelNameError(f"{name}: cannot import {module_name!r}: {_told(error)}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ModelNameError(f"{name}: {module_name!r} has no {attribute!r}{_similar(part, dir(found))}")
@@ -130,6 +136,39 @@ def _callable_builder(name: str, module_name: str, attribute: str) -> Callable[[
     if not callable(found):
         raise ModelNameError(f"{name}: is a {type(found).__name__}; it must be callable and return a module")
     return found
+
+
+def _file(path: Path) -> Any:
+    """Import a file by its path; modules beside it are found, as when it is run."""
+    if not path.is_file():
+        raise ModelNameError(
+            f"{path}: no such file; a model of your own is path/to/file.py:callable or module:callable"
+        )
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    known = sys.modules.get(path.stem)
+    sys.modules[path.stem] = module  # pickling and dataclasses look there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        if known is None:
+            del sys.modules[path.stem]
+        else:
+            sys.modules[path.stem] = known
+        raise
+    return module
+
+
+def _told(error: Exception) -> str:
+    """An error in one line, with the place in the file where it was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    said = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}{said and ': ' + said} ({Path(last.filename).name}, line {last.lineno})"
 
 
 def _did_you_mean(name: str) -> str:

@@ -21,11 +21,13 @@ from fxprune.graph.convolutions import Convolution, convolutions, oriented
 from fxprune.graph.copying import copied, own_tensors
 from fxprune.graph.examples import Inputs
 from fxprune.graph.recording import Recording
+from fxprune.graph.tracing import check_is_model
 from fxprune.graph.values import CarriedValues
 from fxprune.passes import RemoveChannels
 from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.plans.fields import check_seed
 from fxprune.plans.masking import entries_without_removed, kept_entries, masked_copy, remaining, zero_pruned
+from fxprune.plans.plan import check_is_plan
 
 
 def mask(
@@ -56,6 +58,8 @@ def mask(
     Warns:
         PoorAgreementWarning: see `compile`.
     """
+    check_is_model(model)
+    check_is_plan(plan)
     if bake:
         model, _ = baked(model)
     plan.check(model)

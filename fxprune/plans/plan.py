@@ -433,3 +433,16 @@ def channels_of(module: nn.Module) -> tuple[int, int]:
 
 
 _REMAKE = "make a plan for this model with fxprune.make_plan"
+
+
+def check_is_plan(plan: object) -> None:
+    """See that what was passed as a plan is one.
+
+    Raises:
+        PlanError: it is not.
+    """
+    if not isinstance(plan, PrunePlan):
+        raise PlanError(
+            f"the plan is a {type(plan).__name__}; pass what fxprune.make_plan returned, or PrunePlan.from_json of its "
+            "to_json"
+        )

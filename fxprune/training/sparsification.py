@@ -7,7 +7,7 @@ once does not: pruned weights still have gradients, and they count in the norm t
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from fxprune.exact.rewriting import rewrite
 from fxprune.exact.verification import verify
 from fxprune.graph.copying import tensors_of
 from fxprune.graph.examples import Inputs
+from fxprune.planning.hints import refuse_unknown
 from fxprune.planning.making import plan_for
+from fxprune.planning.patterns import ignored_patterns
 from fxprune.planning.requests import DEFAULT_RATIO, GRANULARITIES, Request
 from fxprune.plans import PrunePlan
 from fxprune.plans.eligibility import parameters_of_several_modules
@@ -101,6 +103,8 @@ def sparsify(
     if granularity == "kernel" and chosen.gradual:
         _check_gradual(chosen, planning)
         planning |= {"method": "cocluster", "form": "overlap"}
+    refuse_unknown(planning.keys() - {field.name for field in fields(Request)})
+    planning["ignore"] = ignored_patterns(planning.get("ignore", ()), _unwrap(model)[0])
     request = Request(ratio=ratio, granularity=granularity, **planning)
     if request.ratio is None and request.budget is None:
         request = replace(request, ratio=DEFAULT_RATIO)

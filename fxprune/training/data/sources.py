@@ -159,6 +159,11 @@ def open_data(
         pictures, test, usual = *open_photos(Path(match[1]), int(match[2] or 224)), IMAGENET
     else:
         raise DataError(f"{source!r}: must be cifar10:DIR, digits, folder:DIR or folder:DIR?size=PIXELS")
+    if normalize is not None and len(normalize.mean) != pictures.shape[0]:  # or each would be broadcast over the other
+        raise DataError(
+            f"{source}: has pictures of {pictures.shape[0]} channels, and the network is for {len(normalize.mean)}; "
+            "choose data or network to fit (digits_resnet is for the digits)"
+        )
     training, held_back = _split(pictures.labels, validation, f"{kind}: {validation} images to validate with")
     return Data(kind, normalize or usual, pictures, training, held_back, test, seed, augment)
 
