@@ -8,7 +8,7 @@ exactly.
 2
 """
 
-import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from fxprune.errors import (
@@ -127,8 +127,10 @@ _HOMES = {
 if not TYPE_CHECKING:  # to a type checker it would mean that any name is there
 
     def __getattr__(name: str) -> Any:
-        """A public name, imported when it is first asked for (PEP 562)."""
+        """A public name, or a room of the package, imported when it is first asked for (PEP 562)."""
         if name not in _HOMES:
+            if not name.startswith("_") and importlib.util.find_spec(f"fxprune.{name}") is not None:
+                return importlib.import_module(f"fxprune.{name}")
             raise AttributeError(f"module 'fxprune' has no attribute {name!r}{near_matches(name, __all__)}")
         value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
         return value

@@ -21,6 +21,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import fxprune
 from fxprune.criteria.variety import Variety
 from fxprune.errors import CalibrationError, FxpruneError, NothingRewrittenWarning, PassError, PlanError, TraceError
+from fxprune.vocabulary import FormChoice
 
 
 class Net(nn.Module):
@@ -404,7 +405,7 @@ def test_a_model_on_the_meta_device() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("form", ["partition", "overlap"])
-def test_other_floating_types(dtype: torch.dtype, form: str) -> None:
+def test_other_floating_types(dtype: torch.dtype, form: FormChoice) -> None:
     model = net().to(dtype)
     plan = fxprune.make_plan(model, form=form)
     pruned = fxprune.compile(model, example_inputs=image(dtype), form=form)
@@ -475,7 +476,7 @@ POOR: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("name, form", in_turns(POOR, ("partition", "overlap")))
-def test_poor_calibration_data_are_taken(name: str, form: str) -> None:
+def test_poor_calibration_data_are_taken(name: str, form: FormChoice) -> None:
     model, data = net(), POOR[name](image(batch=8))
     pruned = fxprune.compile(model, calibration=data, form=form, verify=True, example_inputs=image())
     assert grouped(pruned) == ["conv1", "conv2"]
@@ -566,7 +567,7 @@ CHOSEN_BY: tuple[dict[str, Any], ...] = ({}, {"method": "cocluster"}, {"variety"
 
 # From turn 1 on, so that by default every kind and both forms occur.
 @pytest.mark.parametrize("options, form, name", in_turns(CHOSEN_BY, ("partition", "overlap"), KINDS, start=1))
-def test_singular_gram_matrices(options: dict[str, Any], form: str, name: str) -> None:
+def test_singular_gram_matrices(options: dict[str, Any], form: FormChoice, name: str) -> None:
     kind = KINDS[name]
     model = randomize(kind()).eval()
     data = image(batch=8)

@@ -18,6 +18,7 @@ PACKAGE = Path(fxprune.__file__).parent
 ORDER = (
     "errors",
     "vocabulary",  # names that arguments take
+    "tables",  # how results show themselves
     "files",
     "environment",  # where and when a measurement was made
     "models",  # networks by name

@@ -85,6 +85,11 @@ def test_each_name_is_where_a_type_checker_is_sent() -> None:
     assert {name: checked[name] for name in fxprune._HOMES} == fxprune._HOMES
 
 
+def test_rooms_are_there_when_they_are_named() -> None:
+    script = "import fxprune\nassert fxprune.criteria.CRITERIA\nassert not hasattr(fxprune, 'nowhere')"
+    assert "fxprune.criteria" in loaded(script)
+
+
 def test_a_misspelt_name_is_told_its_neighbour() -> None:
     with pytest.raises(AttributeError, match=r"no attribute 'complie' \(near: 'compile'\)"):
         fxprune.complie  # type: ignore[attr-defined]  # noqa: B018

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, get_args
 import fxprune
 from fxprune.cli.options import (
     MODEL_HELP,
+    add_gathers,
     add_model_options,
     add_output_options,
     add_pruning_options,
@@ -21,6 +22,7 @@ from fxprune.cli.options import (
 )
 from fxprune.cli.output import Subparsers, show, shows_progress, steps, verdict, warn
 from fxprune.errors import CalibrationError, PlanError
+from fxprune.tables import terminal_width
 from fxprune.vocabulary import AugmentName, Output
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ def add_to(subparsers: Subparsers) -> None:
     parser.add_argument("--torchscript", type=Path, metavar="FILE", help="also write a TorchScript file")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="also write an ONNX file (batch size free)")
     parser.add_argument("--no-verify", action="store_true", help="skip the check against the masked model")
+    add_gathers(parser)
     add_output_options(parser)
     parser.set_defaults(run=run)
 
@@ -109,7 +112,12 @@ def run(options: argparse.Namespace) -> int:
         "verification": None if check is None else asdict(check),
         "seconds": time.perf_counter() - began,
     }
-    lines = [str(report), "", verdict(check), *(f"wrote {path} ({kind})" for kind, path in written.items())]
+    lines = [
+        report.describe(gathers=options.gathers, width=terminal_width()),
+        "",
+        verdict(check),
+        *(f"wrote {path} ({kind})" for kind, path in written.items()),
+    ]
     return show(options, document, "\n".join(lines))
 
 

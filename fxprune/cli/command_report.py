@@ -7,6 +7,7 @@ import fxprune
 from fxprune.cli.options import (
     FILE_HELP,
     MODEL_HELP,
+    add_gathers,
     add_model_options,
     add_output_options,
     add_pruning_options,
@@ -17,6 +18,7 @@ from fxprune.cli.options import (
 )
 from fxprune.cli.output import Subparsers, show, steps
 from fxprune.errors import FxpruneError
+from fxprune.tables import terminal_width
 
 
 def add_to(subparsers: Subparsers) -> None:
@@ -26,6 +28,8 @@ def add_to(subparsers: Subparsers) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="the model that FILE was made from")
     add_pruning_options(parser)
     add_model_options(parser)
+    parser.add_argument("--markdown", action="store_true", help="for a README or an issue")
+    add_gathers(parser)
     add_output_options(parser)
     parser.set_defaults(run=run)
 
@@ -47,4 +51,6 @@ def run(options: argparse.Namespace) -> int:
             plan = fxprune.make_plan(model, example_inputs=inputs, calibration=calibration, **pruning_of(options))
             pruned = fxprune.rewrite(fxprune.mask(model, plan, calibration), plan, inputs)
     report = fxprune.report(pruned)
-    return show(options, report.to_dict(), str(report))
+    if options.markdown:
+        return show(options, report.to_dict(), report.to_markdown())
+    return show(options, report.to_dict(), report.describe(gathers=options.gathers, width=terminal_width()))

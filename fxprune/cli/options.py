@@ -145,6 +145,11 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     add("--channels-last", action="store_true", help="lay images and weights out with the channels innermost")
 
 
+def add_gathers(parser: argparse.ArgumentParser) -> None:
+    """Add whether the report goes on to the gathers."""
+    parser.add_argument("--gathers", action="store_true", help="list the gathers that remain, and why")
+
+
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Add how the result is shown."""
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")

@@ -1,15 +1,16 @@
 """The one step that changes the function: what a plan drops becomes zero, and what stays is refitted."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from fxprune.calibration import FITS, Calibration
 from fxprune.calibration.agreement import AGREEMENT, Agreement
-from fxprune.calibration.augmentation import Augment
 from fxprune.calibration.judging import Judge
 from fxprune.calibration.recovery import Recovery
 from fxprune.calibration.subject import Subject
@@ -28,6 +29,7 @@ from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.plans.fields import check_seed
 from fxprune.plans.masking import entries_without_removed, kept_entries, masked_copy, remaining, zero_pruned
 from fxprune.plans.plan import check_is_plan
+from fxprune.vocabulary import AugmentName
 
 
 def mask(
@@ -80,7 +82,7 @@ def recover(
     example_inputs: Inputs | None = None,
     seconds: float | None = None,
     steps: int | None = None,
-    augment: Augment | None = None,
+    augment: AugmentName | Callable[[Any], Any] | None = None,
     seed: int = 0,
     progress: bool = False,
     checkpoint: str | Path | None = None,

@@ -31,7 +31,7 @@ from fxprune.plans.eligibility import parameters_of_several_modules
 from fxprune.plans.masking import kept_entries, zero_pruned
 from fxprune.training.gradual import narrow
 from fxprune.training.schedules import OneShot, Schedule, resolve_schedule
-from fxprune.vocabulary import Granularity, Output
+from fxprune.vocabulary import Granularity, Output, PruningSchedule
 
 EVENTS = 100
 """Into how many equal parts the training is divided by the steps at which a gradual schedule plans anew, unless said
@@ -42,7 +42,7 @@ REFUSED = ("latency", "latency_table", "calibration", "verify", "fold_batch_norm
 
 def sparsify(
     model: nn.Module,
-    schedule: str | Schedule = "agp",
+    schedule: PruningSchedule | Schedule = "agp",
     *,
     steps: int,
     ratio: float | Mapping[str, float] | None = None,
