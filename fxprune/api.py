@@ -305,7 +305,8 @@ def measure_latency(
     """
     request = _request(locals())
     if target is None:
-        request = replace(request, target=next((p.device.type for p in model.parameters()), "cpu"))
+        device = next((p.device.type for p in model.parameters()), "cpu")
+        request = replace(request, target=device)  # type: ignore[arg-type]  # which the request checks
     subject = Subject(model, example_inputs, None)
     counts = group_counts(subject, request)
     check_target(model, request.target, has_inputs=True)

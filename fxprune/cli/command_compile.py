@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import fxprune
+from fxprune.cli.data import add_calibration, inputs_for
 from fxprune.cli.options import (
     MODEL_HELP,
     add_gathers,
     add_model_options,
     add_output_options,
     add_pruning_options,
-    calibration_of,
     inputs_of,
+    is_named,
     model_of,
     pruning_of,
 )
@@ -29,15 +30,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fxprune.calibration.recovery import Recovery
+    from fxprune.cli.data import Inputs
+    from fxprune.comparison.evaluation import Evaluation
 
 EXAMPLES = """\
 examples:
   fxprune compile resnet50 --ratio 0.5 -o resnet50.pt
   fxprune compile resnet18 --ratio 0.75 --form partition --ignore 'layer4.*' --torchscript resnet18.ts.pt
   fxprune compile timm:resnest14d --weights resnest14d.pth --json -o resnest.pt
-  fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --macs 0.5 -o resnet50.pt
-  fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --recover 300 --augment flip -o r50.pt
-  fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --latency 0.6 --target cpu -o resnet50.pt
+  fxprune compile resnet50 --weights resnet50.pth --calibration photos/ --macs 0.5 -o resnet50.pt
+  fxprune compile resnet50 --weights resnet50.pth --calibration photos/ --recover 300 --augment flip -o r50.pt
+  fxprune compile resnet50 --weights resnet50.pth --calibration photos/ --latency 0.6 --target cpu -o resnet50.pt
   fxprune compile resnet50 --weights resnet50.pth --granularity filter --macs 0.5 --scope global -o resnet50.pt
   fxprune compile resnet50 --weights resnet50.pth --granularity filter:0.25,kernel:0.5 -o resnet50.pt
   fxprune compile mynets:small --weights last.pt --method tmi --snapshots epoch1.pt epoch2.pt --calibration images.pt
@@ -50,6 +53,7 @@ def add_to(subparsers: Subparsers) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_pruning_options(parser)
+    add_calibration(parser)
     parser.add_argument(
         "--recover", nargs="?", type=float, const=True, metavar="SECONDS",
         help="after the refit train the kept weights on the --calibration inputs, without labels, until each block "
@@ -81,8 +85,11 @@ def run(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     _check_targets(options)
     model = model_of(options.model, options)
-    calibration = calibration_of(options)
+    if options.weights is None and is_named(options.model):
+        warn(f"{options.model} has random weights, so what is pruned means nothing; --weights FILE or --pretrained")
     recovery = _recovery_of(options)
+    given = inputs_for(model, options)
+    calibration = None if given is None else given.calibration
     inputs = inputs_of(model, options, calibration)
     with steps(4 if recovery is None else 5, options) as step:
         step("planning")
@@ -103,22 +110,35 @@ def run(options: argparse.Namespace) -> int:
         check = None if options.no_verify else fxprune.verify(pruned, masked, inputs)
     written = _write(pruned, inputs, options)
     report = fxprune.report(pruned)
+    evaluation = _evaluated(pruned, model, given)
     document = {
         "model": options.model,
         "weights": None if options.weights is None else str(options.weights),
         "calibration": None if options.calibration is None else str(options.calibration),
         "files": written,
         "report": report.to_dict(),
+        "evaluation": None if evaluation is None else evaluation.to_dict(),
         "verification": None if check is None else asdict(check),
         "seconds": time.perf_counter() - began,
     }
     lines = [
         report.describe(gathers=options.gathers, width=terminal_width()),
         "",
+        *([] if given is None else [given.told]),
+        *([] if evaluation is None else [str(evaluation)]),
         verdict(check),
         *(f"wrote {path} ({kind})" for kind, path in written.items()),
     ]
     return show(options, document, "\n".join(lines))
+
+
+def _evaluated(pruned: nn.Module, dense: nn.Module, given: Inputs | None) -> Evaluation | None:
+    """How good the result is on pictures that were held back; None if there are none."""
+    from fxprune.comparison.evaluation import evaluate
+
+    if given is None or given.held_out is None:
+        return None
+    return evaluate(pruned, given.held_out, given.labels, dense, source=given.source)
 
 
 def _recovery_of(options: argparse.Namespace) -> Recovery | None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fxprune
+from fxprune.cli.data import add_calibration, inputs_for
 from fxprune.cli.options import (
     FILE_HELP,
     MODEL_HELP,
     add_model_options,
     add_output_options,
-    calibration_of,
     inputs_of,
     model_of,
 )
@@ -31,9 +31,7 @@ def add_to(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("verify", help="check a saved file against the masked model it came from")
     parser.add_argument("file", metavar="FILE", type=Path, help=FILE_HELP)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument(
-        "--calibration", type=Path, metavar="DATA", help="the data that FILE was compiled with, if it was with any"
-    )
+    add_calibration(parser, "; here the same as FILE was compiled with")
     add_model_options(parser)
     add_output_options(parser)
     parser.set_defaults(run=run)
@@ -44,7 +42,8 @@ def run(options: argparse.Namespace) -> int:
     from fxprune.exact.record import record_of
 
     model = model_of(options.model, options)
-    calibration = calibration_of(options)
+    given = inputs_for(model, options)
+    calibration = None if given is None else given.calibration
     with steps(3, options) as step:
         step("loading")
         pruned = fxprune.load(options.file, model)

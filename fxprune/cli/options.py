@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from fxprune.cli import values
 from fxprune.cli.output import shows_progress
-from fxprune.errors import CalibrationError
 from fxprune.training.recipe import Recipe
 from fxprune.vocabulary import (
     Amp,
@@ -48,13 +47,6 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SHARE",
         help="instead: share of the time of the best dense form that may remain on --target, in (0, 1]",
-    )
-    parser.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="FILE",
-        help="a few hundred typical inputs (N, ...) as the model reads them, normalized, on which the kept weights are "
-        "refitted: a tensor in a .pt or .pth file, or an array in a .npy file",
     )
     parser.add_argument(
         "--granularity",
@@ -108,7 +100,21 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what a model by name needs to be built and run."""
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="state dict of MODEL (default: random weights)")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE|NAME",
+        help="weights of MODEL: a checkpoint as training scripts leave it, safetensors, or published ones by name: "
+        "DEFAULT (default: random)",
+    )
+    weights.add_argument(
+        "--pretrained",
+        action="store_const",
+        const=Path("DEFAULT"),
+        dest="weights",
+        help="the same as --weights DEFAULT",
+    )
     add_size(parser)
     parser.add_argument("--seed", type=int, default=0, help="of random weights and of the plan (default: %(default)s)")
 
@@ -156,6 +162,11 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
+def is_named(name: str) -> bool:
+    """Whether a model is one of a library, whose weights are random unless it is said; a function has its own."""
+    return ":" not in name or name.startswith("timm:")
+
+
 def model_of(name: str, options: argparse.Namespace) -> nn.Module:
     """The model of this name, as the options want it."""
     from fxprune.models import load_model
@@ -181,40 +192,6 @@ def size_of(model: nn.Module, options: argparse.Namespace) -> tuple[int, ...]:
     if asked is None:
         return usual
     return (*usual[:-2], *asked * 2) if len(asked) == 1 else asked
-
-
-def calibration_of(options: argparse.Namespace) -> Tensor | None:
-    """The inputs in the file that `--calibration` names, `(N, ...)` float32.
-
-    Raises:
-        CalibrationError: the file cannot be read, or holds something else.
-    """
-    import numpy as np
-    import torch
-
-    path: Path | None = options.calibration
-    if path is None:
-        return None
-    try:
-        if path.suffix == ".npy":
-            content = torch.from_numpy(np.load(path, allow_pickle=False))
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # foreign bytes: UnpicklingError, ValueError, EOFError, ...
-        opener = "numpy.load" if path.suffix == ".npy" else "torch.load(weights_only=True)"
-        raise CalibrationError(f"{path}: is no file that {opener} opens; save one tensor or array (N, ...)") from error
-    if not isinstance(content, torch.Tensor):
-        raise CalibrationError(f"{path}: holds a {type(content).__name__}; save one tensor or array (N, ...)")
-    if not content.is_floating_point():
-        raise CalibrationError(
-            f"{path}: holds {str(content.dtype).removeprefix('torch.')}; save the inputs as the model reads them, "
-            "floating-point and normalized"
-        )
-    if content.dim() < 2 or not content.numel():
-        raise CalibrationError(f"{path}: has shape {tuple(content.shape)}; it must hold at least one input, (N, ...)")
-    return content.detach().float()
 
 
 def pruning_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from fxprune.cli import (
     command_compare,
     command_compile,
     command_demo,
+    command_eval,
     command_report,
+    command_sweep,
     command_train,
     command_verify,
 )
@@ -31,8 +33,10 @@ COMMANDS = (
     command_compile,
     command_report,
     command_verify,
+    command_eval,
     command_analyze,
     command_bench,
+    command_sweep,
     command_train,
     command_compare,
     command_demo,
@@ -47,9 +51,11 @@ EPILOG = f"""\
 examples:
   fxprune demo                                             train, compile and compare a small network
   fxprune compile resnet50 --ratio 0.5 -o resnet50.pt      prune half of the kernel groups of a torchvision model
-  fxprune compile resnet50 --weights resnet50.pth --calibration images.pt --macs 0.5 -o resnet50.pt
+  fxprune compile resnet50 --pretrained --calibration photos/ --macs 0.5 -o resnet50.pt --onnx resnet50.onnx
+  fxprune sweep resnet50 --pretrained --calibration photos/ --lose 1             how small may it be?
   fxprune compile mynets:small --weights small.pt --input-size 2,3,32,32 -o small-pruned.pt
   fxprune report resnet50.pt resnet50                      what became of each convolution
+  fxprune eval resnet50.pt resnet50 --pretrained --data photos/                  how good is it?
   fxprune verify resnet50.pt resnet50                      does the file still compute what it should?
   fxprune analyze densenet121                              the channel spaces: who ties them, which may be permuted
   fxprune bench resnet50 --runtime eager,accelerate        is it faster, here and now?

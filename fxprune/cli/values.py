@@ -43,6 +43,14 @@ def size(text: str) -> tuple[int, ...]:
     return shape
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers with commas between."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers; give them as in 0.485,0.456,0.406") from None
+
+
 def count(text: str) -> int:
     """A positive integer."""
     if not text.isdecimal() or int(text) < 1:

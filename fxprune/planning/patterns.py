@@ -37,6 +37,19 @@ def match_patterns(what: str, patterns: Mapping[str, Value], names: Collection[s
     return values
 
 
+def as_entries(ignore: Ignored | Iterable[Ignored]) -> tuple[Ignored, ...]:
+    """The entries of `ignore=`, of which one may stand alone.
+
+    Raises:
+        PlanError: it is of another kind.
+    """
+    if isinstance(ignore, str | nn.Module | type):
+        return (ignore,)
+    if not isinstance(ignore, Iterable):
+        raise PlanError(f"ignore is {ignore!r}; it must be names, patterns of names, modules or types of modules")
+    return tuple(ignore)
+
+
 def ignored_patterns(ignore: Ignored | Iterable[Ignored], model: nn.Module) -> tuple[str, ...]:
     """What `ignore=` means, as patterns of module names.
 
@@ -46,13 +59,9 @@ def ignored_patterns(ignore: Ignored | Iterable[Ignored], model: nn.Module) -> t
     Warns:
         UserWarning: an entry means only layers of other kinds, which are never pruned, or no layer of its type.
     """
-    if isinstance(ignore, str | nn.Module | type):
-        ignore = (ignore,)
-    if not isinstance(ignore, Iterable):
-        raise PlanError(f"ignore is {ignore!r}; it must be names, patterns of names, modules or types of modules")
     convs, modules = convolutions(model), {name: module for name, module in model.named_modules() if name}
     patterns: list[str] = []
-    for entry in ignore:
+    for entry in as_entries(ignore):
         named = _named(entry, modules)
         found = [name for pattern in named for name in _matching(pattern, modules)]
         if any(name in convs for name in found) or (isinstance(entry, str) and not found):  # which is an error later

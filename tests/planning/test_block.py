@@ -347,7 +347,7 @@ def test_the_target_leaves_form_and_explicit_groups_alone(target: str) -> None:
     ],
 )
 def test_blocks_by_default(block: int | None, target: str | None, method: str, expected: int) -> None:
-    assert Request(block=block, target=target, method=method, snapshots=[{}]).effective_block == expected
+    assert Request(block=block, target=target, method=method, snapshots=[{}]).effective_block == expected  # type: ignore[arg-type]
 
 
 def test_a_plan_for_cuda_has_wide_groups_and_blocks_of_8(net: nn.Module) -> None:
