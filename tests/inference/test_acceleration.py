@@ -360,8 +360,26 @@ def test_the_report_says_it_all(fast: tuple[fx.GraphModule, fx.GraphModule]) -> 
     report = acceleration_report(fast[0])
     assert json.loads(json.dumps(report.to_dict()))["memory_format"] == report.memory_format
     text = str(report)
-    for part in ("convolution", "blocks.0.conv1", "whole network: ", f"chosen: {report.chosen}", "float32 on cpu"):
+    for part in (
+        "convolution",
+        "blocks.0.conv1",
+        "whole network, shortest times: ",
+        f"chosen: {report.chosen}",
+        "float32 on cpu",
+    ):
         assert part in text
     assert report.difference < 1e-4
     assert report.compiled is fxprune.report(fast[1])
+
+
+def test_the_numbers_of_the_report_agree(fast: tuple[fx.GraphModule, fx.GraphModule]) -> None:
+    report = acceleration_report(fast[0])
+    best_dense = min(seconds for name, seconds in report.seconds.items() if name.startswith("dense"))
+    assert report.relative == report.seconds[report.chosen] / best_dense <= 1
+    assert report.spread.keys() == report.seconds.keys()
+    text = str(report)
+    for name, seconds in report.seconds.items():
+        assert f"{name} {1e3 * seconds:.2f} ms (spread {1e3 * report.spread[name]:.2f})" in text
+    assert repr(report).startswith("<AccelerationReport: ")
+    assert "linear-gradient" in report._repr_html_()
     assert {"triton"} <= set(report.layers[0].obstacles)
