@@ -36,8 +36,8 @@ docs: .venv/.installed-dev ## build the documentation into build/site; a broken 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: .venv/.installed-dev ## measure compile times and memory (several minutes) into benchmarks/results
-	$(BIN)/python -m benchmarks.compile_time
-	$(BIN)/python -m benchmarks.compile_time --scaling
+	$(BIN)/python -m benchmarks.compile_time --record
+	$(BIN)/python -m benchmarks.compile_time --scaling --record
 
 clean: ## remove .venv, caches and build products
 	rm -rf .venv .venv-wild build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

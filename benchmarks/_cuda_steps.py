@@ -25,6 +25,7 @@ from fxprune.graph.fused import FusedConv2d
 from fxprune.inference.forms import all_forms, form_calls
 from fxprune.inference.stopwatch import Stopwatch
 from fxprune.models import load_model
+from fxprune.vocabulary import Target
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,7 +66,7 @@ class Place:
         variants: some of `VARIANTS`.
     """
 
-    device: str
+    device: Target
     dry: bool
     model: str
     batch: int

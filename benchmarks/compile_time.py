@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxprune
+from benchmarks._commands import add_output, output_of
 from fxprune.environment import environment
 from fxprune.models import default_input_size, example_inputs, load_model
 
 MODELS = ("resnet18", "resnet50", "densenet121", "efficientnet_b0")
 TARGET_SECONDS = {"resnet18": 2.0, "resnet50": 10.0, "densenet121": 15.0, "efficientnet_b0": 10.0}
 """Upper limits for `compile` without verification on two cores; the analysis alone has one second."""
-RESULTS = Path(__file__).parent / "results" / "compile_time.json"
+RESULTS = "compile_time.json"
 
 FAMILIES = {
     "resnet": ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
@@ -42,7 +43,7 @@ FAMILIES = {
 }
 """Networks of one kind, the smallest first."""
 SCALING_PIXELS = 96
-SCALING_RESULTS = RESULTS.with_name("compile_time_scaling.json")
+SCALING_RESULTS = "compile_time_scaling.json"
 LARGEST_GROWTH = 1.5
 """How many times the processor time of the smallest network of a family a grouped convolution may take in another."""
 SCALING_TARGET_SECONDS = {"timm:inception_resnet_v2": 12.0, "densenet201": 10.0}
@@ -217,12 +218,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("models", nargs="*", default=list(MODELS), metavar="MODEL", help=f"default: {' '.join(MODELS)}")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each measurement (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of torch (default: 2, with --scaling 1)")
-    parser.add_argument("--output", type=Path, help="JSON record (default: benchmarks/results/)")
+    add_output(parser, RESULTS)
     parser.add_argument("--scaling", action="store_true", help="processor time over families of networks instead")
     parser.add_argument("--inside", choices=MEASUREMENTS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.threads = options.threads or (1 if options.scaling else 2)
-    options.output = options.output or (SCALING_RESULTS if options.scaling else RESULTS)
+    options.output = output_of(options, SCALING_RESULTS if options.scaling else RESULTS)
     torch.set_num_threads(options.threads)
 
     if options.inside:

@@ -4,20 +4,17 @@ r"""Are saved MACs saved time? The latency of a dense network against pruned one
     python -m benchmarks.latency --model resnet18 --ratio 0.5,0.75 --against dense,torch-pruning --layers --plot r18.png
     python -m benchmarks.latency --plot all.svg --from benchmarks/results/latency-*.json
 
-It is `fxprune bench` (`fxprune.cli.command_bench`; the method is in `fxprune.comparison.latency`), and its records go
-to `benchmarks/results/latency-MODEL-DEVICE.json`.
+It is `fxprune bench` (`fxprune.cli.command_bench`; the method is in `fxprune.comparison.latency`). Its records go to
+`build/benchmarks/`, or with `--record` to those of this repository.
 """
 
 import argparse
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from benchmarks._commands import MODEL_HELP, run_as
+from benchmarks._commands import DRAFTS, MODEL_HELP, output_of, run_as
 from fxprune.cli import command_bench
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,14 +27,17 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     description = "Latency of a network, dense and pruned, in one runtime or several."
     parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=description)
     parser.add_argument("--model", help=MODEL_HELP)
-    command_bench.add_options(parser, "JSON record (default: benchmarks/results/latency-MODEL-DEVICE.json)")
+    command_bench.add_options(parser, f"JSON record (default: {DRAFTS}/latency-MODEL-DEVICE.json)")
+    parser.add_argument("--record", action="store_true", help="replace the record of this repository in results/")
     parser.set_defaults(error=parser.error, json=False, quiet=False)
     options = parser.parse_args(arguments)
     if not options.records and options.model is None:
         parser.error("--model is needed: what to measure")
-    if options.output is None and options.model is not None:
+    if options.record and options.output is not None:
+        parser.error("--record says where the record goes, and so does --output; leave one out")
+    if options.model is not None:
         name = re.sub(r"[^\w.-]+", "-", options.model)
-        options.output = RESULTS / f"latency-{name}-{options.device}.json"
+        options.output = output_of(options, f"latency-{name}-{options.device}.json")
     return options
 
 

@@ -7,11 +7,9 @@ gathers that remain, largest difference to the masked model. Writes a table in M
 
 import argparse
 import gc
-import json
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +17,12 @@ from torch import nn
 from tqdm import tqdm
 
 import fxprune
+from benchmarks._commands import add_output, output_of
 from fxprune.environment import environment
+from fxprune.files import write_json
 from fxprune.models import load_model
 
+RESULTS = "networks.json"
 # What Torch-Pruning 1.6.1 does with them.
 NETWORKS = {
     "shufflenet_v2_x1_0": "crashes",
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("networks", nargs="*", default=list(NETWORKS), metavar="NETWORK", help="default: all fifteen")
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--size", type=int, default=96, help="height and width of the input in pixels")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/networks.json"))
+    add_output(parser, RESULTS)
     options = parser.parse_args(arguments)
     rows = []
     for name in tqdm(options.networks, desc="networks"):
@@ -108,8 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append(measure(name, options.ratio, options.size))
         gc.collect()
     record = {"environment": environment(), "ratio": options.ratio, "size": options.size, "results": rows}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(output_of(options, RESULTS), record)
     print(table(rows))
     return 0
 

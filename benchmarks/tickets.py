@@ -66,6 +66,7 @@ from fxprune.training.data.sources import Data, open_data
 from fxprune.training.loop import EVALUATION_BATCH, Progress, Trainer
 from fxprune.training.recipe import Recipe
 from fxprune.training.run import check_fit
+from fxprune.vocabulary import Granularity
 
 DRAW = 3
 """What the generator of the training images of a seed is for, see `fxprune.training.data.augmentation`."""
@@ -97,7 +98,7 @@ class Setting:
     recipe: Recipe
     rewind_epoch: int
     batch_norm: str
-    granularity: str
+    granularity: Granularity
     criteria: Sequence[str]
     varieties: Sequence[str]
     shares: Sequence[float]
@@ -176,8 +177,8 @@ class Experiment:
                 self.dense,
                 macs=share,
                 granularity=setting.granularity,
-                criterion=criterion,
-                variety=None if variety == "none" else variety,
+                criterion=criterion,  # type: ignore[arg-type]
+                variety=None if variety == "none" else variety,  # type: ignore[arg-type]
                 snapshots=[self.early] if criterion in SNAPSHOTS else None,
                 example_inputs=setting.example,
                 seed=self.seed,

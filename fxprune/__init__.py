@@ -8,10 +8,12 @@ exactly.
 2
 """
 
-from fxprune.api import analyze, compile, make_plan, measure_latency, measure_sensitivity, report
-from fxprune.channels import ChannelAnalysis
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
 from fxprune.errors import (
     AccelerationError,
+    ArgumentError,
     CalibrationError,
     FxpruneError,
     KernelError,
@@ -22,26 +24,32 @@ from fxprune.errors import (
     StorageError,
     TraceError,
     VerificationError,
+    near_matches,
 )
-from fxprune.exact.reporting import Report
-from fxprune.exact.rewriting import rewrite
-from fxprune.exact.storage import load, save
-from fxprune.exact.verification import Verification, verify
-from fxprune.graph.layers import ChannelGather
-from fxprune.inference.acceleration import accelerate, acceleration_report
-from fxprune.inference.reporting import AccelerationReport
-from fxprune.planning.latency_table import LatencyTable
-from fxprune.planning.lossy import mask, recover
-from fxprune.planning.sensitivity import Sensitivity
-from fxprune.plans import GroupedKernels, PrunePlan
-from fxprune.training.sparsification import Sparsifier, hold, sparsify
-from fxprune.training.tickets import random_ticket, rewind
+
+if TYPE_CHECKING:
+    from fxprune.api import analyze, compile, make_plan, measure_latency, measure_sensitivity, report
+    from fxprune.channels import ChannelAnalysis
+    from fxprune.exact.reporting import Report
+    from fxprune.exact.rewriting import rewrite
+    from fxprune.exact.storage import load, save
+    from fxprune.exact.verification import Verification, verify
+    from fxprune.graph.layers import ChannelGather
+    from fxprune.inference.acceleration import accelerate, acceleration_report
+    from fxprune.inference.reporting import AccelerationReport
+    from fxprune.planning.latency_table import LatencyTable
+    from fxprune.planning.lossy import mask, recover
+    from fxprune.planning.sensitivity import Sensitivity
+    from fxprune.plans import GroupedKernels, PrunePlan
+    from fxprune.training.sparsification import Sparsifier, hold, sparsify
+    from fxprune.training.tickets import random_ticket, rewind
 
 __version__ = "0.2.0"
 
 __all__ = [
     "AccelerationError",
     "AccelerationReport",
+    "ArgumentError",
     "CalibrationError",
     "ChannelAnalysis",
     "ChannelGather",
@@ -61,6 +69,7 @@ __all__ = [
     "TraceError",
     "Verification",
     "VerificationError",
+    "__version__",
     "accelerate",
     "acceleration_report",
     "analyze",
@@ -80,3 +89,53 @@ __all__ = [
     "sparsify",
     "verify",
 ]
+
+# Where the names of the block above are, which are imported when one is first asked for: torch alone takes seconds, and
+# so do scipy and torch's exporters, which the first of them brings.
+_HOMES = {
+    "analyze": "fxprune.api",
+    "compile": "fxprune.api",
+    "make_plan": "fxprune.api",
+    "measure_latency": "fxprune.api",
+    "measure_sensitivity": "fxprune.api",
+    "report": "fxprune.api",
+    "ChannelAnalysis": "fxprune.channels",
+    "Report": "fxprune.exact.reporting",
+    "rewrite": "fxprune.exact.rewriting",
+    "load": "fxprune.exact.storage",
+    "save": "fxprune.exact.storage",
+    "Verification": "fxprune.exact.verification",
+    "verify": "fxprune.exact.verification",
+    "ChannelGather": "fxprune.graph.layers",
+    "accelerate": "fxprune.inference.acceleration",
+    "acceleration_report": "fxprune.inference.acceleration",
+    "AccelerationReport": "fxprune.inference.reporting",
+    "LatencyTable": "fxprune.planning.latency_table",
+    "mask": "fxprune.planning.lossy",
+    "recover": "fxprune.planning.lossy",
+    "Sensitivity": "fxprune.planning.sensitivity",
+    "GroupedKernels": "fxprune.plans",
+    "PrunePlan": "fxprune.plans",
+    "Sparsifier": "fxprune.training.sparsification",
+    "hold": "fxprune.training.sparsification",
+    "sparsify": "fxprune.training.sparsification",
+    "random_ticket": "fxprune.training.tickets",
+    "rewind": "fxprune.training.tickets",
+}
+
+
+if not TYPE_CHECKING:  # to a type checker it would mean that any name is there
+
+    def __getattr__(name: str) -> Any:
+        """A public name, or a room of the package, imported when it is first asked for (PEP 562)."""
+        if name not in _HOMES:
+            if not name.startswith("_") and importlib.util.find_spec(f"fxprune.{name}") is not None:
+                return importlib.import_module(f"fxprune.{name}")
+            raise AttributeError(f"module 'fxprune' has no attribute {name!r}{near_matches(name, __all__)}")
+        value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    """What is public."""
+    return sorted(__all__)

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Never
 
 from torch import nn
 
 from fxprune.calibration import Calibration
 from fxprune.calibration.subject import Subject
 from fxprune.channels import ChannelAnalysis, analyze_channels
-from fxprune.channels.capture import Output, capture, check_output
+from fxprune.channels.capture import capture, check_output
 from fxprune.criteria import Criterion, ScoreFunction
 from fxprune.criteria.snapshots import Snapshot
 from fxprune.criteria.variety import Variety
@@ -22,16 +22,28 @@ from fxprune.graph.baking import baked
 from fxprune.graph.examples import Inputs, as_examples, as_inputs
 from fxprune.graph.tracing import check_is_model
 from fxprune.inference.acceleration import accelerate, acceleration_report
+from fxprune.planning.hints import refuse_unknown
 from fxprune.planning.kernels import sensitivity_of
 from fxprune.planning.latency_budget import check_target, group_counts
 from fxprune.planning.latency_measure import measure_layers
 from fxprune.planning.latency_table import LatencyTable
 from fxprune.planning.lossy import masked_by, recovered_by, tell_agreement
 from fxprune.planning.making import noted_as_baked, plan_for
-from fxprune.planning.requests import Request, Scope
+from fxprune.planning.patterns import Ignored, ignored_patterns
+from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Sensitivity
 from fxprune.plans import PrunePlan
 from fxprune.plans.shapes import Groups
+from fxprune.vocabulary import (
+    CriterionChoice,
+    FormChoice,
+    GranularityChoice,
+    Method,
+    Output,
+    Scope,
+    Target,
+    VarietyName,
+)
 
 
 def compile(
@@ -45,19 +57,19 @@ def compile(
     sensitivity: Sensitivity | None = None,
     example_inputs: Inputs | None = None,
     calibration: Calibration | None = None,
-    granularity: str | Mapping[str, float] = "kernel",
+    granularity: GranularityChoice | Mapping[str, float] = "kernel",
     scope: Scope | None = None,
     round_to: int = 1,
     groups: Groups | Mapping[str, Groups] = "auto",
-    method: str = "auto",
-    form: str = "auto",
+    method: Method = "auto",
+    form: FormChoice = "auto",
     block: int | None = None,
-    target: str | None = None,
+    target: Target | None = None,
     share_groups: bool | None = None,
-    criterion: str | Criterion | ScoreFunction | None = None,
-    variety: str | Variety | None = None,
+    criterion: CriterionChoice | Criterion | ScoreFunction | None = None,
+    variety: VarietyName | Variety | None = None,
     snapshots: Iterable[Snapshot] | None = None,
-    ignore: str | Iterable[str] = (),
+    ignore: Ignored | Iterable[Ignored] = (),
     seed: int = 0,
     progress: bool = False,
     recover: bool | float | Mapping[str, Any] = False,
@@ -65,6 +77,7 @@ def compile(
     bake: bool = False,
     fold_batch_norm: bool = False,
     output: Output = "auto",
+    **unknown: Never,
 ) -> Any:
     """Prune a trained model and rewrite it into a smaller one that computes exactly what the masked model computes.
 
@@ -104,7 +117,7 @@ def compile(
             wish: a layer whose filters it does not divide takes the nearest divisor, which is noted, or stays dense
             with the reason; a number in a mapping must divide.
         form: `"partition"`, `"overlap"` or `"auto"`.
-        ignore: patterns of layers to leave dense.
+        ignore: layers to leave dense: names or patterns of names, modules of the model, types of modules.
 
         *How it is chosen.*
 
@@ -231,24 +244,25 @@ def make_plan(
     sensitivity: Sensitivity | None = None,
     example_inputs: Inputs | None = None,
     calibration: Calibration | None = None,
-    granularity: str | Mapping[str, float] = "kernel",
+    granularity: GranularityChoice | Mapping[str, float] = "kernel",
     scope: Scope | None = None,
     round_to: int = 1,
     groups: Groups | Mapping[str, Groups] = "auto",
-    method: str = "auto",
-    form: str = "auto",
+    method: Method = "auto",
+    form: FormChoice = "auto",
     block: int | None = None,
-    target: str | None = None,
+    target: Target | None = None,
     share_groups: bool | None = None,
-    criterion: str | Criterion | ScoreFunction | None = None,
-    variety: str | Variety | None = None,
+    criterion: CriterionChoice | Criterion | ScoreFunction | None = None,
+    variety: VarietyName | Variety | None = None,
     snapshots: Iterable[Snapshot] | None = None,
-    ignore: str | Iterable[str] = (),
+    ignore: Ignored | Iterable[Ignored] = (),
     seed: int = 0,
     progress: bool = False,
     after: PrunePlan | None = None,
     output: Output = "auto",
     bake: bool = False,
+    **unknown: Never,
 ) -> PrunePlan:
     """Choose which convolutions are pruned and how. Arguments and errors are those of `compile`; the model is only
     read. Equal arguments give equal plans.
@@ -272,9 +286,9 @@ def measure_latency(
     model: nn.Module,
     *,
     example_inputs: Inputs,
-    target: str | None = None,
+    target: Target | None = None,
     groups: Groups | Mapping[str, Groups] = "auto",
-    ignore: str | Iterable[str] = (),
+    ignore: Ignored | Iterable[Ignored] = (),
     progress: bool = False,
 ) -> LatencyTable:
     """Measure how long each convolution takes, dense and at each ratio and number of groups. `print` the table, and
@@ -285,7 +299,7 @@ def measure_latency(
         example_inputs: of the sizes to be fast for.
         target: the device to measure, where the model must be; None is the device of the model.
         groups: number of groups to measure; `"auto"` tries several.
-        ignore: patterns of layers to leave out.
+        ignore: layers to leave out, see `compile`.
         progress: show bars on stderr.
 
     Raises:
@@ -295,7 +309,8 @@ def measure_latency(
     """
     request = _request(locals())
     if target is None:
-        request = replace(request, target=next((p.device.type for p in model.parameters()), "cpu"))
+        device = next((p.device.type for p in model.parameters()), "cpu")
+        request = replace(request, target=device)  # type: ignore[arg-type]  # which the request checks
     subject = Subject(model, example_inputs, None)
     counts = group_counts(subject, request)
     check_target(model, request.target, has_inputs=True)
@@ -308,8 +323,8 @@ def measure_sensitivity(
     example_inputs: Inputs | None = None,
     calibration: Calibration | None = None,
     groups: Groups | Mapping[str, Groups] = "auto",
-    target: str | None = None,
-    ignore: str | Iterable[str] = (),
+    target: Target | None = None,
+    ignore: Ignored | Iterable[Ignored] = (),
     seed: int = 0,
     progress: bool = False,
 ) -> Sensitivity:
@@ -322,7 +337,7 @@ def measure_sensitivity(
         calibration: what the damage is measured on. Without it, only the weights count.
         groups: number of groups to measure with.
         target: see `compile`; it decides how many `"auto"` is.
-        ignore: patterns of layers to leave out.
+        ignore: layers to leave out, see `compile`.
         seed: of the sampled positions and of the clustering.
         progress: show a bar on stderr.
 
@@ -365,5 +380,13 @@ def report(pruned: nn.Module) -> Report:
 
 
 def _request(arguments: Mapping[str, Any]) -> Request:
-    """What the arguments of a public function ask for."""
-    return Request(**{field.name: arguments[field.name] for field in fields(Request) if field.name in arguments})
+    """What the arguments of a public function ask for.
+
+    Raises:
+        TraceError: the model is none.
+        PlanError: an argument is unknown or not legal.
+    """
+    check_is_model(arguments["model"])
+    refuse_unknown(arguments.get("unknown", {}))
+    given = {field.name: arguments[field.name] for field in fields(Request) if field.name in arguments}
+    return Request(**given | {"ignore": ignored_patterns(arguments["ignore"], arguments["model"])})

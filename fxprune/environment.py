@@ -1,5 +1,6 @@
 """Where and when a measurement was made, to stand beside its numbers."""
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 
 # Instructions that decide how fast a convolution can be, by their names in /proc/cpuinfo.
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve")
@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
         "fxprune": _version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": importlib.metadata.version("torchvision"),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpuinfo("model name") or platform.processor() or "unknown",
         "cpu_flags": [flag for flag in CPU_FLAGS if flag in (_cpuinfo("flags") or _cpuinfo("Features") or "").split()],

@@ -16,6 +16,10 @@ class PlanError(FxpruneError):
     """A plan cannot be made, is malformed, or belongs to another model."""
 
 
+class ArgumentError(PlanError, TypeError):
+    """A function was called with an argument that it does not have."""
+
+
 class CalibrationError(FxpruneError):
     """Calibration data is missing, malformed or does not fit the model."""
 

@@ -4,12 +4,15 @@ import importlib.util
 import io
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fxprune.errors import FxpruneError
+from fxprune.errors import FxpruneError, StorageError
+from fxprune.files import write_whole
 
 # What torch.jit says of any GraphModule: that the format is deprecated (since torch 2.10), and that it does not like an
 # annotation in GraphModule.__init__. Who asks for the format by name need not be told.
@@ -24,6 +27,7 @@ def save_torchscript(model: nn.Module, path: str | os.PathLike[str]) -> torch.ji
 
     Raises:
         FxpruneError: TorchScript cannot compile the forward of a user's own module.
+        StorageError: the file cannot be written.
     """
     with warnings.catch_warnings():
         for message in TORCHSCRIPT_WARNINGS:
@@ -36,7 +40,7 @@ def save_torchscript(model: nn.Module, path: str | os.PathLike[str]) -> torch.ji
                 f"TorchScript cannot compile {type(model).__name__} ({first}); export it with torch.export or ONNX, or "
                 "compile with output='graph' if it can be traced"
             ) from error
-        torch.jit.save(scripted, path)
+        _write(path, lambda partial: torch.jit.save(scripted, partial))
         loaded: torch.jit.ScriptModule = torch.jit.load(path)  # type: ignore[no-untyped-call]
     return loaded
 
@@ -45,20 +49,45 @@ def save_onnx(model: nn.Module, inputs: tuple[Tensor, ...], path: str | os.PathL
     """Export `model` to one ONNX file whose batch size, the first dimension of each input, is free.
 
     Raises:
+        FxpruneError: onnx or onnxscript is not installed, or the exporter cannot express the model.
+        StorageError: the file cannot be written.
+    """
+    check_onnx()
+    batch = torch.export.Dim("batch")
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # the exporter warns of deprecated parts of its own
+        try:
+            program = torch.onnx.export(
+                model,
+                inputs,
+                dynamo=True,
+                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                verbose=False,
+            )
+        except Exception as error:  # it wraps whatever torch.export raises, over pages
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise FxpruneError(
+                f"ONNX: the exporter cannot express {type(model).__name__} ({first}); torch.export.export(model, "
+                "inputs) says more"
+            ) from error
+        assert program is not None
+        _write(path, lambda partial: program.save(partial, external_data=False))
+
+
+def check_onnx() -> None:
+    """See that ONNX files can be written here.
+
+    Raises:
         FxpruneError: onnx or onnxscript is not installed.
     """
     absent = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if absent:
         raise FxpruneError(f"ONNX export: {' and '.join(absent)} not installed; pip install 'fxprune[onnx]'")
-    batch = torch.export.Dim("batch")
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # the exporter warns of deprecated parts of its own
-        torch.onnx.export(
-            model,
-            inputs,
-            os.fspath(path),
-            dynamo=True,
-            dynamic_shapes=tuple({0: batch} for _ in inputs),
-            external_data=False,
-            verbose=False,
-        )
+
+
+def _write(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    target = Path(path)
+    try:
+        write_whole(target, write)
+    except (OSError, RuntimeError) as error:
+        raise StorageError(f"{target} cannot be written: {error}; choose another place") from error

@@ -21,6 +21,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import fxprune
 from fxprune.criteria.variety import Variety
 from fxprune.errors import CalibrationError, FxpruneError, NothingRewrittenWarning, PassError, PlanError, TraceError
+from fxprune.vocabulary import FormChoice
 
 
 class Net(nn.Module):
@@ -404,7 +405,7 @@ def test_a_model_on_the_meta_device() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("form", ["partition", "overlap"])
-def test_other_floating_types(dtype: torch.dtype, form: str) -> None:
+def test_other_floating_types(dtype: torch.dtype, form: FormChoice) -> None:
     model = net().to(dtype)
     plan = fxprune.make_plan(model, form=form)
     pruned = fxprune.compile(model, example_inputs=image(dtype), form=form)
@@ -438,7 +439,7 @@ CALIBRATIONS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "a number": (lambda x: 3, "calibration is a int; it must be"),
     "a dict": (lambda x: {"x": x}, "calibration is a dict; it must be"),
     "a batch of None": (lambda x: [None], "batch 0 is a NoneType; it must be a tensor, or a tuple"),
-    "a batch as dict": (lambda x: [{"image": x}], "batch 0 has 'image', but forward takes 'x'; rename the entry"),
+    "a batch as dict": (lambda x: [{"scan": x}], "batch 0 has 'scan', but forward takes 'x'; rename the entry"),
     "an array": (lambda x: x.numpy(), "batch 0 is a ndarray; it must be a tensor"),
     "one dimension": (lambda x: x.flatten(), r"a tensor of shape \(1536,\); the first dimension must count samples"),
     "one image without batch": (lambda x: x[0], "batch 0 does not fit the model: .*expected 4D input"),
@@ -475,7 +476,7 @@ POOR: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("name, form", in_turns(POOR, ("partition", "overlap")))
-def test_poor_calibration_data_are_taken(name: str, form: str) -> None:
+def test_poor_calibration_data_are_taken(name: str, form: FormChoice) -> None:
     model, data = net(), POOR[name](image(batch=8))
     pruned = fxprune.compile(model, calibration=data, form=form, verify=True, example_inputs=image())
     assert grouped(pruned) == ["conv1", "conv2"]
@@ -566,7 +567,7 @@ CHOSEN_BY: tuple[dict[str, Any], ...] = ({}, {"method": "cocluster"}, {"variety"
 
 # From turn 1 on, so that by default every kind and both forms occur.
 @pytest.mark.parametrize("options, form, name", in_turns(CHOSEN_BY, ("partition", "overlap"), KINDS, start=1))
-def test_singular_gram_matrices(options: dict[str, Any], form: str, name: str) -> None:
+def test_singular_gram_matrices(options: dict[str, Any], form: FormChoice, name: str) -> None:
     kind = KINDS[name]
     model = randomize(kind()).eval()
     data = image(batch=8)

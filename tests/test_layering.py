@@ -17,6 +17,8 @@ PACKAGE = Path(fxprune.__file__).parent
 # Each package (or lone module) may import from those before it only.
 ORDER = (
     "errors",
+    "vocabulary",  # names that arguments take
+    "tables",  # how results show themselves
     "files",
     "environment",  # where and when a measurement was made
     "models",  # networks by name

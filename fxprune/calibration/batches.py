@@ -13,6 +13,8 @@ from fxprune.graph.containers import convert_tensors, tensors_in
 Calibration: TypeAlias = Tensor | Iterable[Any]
 Batch: TypeAlias = tuple[Any, ...]
 
+PICTURES = ("pixel_values", "image", "images", "img", "imgs")
+"""What loaders call the entry of a batch that forward reads, whatever forward calls it (Hugging Face, MONAI)."""
 BATCH_SIZE = 32
 """Images at a time where the calibration data is one tensor."""
 
@@ -23,7 +25,8 @@ def read_batches(calibration: Calibration, arguments: int = 1, names: Sequence[s
     Args:
         calibration: a tensor `(N, ...)`, which is split into batches, or any iterable of batches, such as a
             `DataLoader`. A batch is a tensor, a sequence that begins with the arguments of forward, or a mapping that
-            has them by name; what else is there, such as labels, is ignored.
+            has them by name, or has pictures under one of `PICTURES` where forward takes nothing else; what else is
+            there, such as labels, is ignored.
         arguments: how many arguments forward takes.
         names: theirs, in order; a mapping needs them.
 
@@ -63,10 +66,19 @@ def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
     return convert_tensors(batch, lambda tensor: tensor[list(rows)])
 
 
+def _renamed(batch: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any]:
+    """The pictures of a batch under the name that forward has for them, if that is all it takes and they are one."""
+    found = [key for key in PICTURES if isinstance(batch.get(key), Tensor)]
+    if len(names) != 1 or names[0] in batch or len(found) != 1:
+        return batch
+    return {names[0]: batch[found[0]]}
+
+
 def _arguments(what: str, batch: object, arguments: int, names: Sequence[str]) -> Batch:
     if isinstance(batch, Tensor):
         batch = (batch,)
     if isinstance(batch, Mapping) and names:
+        batch = _renamed(batch, names)
         if missing := [name for name in names if name not in batch]:
             raise CalibrationError(
                 f"{what} has {', '.join(map(repr, batch))}, but forward takes {missing[0]!r}; rename the entry, "

@@ -14,7 +14,7 @@ from fxprune.calibration.batches import rows_of, samples_in
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.recovery import RECOVERED, Recovery, recover
 from fxprune.calibration.samples import MAX_ROWS
-from fxprune.channels.capture import Output, capture, recorded
+from fxprune.channels.capture import capture, recorded
 from fxprune.errors import CalibrationError, TraceError
 from fxprune.graph.costs import layer_costs
 from fxprune.graph.examples import Example, Inputs, as_examples, in_order, positional_parameters
@@ -24,6 +24,7 @@ from fxprune.graph.replaying import SIZES, free_batch
 from fxprune.graph.tracing import Trace, check_is_model, trace
 from fxprune.plans import GroupedKernels
 from fxprune.plans.eligibility import check_model, find_obstacles
+from fxprune.vocabulary import Output
 
 
 class Subject:

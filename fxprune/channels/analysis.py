@@ -15,13 +15,14 @@ from torch import Tensor, fx, nn
 
 from fxprune.channels.atoms import Array, Blocks, Tie
 from fxprune.channels.interpreter import Port, Scale, State, layer_name
-from fxprune.channels.operators import FUNCTIONS, METHODS, rule_for
+from fxprune.channels.operators import METHODS, function_rule, rule_for
 from fxprune.channels.rules import Rule, constant, item, named_item
 from fxprune.graph.containers import is_plain
 from fxprune.graph.editing import called_module, label
 from fxprune.graph.memory import written_values
 from fxprune.graph.tracer import METADATA
 from fxprune.graph.tracing import is_hooked, trace_leaf
+from fxprune.tables import Bar, Cell, Column, Table, Tabular
 
 logger = logging.getLogger("fxprune")
 
@@ -47,8 +48,8 @@ class ChannelSpace:
     reason: str
 
 
-@dataclass(frozen=True)
-class ChannelAnalysis:
+@dataclass(frozen=True, repr=False)
+class ChannelAnalysis(Tabular):
     """What is known about the channels of a graph. `str()` gives a table of the channel spaces.
 
     Attributes:
@@ -114,20 +115,34 @@ class ChannelAnalysis:
         _, counts = np.unique(blocks[blocks >= 0], return_counts=True)
         return int(counts[counts > 1].sum())
 
-    def __str__(self) -> str:
+    def brief(self) -> str:
+        """What is in it, in a few words."""
+        movable = sum(space.permutable > 0 for space in self.spaces)
+        return f"{len(self.spaces)} channel spaces, {movable} with channels that may change places" + (
+            f"; {len(self.boundaries)} boundaries" if self.boundaries else ""
+        )
+
+    def table(self) -> Table:
+        """One line for each channel space."""
         paths = {node.name: str(node.target) for node in self.labels if node.op == "call_module"}
-        lines = [f"{'channel space':40} {'channels':>8} {'movable':>8}  tied by / fixed because"]
+        columns = (
+            Column("channel space", right=False),
+            Column("channels"),
+            Column("movable"),
+            Column("tied by / fixed because", right=False),
+        )
+        rows: list[tuple[Cell, ...]] = []
         for space in self.spaces:
             who = paths.get(space.producers[0], space.producers[0]) + (
                 f" + {len(space.producers) - 1} more" if len(space.producers) > 1 else ""
             )
             ties = ", ".join(space.ties[:4]) + (", ..." if len(space.ties) > 4 else "")
             why = f"fixed: {space.reason}" if space.permutable < space.channels and space.reason else ""
-            lines.append(f"{who:40} {space.channels:>8} {space.permutable:>8}  {'; '.join(filter(None, (ties, why)))}")
-        if self.boundaries:
-            lines.append("boundaries (channels keep their order there):")
-            lines.extend(f"  {name}: {reason}" for name, reason in self.boundaries.items())
-        return "\n".join(line.rstrip() for line in lines)
+            movable = Bar(str(space.permutable), space.permutable / max(1, space.channels))
+            rows.append((who, str(space.channels), movable, "; ".join(filter(None, (ties, why)))))
+        told = ("boundaries (channels keep their order there):",) if self.boundaries else ()
+        after = (*told, *(f"  {name}: {reason}" for name, reason in self.boundaries.items()))
+        return Table(columns, tuple(rows), (self.brief(),), after)
 
 
 BLIND = METADATA | {"type", "len", "broadcast_shapes", "_assert"}
@@ -235,7 +250,7 @@ def rule_of(module: fx.GraphModule, node: fx.Node) -> Rule | None:
         return None
     if node.op == "call_module":
         return rule_for(called_module(module, node))
-    return METHODS.get(str(node.target)) if node.op == "call_method" else FUNCTIONS.get(node.target)
+    return METHODS.get(str(node.target)) if node.op == "call_method" else function_rule(node.target)
 
 
 def family_of(module: fx.GraphModule, node: fx.Node) -> str:

@@ -7,7 +7,7 @@ what they disagree on decides.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 from torch import nn
 
@@ -18,9 +18,7 @@ from fxprune.graph.gathered import GatheredLayer
 from fxprune.graph.recording import MODES, Recording, RunError, record
 from fxprune.graph.tracing import Trace, trace
 from fxprune.graph.witness import disagreement
-
-Output: TypeAlias = Literal["auto", "graph", "module"]
-"""What a compilation gives: a `GraphModule`, the user's own module with smaller layers, or whichever is right."""
+from fxprune.vocabulary import Output
 
 
 def check_output(output: str) -> None:

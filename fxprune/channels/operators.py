@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 from fxprune.channels.rules import (
@@ -109,8 +108,10 @@ FUNCTIONS: dict[Any, Rule] = {
     F.group_norm: functional_affine({"num_groups": 1, "weight": 2, "bias": 3}, 1),
     F.instance_norm: functional_affine(_AFFINE, 1),
     F.prelu: functional_affine({"weight": 1}, 1),
-    torchvision.ops.stochastic_depth: elementwise,
 }
+
+# Keyed by qualified name, so that libraries need not be imported.
+_LIBRARY_FUNCTIONS: dict[str, Rule] = {"torchvision.ops.stochastic_depth.stochastic_depth": elementwise}
 
 METHODS: dict[str, Rule] = {
     **{
@@ -216,6 +217,12 @@ MODULES: dict[str, Rule] = {
     "timm.models.metaformer.LayerNormNoBias": layer_norm,
     "timm.models.metaformer.GroupNorm1NoBias": group_norm,
 }
+
+
+def function_rule(function: Any) -> Rule | None:
+    """The rule of a function, or None."""
+    named = f"{getattr(function, '__module__', '')}.{getattr(function, '__name__', '')}"
+    return FUNCTIONS.get(function) or _LIBRARY_FUNCTIONS.get(named)
 
 
 def rule_for(module: nn.Module) -> Rule | None:

@@ -1,18 +1,18 @@
 """`fxprune bench`: are saved MACs saved time? Dense against pruned networks, in one runtime or several."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING, get_args
 
 from fxprune.cli import values
-from fxprune.cli.options import MODEL_HELP, add_output_options
+from fxprune.cli.options import MODEL_HELP, add_output_options, add_size
 from fxprune.cli.output import Subparsers, show, shows_progress
-from fxprune.comparison.plots import FORMATS
-from fxprune.comparison.requests import DTYPES, LatencyRequest
-from fxprune.comparison.rivals import RIVALS
-from fxprune.comparison.runtimes import LAYOUTS, RUNTIMES
-from fxprune.plans.shapes import FORMS
+from fxprune.vocabulary import BenchRuntime, Dtype, FormChoice, Layout, Rival
+
+if TYPE_CHECKING:
+    from fxprune.comparison.requests import LatencyRequest
 
 EXAMPLES = """\
 examples:
@@ -46,18 +46,23 @@ def add_options(parser: argparse.ArgumentParser, output: str = "write a JSON rec
     ratios = values.list_of(values.fraction("ratio to prune", "0.5,0.75"))
     add("--ratio", type=ratios, default=[0.5], metavar="R,R,...", help="what to prune (default: 0.5)")
     add("--groups", type=values.groups, default="auto")
-    add("--form", choices=FORMS, default="auto")
+    add("--form", choices=get_args(FormChoice), default="auto")
     add("--only", metavar="PATTERN|1x1", help="prune only convolutions of these names, or the 1x1 ones")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    add("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    add("--size", type=values.count, metavar="PIXELS", help="height and width (default: the model's own)")
+    add("--dtype", choices=get_args(Dtype), default="float32", help="default: %(default)s")
+    add_size(parser)
     batches = values.list_of(values.count)
     add("--batch", type=batches, default=[1], metavar="N,N,...", help="images (default: 1)")
-    add("--layout", choices=LAYOUTS, help="memory layout (default: both, and the faster counts)")
-    rivals = values.some_of("rival", RIVALS)
-    add("--against", type=rivals, default=["dense"], help=f"some of {','.join(RIVALS)}; dense always")
-    runtimes = values.some_of("runtime", list(RUNTIMES))
-    add("--runtime", type=runtimes, default=["eager"], help=f"some of {','.join(RUNTIMES)} (default: eager)")
+    add("--layout", choices=get_args(Layout), help="memory layout (default: both, and the faster counts)")
+    rivals = values.some_of("rival", get_args(Rival))
+    add("--against", type=rivals, default=["dense"], help=f"some of {values.either(Rival)}; dense always")
+    runtimes = values.some_of("runtime", get_args(BenchRuntime))
+    add(
+        "--runtime",
+        type=runtimes,
+        default=["eager"],
+        help=f"some of {values.either(BenchRuntime)} (default: eager)",
+    )
     add("--rounds", type=values.count, default=15, help="turns of each (default: %(default)s)")
     add("--layers", action="store_true", help="also each grouped convolution against the dense one")
     add("--threads", type=values.count, help="of torch (default: its own choice)")
@@ -69,12 +74,17 @@ def add_options(parser: argparse.ArgumentParser, output: str = "write a JSON rec
 
 def run(options: argparse.Namespace) -> int:
     """Measure, write the record after each batch, print the tables; return 1 if a network computed something else."""
+    import torch
+
     from fxprune.comparison.extras import require
     from fxprune.comparison.latency import Latency, measure_model
     from fxprune.comparison.plots import draw_latencies, read_records
-    from fxprune.files import write_json
+    from fxprune.files import check_writable, write_json
 
     check(options)
+    for path in (options.output, options.plot):
+        if path is not None:
+            check_writable(path)
     if options.plot:
         require("matplotlib")
     if options.records:
@@ -98,6 +108,8 @@ def run(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> None:
     """End with a message where options do not go together."""
+    from fxprune.comparison.plots import FORMATS
+
     if options.plot is not None and options.plot.suffix not in FORMATS:
         options.error(f"--plot {options.plot}: must end in {' or '.join(FORMATS)}")
     if options.records and options.plot is None:
@@ -106,8 +118,20 @@ def check(options: argparse.Namespace) -> None:
         options.error("MODEL is needed: what to measure")
 
 
+def pixels_of(options: argparse.Namespace) -> int | None:
+    """Height and width of the images: `--batch` has their number, and the model knows the channels."""
+    size: tuple[int, ...] | None = options.size
+    if size is None:
+        return None
+    if len(size) not in (1, 4) or size[-1] != size[-2:][0]:
+        options.error(f"--size {','.join(map(str, size))}: images are square here; give pixels, as in 224")
+    return size[-1]
+
+
 def request_of(options: argparse.Namespace) -> LatencyRequest:
     """What the options ask for."""
+    from fxprune.comparison.requests import LatencyRequest
+
     return LatencyRequest(
         model=options.model,
         weights=options.weights,
@@ -117,7 +141,7 @@ def request_of(options: argparse.Namespace) -> LatencyRequest:
         only=options.only,
         device=options.device,
         dtype=options.dtype,
-        size=options.size,
+        size=pixels_of(options),
         batch=options.batch,
         layout=options.layout,
         against=options.against,

@@ -1,17 +1,16 @@
 """`fxprune compare`: accuracy against MACs and measured time, of several pruners on one network."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from fxprune.cli import values
-from fxprune.cli.options import DATA_HELP, MODEL_HELP, add_recipe_options, recipe_of, refuse
+from fxprune.cli.options import DATA_HELP, MODEL_HELP, add_recipe_options, device_of, recipe_of, refuse
 from fxprune.cli.output import Subparsers
-from fxprune.comparison.methods import METHODS
-from fxprune.training.data.sources import usual_validation
+from fxprune.vocabulary import ComparedMethod
 
 if TYPE_CHECKING:
     from fxprune.comparison.requests import ComparisonRequest
@@ -61,7 +60,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, metavar="SOURCE", help=DATA_HELP)
     add("--download", action="store_true", help="fetch CIFAR-10, CIFAR-100 or Caltech-101 into DIR first")
     add("--output", type=Path, required=True, metavar="DIR", help="where runs, record and pictures go")
-    add("--methods", default="all", metavar="M,M,...", help=f"some of {','.join(METHODS)} (default: all)")
+    add(
+        "--methods",
+        default="all",
+        metavar="M,M,...",
+        help=f"some of {values.either(ComparedMethod)} (default: all)",
+    )
     add(
         "--shares",
         type=values.list_of(values.fraction("share of MACs", "0.57,0.4")),
@@ -80,7 +84,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--snapshots", nargs="+", type=Path, default=[], metavar="FILE", help="earlier states of the training, for TMI")
     add("--validation", type=int, metavar="N", help="training images held back (default: 5000, of the digits 200)")
     add("--evaluate", choices=("test", "validation"), default="test", help="on what images (default: %(default)s)")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--threads", type=values.count, help="of torch (default: its own choice)")
     group = parser.add_argument_group("latency")
     group.add_argument("--latency-only", action="store_true", help="time what is done, in place of doing more")
@@ -92,6 +96,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do what is not done yet, and write what is known; return the exit code."""
+    from fxprune.files import check_folder
+
+    check_folder(options.output)
+    import torch
+
     from fxprune.comparison.accuracy import compare, time_done
     from fxprune.training.data.sources import fetch
 
@@ -113,7 +122,7 @@ def run(options: argparse.Namespace) -> int:
         return 130
 
 
-def request_of(options: argparse.Namespace) -> "ComparisonRequest":
+def request_of(options: argparse.Namespace) -> ComparisonRequest:
     """What the options ask for; ends with a message where they do not go together.
 
     Raises:
@@ -121,6 +130,7 @@ def request_of(options: argparse.Namespace) -> "ComparisonRequest":
     """
     from fxprune.comparison.extras import ComparisonError
     from fxprune.comparison.requests import ComparisonRequest, choose_methods
+    from fxprune.training.data.sources import usual_validation
 
     recipe = recipe_of(options)
     try:
@@ -139,7 +149,7 @@ def request_of(options: argparse.Namespace) -> "ComparisonRequest":
             snapshots=options.snapshots,
             validation=usual_validation(options.data) if options.validation is None else options.validation,
             evaluate=options.evaluate,
-            device=options.device,
+            device=device_of(options),
             amp=options.amp,
             channels_last=options.channels_last,
         )

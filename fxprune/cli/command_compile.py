@@ -1,39 +1,46 @@
 """`fxprune compile`: prune a model, check the smaller graph, write it."""
 
+from __future__ import annotations
+
 import argparse
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_args
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, get_args
 
 import fxprune
-from fxprune.calibration.augmentation import AUGMENTATIONS
-from fxprune.calibration.recovery import SECONDS, STEPS, Recovery
-from fxprune.channels.capture import Output
+from fxprune.cli.data import add_calibration, inputs_for
 from fxprune.cli.options import (
     MODEL_HELP,
+    add_gathers,
     add_model_options,
     add_output_options,
     add_pruning_options,
-    calibration_of,
     inputs_of,
+    is_named,
     model_of,
     pruning_of,
 )
-from fxprune.cli.output import Subparsers, show, shows_progress, steps, verdict
+from fxprune.cli.output import Subparsers, show, shows_progress, steps, verdict, warn
 from fxprune.errors import CalibrationError, PlanError
-from fxprune.exports import save_onnx, save_torchscript
+from fxprune.tables import terminal_width
+from fxprune.vocabulary import AugmentName, Output
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fxprune.calibration.recovery import Recovery
+    from fxprune.cli.data import Inputs
+    from fxprune.comparison.evaluation import Evaluation
 
 EXAMPLES = """\
 examples:
   fxprune compile resnet50 --ratio 0.5 -o resnet50.pt
   fxprune compile resnet18 --ratio 0.75 --form partition --ignore 'layer4.*' --torchscript resnet18.ts.pt
   fxprune compile timm:resnest14d --weights resnest14d.pth --json -o resnest.pt
-  fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --macs 0.5 -o resnet50.pt
-  fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --recover 300 --augment flip -o r50.pt
-  fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --latency 0.6 --target cpu -o resnet50.pt
+  fxprune compile resnet50 --weights resnet50.pth --calibration photos/ --macs 0.5 -o resnet50.pt
+  fxprune compile resnet50 --weights resnet50.pth --calibration photos/ --recover 300 --augment flip -o r50.pt
+  fxprune compile resnet50 --weights resnet50.pth --calibration photos/ --latency 0.6 --target cpu -o resnet50.pt
   fxprune compile resnet50 --weights resnet50.pth --granularity filter --macs 0.5 --scope global -o resnet50.pt
   fxprune compile resnet50 --weights resnet50.pth --granularity filter:0.25,kernel:0.5 -o resnet50.pt
   fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --granularity auto --macs 0.5 -o resnet50.pt
@@ -47,13 +54,16 @@ def add_to(subparsers: Subparsers) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_pruning_options(parser)
+    add_calibration(parser)
     parser.add_argument(
         "--recover", nargs="?", type=float, const=True, metavar="SECONDS",
         help="after the refit train the kept weights on the --calibration inputs, without labels, until each block "
-        f"gives what the dense one gives: so many seconds (default: {SECONDS:.0f}, or {STEPS} steps)",
+        "gives what the dense one gives: so many seconds (default: at most three minutes)",
     )  # fmt: skip
     parser.add_argument(
-        "--augment", choices=AUGMENTATIONS, help="for --recover: mirror or shift the inputs, where they are images"
+        "--augment",
+        choices=get_args(AugmentName),
+        help="for --recover: mirror or shift the inputs, where they are images",
     )
     add_model_options(parser)
     parser.add_argument(
@@ -66,6 +76,7 @@ def add_to(subparsers: Subparsers) -> None:
     parser.add_argument("--torchscript", type=Path, metavar="FILE", help="also write a TorchScript file")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="also write an ONNX file (batch size free)")
     parser.add_argument("--no-verify", action="store_true", help="skip the check against the masked model")
+    add_gathers(parser)
     add_output_options(parser)
     parser.set_defaults(run=run)
 
@@ -73,9 +84,13 @@ def add_to(subparsers: Subparsers) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compile as asked; return the exit code."""
     began = time.perf_counter()
+    _check_targets(options)
     model = model_of(options.model, options)
-    calibration = calibration_of(options)
+    if options.weights is None and is_named(options.model):
+        warn(f"{options.model} has random weights, so what is pruned means nothing; --weights FILE or --pretrained")
     recovery = _recovery_of(options)
+    given = inputs_for(model, options)
+    calibration = None if given is None else given.calibration
     inputs = inputs_of(model, options, calibration)
     with steps(4 if recovery is None else 5, options) as step:
         step("planning")
@@ -96,17 +111,35 @@ def run(options: argparse.Namespace) -> int:
         check = None if options.no_verify else fxprune.verify(pruned, masked, inputs)
     written = _write(pruned, inputs, options)
     report = fxprune.report(pruned)
+    evaluation = _evaluated(pruned, model, given)
     document = {
         "model": options.model,
         "weights": None if options.weights is None else str(options.weights),
         "calibration": None if options.calibration is None else str(options.calibration),
         "files": written,
         "report": report.to_dict(),
+        "evaluation": None if evaluation is None else evaluation.to_dict(),
         "verification": None if check is None else asdict(check),
         "seconds": time.perf_counter() - began,
     }
-    lines = [str(report), "", verdict(check), *(f"wrote {path} ({kind})" for kind, path in written.items())]
+    lines = [
+        report.describe(gathers=options.gathers, width=terminal_width()),
+        "",
+        *([] if given is None else [given.told]),
+        *([] if evaluation is None else [str(evaluation)]),
+        verdict(check),
+        *(f"wrote {path} ({kind})" for kind, path in written.items()),
+    ]
     return show(options, document, "\n".join(lines))
+
+
+def _evaluated(pruned: nn.Module, dense: nn.Module, given: Inputs | None) -> Evaluation | None:
+    """How good the result is on pictures that were held back; None if there are none."""
+    from fxprune.comparison.evaluation import evaluate
+
+    if given is None or given.held_out is None:
+        return None
+    return evaluate(pruned, given.held_out, given.labels, dense, source=given.source)
 
 
 def _recovery_of(options: argparse.Namespace) -> Recovery | None:
@@ -115,6 +148,8 @@ def _recovery_of(options: argparse.Namespace) -> Recovery | None:
     Raises:
         PlanError, CalibrationError: an option is missing beside another.
     """
+    from fxprune.calibration.recovery import Recovery
+
     if options.recover is None:
         if options.augment is not None:
             raise PlanError("--augment is for --recover; add that, or leave it out")
@@ -124,10 +159,37 @@ def _recovery_of(options: argparse.Namespace) -> Recovery | None:
     return Recovery(seconds=None if options.recover is True else options.recover, augment=options.augment)
 
 
+def _targets(options: argparse.Namespace) -> dict[str, Path]:
+    """The files that were asked for, by kind."""
+    targets = {"fxprune": options.output, "TorchScript": options.torchscript, "ONNX": options.onnx}
+    return {kind: path for kind, path in targets.items() if path is not None}
+
+
+def _check_targets(options: argparse.Namespace) -> None:
+    """See that the files can be written, before hours of work; say so if there will be none.
+
+    Raises:
+        StorageError: one cannot.
+        FxpruneError: what writes one is not installed.
+    """
+    targets = _targets(options)
+    if not targets:
+        warn("nothing will be written: -o FILE, --onnx FILE or --torchscript FILE says where")
+        return
+    from fxprune.exports import check_onnx
+    from fxprune.files import check_writable
+
+    for path in targets.values():
+        check_writable(path)
+    if "ONNX" in targets:
+        check_onnx()
+
+
 def _write(pruned: nn.Module, inputs: tuple[Tensor], options: argparse.Namespace) -> dict[str, str]:
     """Write the files that were asked for; return the path of each kind."""
-    targets = {"fxprune": options.output, "TorchScript": options.torchscript, "ONNX": options.onnx}
-    written = {kind: path for kind, path in targets.items() if path is not None}
+    from fxprune.exports import save_onnx, save_torchscript
+
+    written = _targets(options)
     for path in written.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     if "fxprune" in written:

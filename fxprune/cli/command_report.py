@@ -4,19 +4,21 @@ import argparse
 from pathlib import Path
 
 import fxprune
+from fxprune.cli.data import add_calibration, inputs_for
 from fxprune.cli.options import (
     FILE_HELP,
     MODEL_HELP,
+    add_gathers,
     add_model_options,
     add_output_options,
     add_pruning_options,
-    calibration_of,
     inputs_of,
     model_of,
     pruning_of,
 )
 from fxprune.cli.output import Subparsers, show, steps
 from fxprune.errors import FxpruneError
+from fxprune.tables import terminal_width
 
 
 def add_to(subparsers: Subparsers) -> None:
@@ -25,7 +27,10 @@ def add_to(subparsers: Subparsers) -> None:
     parser.add_argument("source", metavar="FILE|MODEL", help=f"{FILE_HELP}, or {MODEL_HELP}")
     parser.add_argument("model", nargs="?", metavar="MODEL", help="the model that FILE was made from")
     add_pruning_options(parser)
+    add_calibration(parser)
     add_model_options(parser)
+    parser.add_argument("--markdown", action="store_true", help="for a README or an issue")
+    add_gathers(parser)
     add_output_options(parser)
     parser.set_defaults(run=run)
 
@@ -41,10 +46,14 @@ def run(options: argparse.Namespace) -> int:
             pruned = fxprune.load(options.source, model)
         else:
             step("compiling")
-            calibration = calibration_of(options)
+            options.model = options.source
+            given = inputs_for(model, options)
+            calibration = None if given is None else given.calibration
             inputs = inputs_of(model, options, calibration)
             # Not fxprune.compile: a plan for a device can be reported where there is none.
             plan = fxprune.make_plan(model, example_inputs=inputs, calibration=calibration, **pruning_of(options))
             pruned = fxprune.rewrite(fxprune.mask(model, plan, calibration), plan, inputs)
     report = fxprune.report(pruned)
-    return show(options, report.to_dict(), str(report))
+    if options.markdown:
+        return show(options, report.to_dict(), report.to_markdown())
+    return show(options, report.to_dict(), report.describe(gathers=options.gathers, width=terminal_width()))

@@ -1,20 +1,19 @@
 """`fxprune train`: train a network, dense or pruned, and record how accurate it becomes."""
 
+from __future__ import annotations
+
 import argparse
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING, Any, get_args
 
 from fxprune.cli import values
-from fxprune.cli.options import DATA_HELP, MODEL_HELP, add_recipe_options, recipe_of, refuse
+from fxprune.cli.options import DATA_HELP, MODEL_HELP, add_recipe_options, device_of, recipe_of, refuse
 from fxprune.cli.output import Subparsers
-from fxprune.training.data.sources import usual_validation
-from fxprune.training.schedules import SCHEDULES
+from fxprune.vocabulary import FormChoice, Granularity, PruningSchedule, Scope
 
 if TYPE_CHECKING:
     from fxprune.training.run import TrainingRequest
@@ -68,7 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--validation", type=int, metavar="N", help="training images to hold back (default: 5000, of the digits 200)")
     add("--test-each-epoch", action="store_true", help="record the test accuracy of every epoch; it chooses nothing")
     add("--seed", type=int, default=0, help="of weights, plan, order and augmentation (default: %(default)s)")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--threads", type=values.count, help="of torch (default: its own choice)")
     _add_pruning(parser.add_argument_group("pruning (default: none)"))
     add_recipe_options(parser)
@@ -80,22 +79,31 @@ def _add_pruning(group: argparse._ArgumentGroup) -> None:
     size = group.add_mutually_exclusive_group()
     size.add_argument("--ratio", type=float, help="share to prune")
     size.add_argument("--macs", type=float, metavar="SHARE", help="share of MACs to keep")
-    add("--granularity", choices=("kernel", "filter"), help="what is removed (default: that of fxprune)")
-    add("--scope", choices=("local", "global"), help="whether each layer loses the same share of its filters")
+    add("--granularity", choices=get_args(Granularity), help="what is removed (default: that of fxprune)")
+    add("--scope", choices=get_args(Scope), help="whether each layer loses the same share of its filters")
     add("--round-to", type=values.count, metavar="N", help="keep a multiple of N filters")
     add("--groups", type=values.groups)
-    add("--form", choices=("auto", "partition", "overlap"))
+    add("--form", choices=get_args(FormChoice))
     add("--method", help="how kernels are chosen")
     add("--criterion", help="what makes a kernel or a filter important")
     add("--variety", help="make the criterion keep rare ones")
     add("--snapshots", nargs="+", type=Path, metavar="FILE", help="earlier states of the training run")
     add("--calibration-images", type=values.count, metavar="N", help="training images to refit the kept weights with")
-    add("--sparsify", choices=SCHEDULES, help="prune while training, by this schedule (default: before it)")
+    add(
+        "--sparsify",
+        choices=get_args(PruningSchedule),
+        help="prune while training, by this (default: before it)",
+    )
     add("--train", choices=("masked", "compiled"), default="masked", help="in which form (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Train; return the exit code."""
+    from fxprune.files import check_folder
+
+    check_folder(options.output)
+    import torch
+
     from fxprune.training.data.sources import fetch
     from fxprune.training.loop import Interrupted
     from fxprune.training.run import train
@@ -114,12 +122,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def request_of(options: argparse.Namespace) -> "TrainingRequest":
+def request_of(options: argparse.Namespace) -> TrainingRequest:
     """What the options ask for; ends with a message where they do not go together.
 
     Raises:
         RecipeError: a value is out of its range.
     """
+    from fxprune.training.data.sources import usual_validation
     from fxprune.training.loop import TrainingError
     from fxprune.training.run import PLAN_OPTIONS, Pruning, TrainingRequest
 
@@ -143,7 +152,7 @@ def request_of(options: argparse.Namespace) -> "TrainingRequest":
         pruning=pruning,
         validation=usual_validation(options.data) if options.validation is None else options.validation,
         seed=options.seed,
-        device=options.device,
+        device=device_of(options),
         amp=options.amp,
         channels_last=options.channels_last,
         test_each_epoch=options.test_each_epoch,

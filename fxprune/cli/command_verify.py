@@ -1,22 +1,29 @@
 """`fxprune verify`: does a file still compute what the masked model does?"""
 
+from __future__ import annotations
+
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fxprune
+from fxprune.cli.data import add_calibration, inputs_for
 from fxprune.cli.options import (
     FILE_HELP,
     MODEL_HELP,
     add_model_options,
     add_output_options,
-    calibration_of,
     inputs_of,
     model_of,
 )
 from fxprune.cli.output import Subparsers, show, shows_progress, steps, verdict
 from fxprune.errors import VerificationError
-from fxprune.exact.record import record_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fxprune.vocabulary import Output
 
 
 def add_to(subparsers: Subparsers) -> None:
@@ -24,9 +31,7 @@ def add_to(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("verify", help="check a saved file against the masked model it came from")
     parser.add_argument("file", metavar="FILE", type=Path, help=FILE_HELP)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument(
-        "--calibration", type=Path, metavar="DATA", help="the data that FILE was compiled with, if it was with any"
-    )
+    add_calibration(parser, "; here the same as FILE was compiled with")
     add_model_options(parser)
     add_output_options(parser)
     parser.set_defaults(run=run)
@@ -34,8 +39,11 @@ def add_to(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Verify as asked; return the exit code."""
+    from fxprune.exact.record import record_of
+
     model = model_of(options.model, options)
-    calibration = calibration_of(options)
+    given = inputs_for(model, options)
+    calibration = None if given is None else given.calibration
     with steps(3, options) as step:
         step("loading")
         pruned = fxprune.load(options.file, model)
@@ -43,11 +51,40 @@ def run(options: argparse.Namespace) -> int:
         plan = record_of(pruned).plan
         masked = fxprune.mask(model, plan, calibration, bake=bool(plan.baked), progress=shows_progress(options))
         step("checking")
+        inputs = inputs_of(model, options, calibration)
         try:
-            check = fxprune.verify(pruned, masked, inputs_of(model, options, calibration))
+            check = fxprune.verify(pruned, masked, inputs)
         except VerificationError as error:
-            if calibration is not None:
-                raise
-            hint = "if it was compiled with --calibration, give the same data"
-            raise VerificationError(f"{error}; {hint}") from error
+            raise VerificationError(_explained(error, pruned, masked, plan, inputs, options)) from error
     return show(options, asdict(check), verdict(check))
+
+
+def _explained(
+    error: VerificationError,
+    pruned: nn.Module,
+    masked: nn.Module,
+    plan: fxprune.PrunePlan,
+    inputs: tuple[Tensor],
+    options: argparse.Namespace,
+) -> str:
+    """Why a file differs from the masked model: most often, because they come from other weights or other data. They do
+    if the masked model, rewritten now, computes what it should.
+    """
+    from torch import fx
+
+    output: Output = "graph" if isinstance(pruned, fx.GraphModule) else "module"
+    try:
+        fxprune.verify(fxprune.rewrite(masked, plan, inputs, output=output), masked, inputs)
+    except VerificationError:
+        return str(error)
+    hints = []
+    if options.weights is None:
+        hints.append("MODEL has random weights here, so give those that FILE was compiled from with --weights")
+    if options.calibration is None:
+        hints.append("if it was compiled with --calibration, give the same data")
+    hint = "; ".join(hints) or "give the --weights and --calibration that it was compiled with"
+    return (
+        f"{options.file} holds other weights than {options.model} masked by the same plan: {hint}. What was "
+        "recovered or trained after that has weights of its own, and nothing to compare with. The rewriting itself is "
+        "right: that plan, applied to MODEL now, is exact"
+    )

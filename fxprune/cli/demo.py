@@ -1,11 +1,13 @@
-"""`fxprune demo`: train a small residual network on scikit-learn's digits, compile it, and compare.
+"""`fxprune demo`: train a residual network on scikit-learn's digits, make it smaller in four ways, and compare.
 
-The images (1,797 of 8x8 pixels) come with scikit-learn: nothing is downloaded. All of it takes seconds on two cores.
+The images (1,797 of 8x8 pixels) come with scikit-learn: nothing is downloaded. All of it takes less than a minute on
+two cores.
 """
 
 import copy
-import statistics
+import importlib.util
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,13 +22,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxprune
-from fxprune.errors import VerificationError
-from fxprune.exports import save_torchscript
+from fxprune.errors import PoorAgreementWarning, VerificationError
+from fxprune.exports import save_onnx
+from fxprune.inference.race import race
+from fxprune.tables import Bar, Cell, Column, Table, Tabular
 
+WIDTH = 64
+"""Channels of the first stage: from so many on, half of the work is a good deal less time."""
 BATCH = 64
 """Images in a training batch, and in the batch whose latency is measured."""
 CALIBRATION = 256
-"""Training images that the refitted network is calibrated with."""
+"""Training images that the network is calibrated with, without their labels."""
+MIN_SECONDS = 0.02
+"""Of a turn of the race."""
+ACCELERATED, ONNX = "accelerated", "ONNX Runtime"
+NEXT = "fxprune compile resnet18 --pretrained --macs 0.5 --calibration photos/ -o resnet18.pt --onnx resnet18.onnx"
+"""What to type next."""
 
 
 class ResidualBlock(nn.Module):
@@ -52,15 +63,17 @@ class ResidualBlock(nn.Module):
 
 
 class DigitNet(nn.Module):
-    """A residual network for `(N, 1, 8, 8)` images of digits: a stem and three stages of 16, 32 and 64 channels."""
+    """A residual network for `(N, 1, 8, 8)` images of digits: a stem and three stages of `width`, twice and four times
+    as many channels.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        self.stage1 = ResidualBlock(16, 16)
-        self.stage2 = ResidualBlock(16, 32, stride=2)
-        self.stage3 = ResidualBlock(32, 64, stride=2)
-        self.classifier = nn.Linear(64, 10)
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stage1 = ResidualBlock(width, width)
+        self.stage2 = ResidualBlock(width, 2 * width, stride=2)
+        self.stage3 = ResidualBlock(2 * width, 4 * width, stride=2)
+        self.classifier = nn.Linear(4 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.stage3(self.stage2(self.stage1(self.stem(x))))
@@ -80,27 +93,36 @@ class DigitData:
 
 @dataclass(frozen=True)
 class Row:
-    """One network of the demo: test accuracy in [0, 1], parameters, MACs per image, milliseconds per batch of 64."""
+    """One network of the demo.
+
+    Attributes:
+        name: what was done.
+        labels: whether labels were needed for it.
+        accuracy: on the test images, in [0, 1].
+        params, macs: parameters, and MACs of one image.
+        milliseconds: shortest time of a batch of 64 in each runtime, on one thread.
+    """
 
     name: str
+    labels: bool
     accuracy: float
     params: int
     macs: int
-    latency_ms: float
+    milliseconds: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class DemoResult:
+@dataclass(frozen=True, repr=False)
+class DemoResult(Tabular):
     """What the demo found. `str()` is a table, `to_dict()` fits JSON.
 
     Attributes:
-        rows: the dense, masked, compiled, refitted and fine-tuned network.
-        agreement: what compile found of the refitted network, in words, see `fxprune.Report.agreement`.
+        rows: the dense network, and what became of it: pruned alone, calibrated, recovered and fine-tuned.
+        agreement: what calibration found on images that it held out, in words, see `fxprune.Report.agreement`.
         difference: largest absolute difference of test logits between the compiled and the masked network (float32).
         agreeing: test images on which these two predict the same class.
         test_images: number of test images.
-        torchscript: the saved TorchScript file; `torchscript_difference` is that of its logits to the compiled ones.
-        saved: the file of `fxprune.save`; `saved_difference` is that of the network that `fxprune.load` makes of it.
+        written: the files that were written, by kind; the network in them is the recovered one.
+        differences: largest difference of the logits that each file gives, to those of the network.
         seconds: wall-clock time of the whole demo.
     """
 
@@ -109,61 +131,91 @@ class DemoResult:
     difference: float
     agreeing: int
     test_images: int
-    torchscript: Path
-    torchscript_difference: float
-    saved: Path
-    saved_difference: float
+    written: Mapping[str, Path]
+    differences: Mapping[str, float]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as dicts, lists, numbers and strings."""
         return asdict(self) | {
             "rows": [asdict(row) for row in self.rows],
-            "torchscript": str(self.torchscript),
-            "saved": str(self.saved),
+            "written": {kind: str(path) for kind, path in self.written.items()},
         }
 
-    def __str__(self) -> str:
-        lines = [
-            f"{'network':<12}{'accuracy':>10}{'parameters':>13}{'MACs/image':>13}{'ms/batch':>11}",
-            *(
-                f"{row.name:<12}{row.accuracy:>10.2%}{row.params:>13,}{row.macs:>13,}{row.latency_ms:>11.2f}"
-                for row in self.rows
-            ),
+    def brief(self) -> str:
+        """The sentence at the end: what is in the file that was written last, how fast, and at what cost."""
+        dense = self.rows[0]
+        result = next(row for row in reversed(self.rows) if not row.labels)
+        runtime = list(dense.milliseconds)[-1]
+        faster = dense.milliseconds[runtime] / result.milliseconds[runtime]
+        lost = 100 * (dense.accuracy - result.accuracy)
+        points = f"{lost:.1f} points lost" if lost >= 0.05 else "no accuracy lost"
+        speed = f"{faster:.1f}x faster" if faster >= 1 else f"{1 / faster:.1f}x slower"
+        return f"{list(self.written.values())[-1]}: {speed} ({runtime}), {points}, no labels used"
+
+    def table(self) -> Table:
+        """One line for each network."""
+        runtimes = list(self.rows[0].milliseconds)
+        columns = (
+            Column("network", right=False),
+            *map(Column, ("accuracy", "parameters", "MACs/image")),
+            *(Column(f"ms {runtime}") for runtime in runtimes),
+            Column("", right=False),
+        )
+        slowest = {runtime: max(row.milliseconds[runtime] for row in self.rows) for runtime in runtimes}
+        rows: tuple[tuple[Cell, ...], ...] = tuple(
+            (
+                row.name,
+                f"{row.accuracy:.2%}",
+                f"{row.params:,}",
+                f"{row.macs:,}",
+                *(
+                    Bar(f"{row.milliseconds[runtime]:.2f}", row.milliseconds[runtime] / slowest[runtime])
+                    for runtime in runtimes
+                ),
+                "labels" if row.labels else "",
+            )
+            for row in self.rows
+        )
+        after = (
+            f"calibrated: {CALIBRATION} images without labels; {self.agreement}.",
+            "recovered: the same images, some more seconds, still no labels; fine-tuned: a few epochs with labels.",
+            f"exact: the compiled network and the masked one give the same class on {self.agreeing} of "
+            f"{self.test_images} test images; logits differ by {self.difference:.1e} at most.",
+            f"times: shortest, a batch of {BATCH}, one thread; the small networks are one graph with different "
+            f"weights. All of it took {self.seconds:.0f} s.",
             "",
-            f"compiled vs masked: largest difference of logits {self.difference:.1e}; "
-            f"same class on {self.agreeing} of {self.test_images} test images",
-            "  Pruning costs accuracy (dense to masked); compiling does not (masked to compiled).",
-            f"  refitted has as many MACs and no training either, but read {CALIBRATION} images without labels:",
-            f"  {self.agreement}.",
-            "  fine-tuned is the compiled network after a few epochs of ordinary training.",
-            "  The images are tiny: these times say little about those of larger networks.",
-            "saved, loaded again and compared with the compiled network:",
-            f"  TorchScript   {self.torchscript} (largest difference {self.torchscript_difference:.1e})",
-            f"  fxprune.save  {self.saved} (largest difference {self.saved_difference:.1e})",
-            f"ms/batch: median over a batch of {BATCH}, one thread; the whole demo took {self.seconds:.1f} s",
-        ]
-        return "\n".join(lines)
+            self.brief(),
+            f"next: {NEXT}",
+        )
+        return Table(columns, rows, after=after)
 
 
 def run(
     output: str | Path,
     *,
-    ratio: float = 0.5,
-    epochs: int = 12,
-    finetune_epochs: int = 4,
-    repeats: int = 30,
+    ratio: float = 0.75,
+    epochs: int = 4,
+    finetune_epochs: int = 2,
+    recover_seconds: float = 10.0,
+    rounds: int = 15,
+    width: int = WIDTH,
+    onnx: bool | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> DemoResult:
-    """Train, compile, fine-tune and compare; write `digits.pt` and `digits_torchscript.pt` to the folder `output`.
+    """Train, compile, calibrate, recover, fine-tune and compare; write `model.pt`, and `model.onnx` where ONNX is
+    installed, to the folder `output`.
 
     Args:
         output: a folder, made if absent.
         ratio: the share of kernel groups to prune, in [0, 1).
         epochs: of training the dense network.
-        finetune_epochs: of training the compiled one.
-        repeats: interleaved latency measurements, of which the median counts.
+        finetune_epochs: of training the small one with labels.
+        recover_seconds: of training it without.
+        rounds: turns of each network in the race for time.
+        width: channels of the first stage.
+        onnx: whether to write ONNX and time ONNX Runtime; None if they are installed.
         seed: of weights and batches; the same seed gives the same networks on the same machine.
         progress: show bars on stderr.
 
@@ -175,55 +227,116 @@ def run(
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     data = digits()
-    with _one_thread(), torch.random.fork_rng(devices=()):
+    images, example = data.train_images[:CALIBRATION], data.test_images[:2]
+    with _one_thread(), torch.random.fork_rng(devices=()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", PoorAgreementWarning)  # the table says it
         torch.manual_seed(seed)
-        dense, untrained = DigitNet(), DigitNet()
-        _train(dense, data, epochs, 1e-2, "training", progress)
-        example = data.test_images[:2]
+        dense, untrained = DigitNet(width), DigitNet(width)
+        _train(dense, data, epochs, 3e-3, "training", progress)
         plan = fxprune.make_plan(dense, ratio, example_inputs=example, seed=seed)
         masked = fxprune.mask(dense, plan).eval()
-        compiled = fxprune.rewrite(masked, plan, example).eval()
-        fxprune.verify(compiled, masked, example)
-        refitted = fxprune.compile(dense, ratio, calibration=data.train_images[:CALIBRATION], seed=seed).eval()
-        finetuned = copy.deepcopy(compiled)
-        _train(finetuned, data, finetune_epochs, 3e-3, "fine-tuning", progress)
+        pruned = fxprune.rewrite(masked, plan, example).eval()
+        fxprune.verify(pruned, masked, example)
+        refitted = fxprune.mask(dense, plan, images)  # the same plan: calibration is all that differs
+        calibrated = fxprune.rewrite(refitted, plan, example).eval()
+        learnt = fxprune.recover(dense, refitted, plan, images, seconds=recover_seconds, seed=seed, progress=progress)
+        recovered = fxprune.rewrite(learnt, plan, example).eval()
+        finetuned = copy.deepcopy(recovered)
+        _train(finetuned, data, finetune_epochs, 1e-3, "fine-tuning", progress)
 
-    report, refit = fxprune.report(compiled), fxprune.report(refitted)
-    dense_cost = (report.params_dense, report.macs_dense or 0)
-    compiled_cost = (report.params_pruned, report.macs_pruned or 0)
-    networks: dict[str, tuple[nn.Module, tuple[int, int]]] = {
-        "dense": (dense, dense_cost),
-        "masked": (masked, dense_cost),
-        "compiled": (compiled, compiled_cost),
-        "refitted": (refitted, (refit.params_pruned, refit.macs_pruned or 0)),
-        "fine-tuned": (finetuned, compiled_cost),
+        written, differences = _written(recovered, untrained, output, example, data.test_images, onnx)
+        times = _times({"dense": dense, "small": calibrated}, data, rounds, onnx, output, progress)
+    report = fxprune.report(calibrated)
+    costs = {
+        "dense": (report.params_dense, report.macs_dense or 0),
+        "small": (report.params_pruned, report.macs_pruned or 0),
     }
-    models = {name: model for name, (model, _) in networks.items()}
-    with _one_thread():
-        latency = _latencies(models, data.test_images[:BATCH], repeats, progress)
-    logits = {name: _logits(model, data.test_images) for name, model in models.items()}
-
-    torchscript = output / "digits_torchscript.pt"
-    saved = output / "digits.pt"
-    scripted = save_torchscript(compiled, torchscript)
-    fxprune.save(compiled, saved)
-    loaded = fxprune.load(saved, untrained).eval()
-
+    networks: tuple[tuple[str, nn.Module, str, bool], ...] = (
+        ("dense", dense, "dense", False),
+        ("pruned alone", pruned, "small", False),
+        ("calibrated", calibrated, "small", False),
+        ("recovered", recovered, "small", False),
+        ("fine-tuned", finetuned, "small", True),
+    )
+    found, expected = _logits(pruned, data.test_images), _logits(masked, data.test_images)
     return DemoResult(
         rows=tuple(
-            Row(name, _accuracy(logits[name], data.test_labels), *cost, latency[name])
-            for name, (_, cost) in networks.items()
+            Row(name, labels, _accuracy(_logits(network, data.test_images), data.test_labels), *costs[of], times[of])
+            for name, network, of, labels in networks
         ),
-        agreement=str(refit.agreement),
-        difference=_difference(logits["compiled"], logits["masked"]),
-        agreeing=int((logits["compiled"].argmax(1) == logits["masked"].argmax(1)).sum()),
+        agreement=str(report.agreement),
+        difference=_difference(found, expected),
+        agreeing=int((found.argmax(1) == expected.argmax(1)).sum()),
         test_images=len(data.test_labels),
-        torchscript=torchscript,
-        torchscript_difference=_same("TorchScript", scripted, data.test_images, logits["compiled"]),
-        saved=saved,
-        saved_difference=_same("fxprune.load", loaded, data.test_images, logits["compiled"]),
+        written=written,
+        differences=differences,
         seconds=time.perf_counter() - began,
     )
+
+
+def _written(
+    network: nn.Module, untrained: nn.Module, output: Path, example: Tensor, images: Tensor, onnx: bool | None
+) -> tuple[dict[str, Path], dict[str, float]]:
+    """Write the files, read them again, and see that they compute what the network does."""
+    expected = _logits(network, images)
+    written = {"fxprune": output / "model.pt"}
+    fxprune.save(network, written["fxprune"])
+    again = fxprune.load(written["fxprune"], untrained).eval()
+    differences = {"fxprune": _same("fxprune.load", again, images, expected)}
+    if _has_onnx(onnx):
+        written["ONNX"] = output / "model.onnx"
+        save_onnx(network, (example,), written["ONNX"])
+        differences["ONNX"] = _same("ONNX Runtime", _session(written["ONNX"]), images, expected)
+    return written, differences
+
+
+def _times(
+    networks: Mapping[str, nn.Module],
+    data: DigitData,
+    rounds: int,
+    onnx: bool | None,
+    output: Path,
+    progress: bool,
+) -> dict[str, dict[str, float]]:
+    """Shortest milliseconds of a batch, of each network in each runtime; all take turns."""
+    batch = data.test_images[:BATCH]
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
+    for name, network in networks.items():
+        calls[name, "eager"] = _calling(network, batch)
+        calls[name, ACCELERATED] = _calling(fxprune.accelerate(network, batch, progress=progress), batch)
+        if _has_onnx(onnx):
+            file = output / f"{name}.onnx"
+            save_onnx(network, (batch[:2],), file)
+            calls[name, ONNX] = _calling(_session(file), batch)
+            file.unlink()
+    label = "timing" if progress else None
+    with torch.inference_mode():
+        keys = {f"{name} {runtime}": call for (name, runtime), call in calls.items()}
+        timings = race(keys, rounds=rounds, min_seconds=MIN_SECONDS, progress=label)
+    times: dict[str, dict[str, float]] = {name: {} for name in networks}
+    for name, runtime in calls:
+        times[name][runtime] = 1e3 * timings[f"{name} {runtime}"].fastest
+    return times
+
+
+def _calling(network: Callable[[Tensor], Tensor], batch: Tensor) -> Callable[[], object]:
+    return lambda: network(batch)
+
+
+def _has_onnx(asked: bool | None) -> bool:
+    needed = ("onnx", "onnxscript", "onnxruntime")
+    return asked if asked is not None else all(importlib.util.find_spec(name) is not None for name in needed)
+
+
+def _session(path: Path) -> Callable[[Tensor], Tensor]:
+    """What runs an ONNX file in ONNX Runtime, on one thread."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = settings.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    return lambda images: torch.from_numpy(session.run(None, {given.name: images.numpy()})[0])
 
 
 def digits() -> DigitData:
@@ -283,20 +396,6 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
 
 def _difference(left: Tensor, right: Tensor) -> float:
     return float((left - right).abs().max())
-
-
-@torch.inference_mode()
-def _latencies(models: Mapping[str, nn.Module], batch: Tensor, repeats: int, progress: bool) -> dict[str, float]:
-    """Median milliseconds per call; the models take turns, so that a change of clock speed meets all of them."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for model in models.values():
-        model(batch)
-    for _ in tqdm(range(repeats), desc="timing", disable=not progress):
-        for name, model in models.items():
-            start = time.perf_counter()
-            model(batch)
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _same(label: str, model: Callable[[Tensor], Tensor], images: Tensor, expected: Tensor) -> float:

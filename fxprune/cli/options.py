@@ -1,25 +1,28 @@
 """Options that several subcommands share, in groups: how each is asked for, and what is made of the answer."""
 
+from __future__ import annotations
+
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, get_args
-
-import numpy as np
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from fxprune.cli import values
 from fxprune.cli.output import shows_progress
-from fxprune.criteria import CRITERIA
-from fxprune.criteria.variety import VARIETIES
-from fxprune.errors import CalibrationError
-from fxprune.models import default_input_size, example_inputs, load_model
-from fxprune.planning import METHODS
-from fxprune.planning.requests import Scope
-from fxprune.plans.shapes import TARGETS
-from fxprune.training.loop import AMP
-from fxprune.training.recipe import SCHEDULES, Recipe
+from fxprune.training.recipe import Recipe
+from fxprune.vocabulary import (
+    Amp,
+    CriterionName,
+    FormChoice,
+    Method,
+    RateSchedule,
+    Scope,
+    Target,
+    VarietyName,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 MODEL_HELP = "a torchvision model, a timm model (timm:NAME), resnet20 and its like for CIFAR-10, or module:callable"
 FILE_HELP = "a file that `fxprune compile -o` wrote"
@@ -46,13 +49,6 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
         help="instead: share of the time of the best dense form that may remain on --target, in (0, 1]",
     )
     parser.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="FILE",
-        help="a few hundred typical inputs (N, ...) as the model reads them, normalized, on which the kept weights are "
-        "refitted: a tensor in a .pt or .pth file, or an array in a .npy file",
-    )
-    parser.add_argument(
         "--granularity",
         type=values.granularity,
         metavar="kernel|filter|auto|filter:R,kernel:R",
@@ -68,14 +64,14 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--round-to", type=int, metavar="N", help="filters: keep a multiple of N in each layer")
     parser.add_argument("--groups", type=values.groups, default="auto", metavar="N|auto", help="groups per convolution")
-    parser.add_argument("--form", choices=("auto", "partition", "overlap"), default="auto", help="default: %(default)s")
+    parser.add_argument("--form", choices=get_args(FormChoice), default="auto", help="default: %(default)s")
     parser.add_argument(
         "--block",
         type=int,
         metavar="N",
         help="keep input channels in aligned blocks of N, for wide loads (default: 8 for target cuda, else 1)",
     )
-    parser.add_argument("--target", choices=TARGETS, help="kind of device to plan groups and blocks for")
+    parser.add_argument("--target", choices=get_args(Target), help="kind of device to plan groups and blocks for")
     parser.add_argument(
         "--share-groups",
         action=argparse.BooleanOptionalAction,
@@ -83,14 +79,16 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
         "(default: with --target)",
     )
     parser.add_argument(
-        "--method", default="auto", help=f"how kernels are chosen: {', '.join(METHODS)} (default: %(default)s)"
+        "--method", default="auto", help=f"how kernels are chosen: {values.either(Method)} (default: %(default)s)"
     )
     parser.add_argument(
         "--criterion",
-        help=f"importance of a filter, or of a kernel for method cocluster: {', '.join(CRITERIA)}; of a filter also "
-        "reconstruction, the default with calibration data (else l2)",
+        help=f"what a filter is worth, or a kernel of method cocluster: {values.either(CriterionName)}; a filter also "
+        "by reconstruction, the default with calibration data (else l2)",
     )
-    parser.add_argument("--variety", help=f"make the criterion keep rare kernels or filters: {', '.join(VARIETIES)}")
+    parser.add_argument(
+        "--variety", help=f"make the criterion keep rare kernels or filters: {values.either(VarietyName)}"
+    )
     parser.add_argument(
         "--snapshots",
         type=Path,
@@ -105,14 +103,34 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what a model by name needs to be built and run."""
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="state dict of MODEL (default: random weights)")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE|NAME",
+        help="weights of MODEL: a checkpoint as training scripts leave it, safetensors, or published ones by name: "
+        "DEFAULT (default: random)",
+    )
+    weights.add_argument(
+        "--pretrained",
+        action="store_const",
+        const=Path("DEFAULT"),
+        dest="weights",
+        help="the same as --weights DEFAULT",
+    )
+    add_size(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and of the plan (default: %(default)s)")
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Add how large inputs are."""
     parser.add_argument(
+        "--size",
         "--input-size",
         type=values.size,
-        metavar="N,C,H,W",
-        help="shape of the example input (default: 2,3,224,224 or alike)",
+        metavar="PIXELS|N,C,H,W",
+        help="height and width of the inputs, or their whole shape (default: the model's own, else 2,3,224,224)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of random weights and of the plan (default: %(default)s)")
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +142,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     add("--momentum", type=float, default=Recipe.momentum, help="default: %(default)s")
     add("--weight-decay", type=float, default=Recipe.weight_decay, help="default: %(default)s")
     add("--nesterov", action="store_true")
-    add("--schedule", choices=SCHEDULES, default=Recipe.schedule, help="default: %(default)s")
+    add("--schedule", choices=get_args(RateSchedule), default=Recipe.schedule, help="default: %(default)s")
     add("--warmup", type=int, default=Recipe.warmup, metavar="EPOCHS", help="default: %(default)s")
     add("--label-smoothing", type=float, default=Recipe.label_smoothing, help="default: %(default)s")
     none = (Recipe.distill_weight, Recipe.distill_temperature)
@@ -132,8 +150,13 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         "--distill", type=values.distillation, default=none, metavar="WEIGHT:TEMPERATURE",
         help="learn from the dense network too, such as 0.5:4",
     )  # fmt: skip
-    add("--amp", choices=AMP, help="compute forward in this type (default: float32)")
+    add("--amp", choices=get_args(Amp), help="compute forward in this type (default: float32)")
     add("--channels-last", action="store_true", help="lay images and weights out with the channels innermost")
+
+
+def add_gathers(parser: argparse.ArgumentParser) -> None:
+    """Add whether the report goes on to the gathers."""
+    parser.add_argument("--gathers", action="store_true", help="list the gathers that remain, and why")
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -142,47 +165,36 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
+def is_named(name: str) -> bool:
+    """Whether a model is one of a library, whose weights are random unless it is said; a function has its own."""
+    return ":" not in name or name.startswith("timm:")
+
+
 def model_of(name: str, options: argparse.Namespace) -> nn.Module:
     """The model of this name, as the options want it."""
+    from fxprune.models import load_model
+
     return load_model(name, options.weights, options.seed)
 
 
 def inputs_of(model: nn.Module, options: argparse.Namespace, calibration: Tensor | None = None) -> tuple[Tensor]:
     """Example inputs: of the size asked for, else some of the calibration, else of the usual size."""
-    if calibration is not None and options.input_size is None:
+    from fxprune.models import example_inputs
+
+    if calibration is not None and options.size is None:
         return (calibration[:2],)
-    return example_inputs(options.input_size or default_input_size(model), options.seed)
+    return example_inputs(size_of(model, options), options.seed)
 
 
-def calibration_of(options: argparse.Namespace) -> Tensor | None:
-    """The inputs in the file that `--calibration` names, `(N, ...)` float32.
+def size_of(model: nn.Module, options: argparse.Namespace) -> tuple[int, ...]:
+    """The shape of a batch of inputs: as asked for, else the model's own."""
+    from fxprune.models import default_input_size
 
-    Raises:
-        CalibrationError: the file cannot be read, or holds something else.
-    """
-    path: Path | None = options.calibration
-    if path is None:
-        return None
-    try:
-        if path.suffix == ".npy":
-            content = torch.from_numpy(np.load(path, allow_pickle=False))
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # foreign bytes: UnpicklingError, ValueError, EOFError, ...
-        opener = "numpy.load" if path.suffix == ".npy" else "torch.load(weights_only=True)"
-        raise CalibrationError(f"{path}: is no file that {opener} opens; save one tensor or array (N, ...)") from error
-    if not isinstance(content, Tensor):
-        raise CalibrationError(f"{path}: holds a {type(content).__name__}; save one tensor or array (N, ...)")
-    if not content.is_floating_point():
-        raise CalibrationError(
-            f"{path}: holds {str(content.dtype).removeprefix('torch.')}; save the inputs as the model reads them, "
-            "floating-point and normalized"
-        )
-    if content.dim() < 2 or not content.numel():
-        raise CalibrationError(f"{path}: has shape {tuple(content.shape)}; it must hold at least one input, (N, ...)")
-    return content.detach().float()
+    asked: tuple[int, ...] | None = options.size
+    usual = default_input_size(model)
+    if asked is None:
+        return usual
+    return (*usual[:-2], *asked * 2) if len(asked) == 1 else asked
 
 
 def pruning_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -203,6 +215,14 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     weight, temperature = options.distill
     given = {name: getattr(options, name) for name in names}
     return Recipe(**given, distill_weight=weight, distill_temperature=temperature)
+
+
+def device_of(options: argparse.Namespace) -> str:
+    """The device asked for; without, CUDA where there is one."""
+    import torch
+
+    asked: str | None = options.device
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def refuse(options: argparse.Namespace, error: Exception) -> NoReturn:

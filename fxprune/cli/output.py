@@ -1,5 +1,7 @@
 """What a subcommand shows: one result on stdout, bars on stderr."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
@@ -7,12 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from tqdm import tqdm
-
 import fxprune
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What `add_to` of a subcommand adds it to."""
+
+
+def warn(text: str) -> None:
+    """Say on stderr what the user should know before the work."""
+    print(f"fxprune: warning: {text}", file=sys.stderr)
 
 
 def shows_progress(options: argparse.Namespace) -> bool:
@@ -23,6 +28,8 @@ def shows_progress(options: argparse.Namespace) -> bool:
 @contextmanager
 def steps(count: int, options: argparse.Namespace) -> Iterator[Callable[[str], None]]:
     """Yield a function that names the step that begins; a bar on stderr counts the steps that are over."""
+    from tqdm import tqdm
+
     layout = "{desc:<12}{bar}{n_fmt}/{total_fmt} {elapsed}"
     with tqdm(total=count, disable=not shows_progress(options), bar_format=layout) as bar:
         begun = False

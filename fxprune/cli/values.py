@@ -2,7 +2,12 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
+
+
+def either(kind: object) -> str:
+    """The names that one of the types of `fxprune.vocabulary` has, with commas between."""
+    return ", ".join(get_args(kind))
 
 
 def groups(text: str) -> int | str:
@@ -28,14 +33,22 @@ def granularity(text: str) -> str | dict[str, float]:
 
 
 def size(text: str) -> tuple[int, ...]:
-    """A shape: `2,3,224,224` or `2x3x224x224`."""
+    """A number of pixels, `224`, or a shape: `2,3,224,224` or `2x3x224x224`."""
     try:
         shape = tuple(int(part) for part in text.replace("x", ",").split(","))
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape; give positive integers, as in 2,3,224,224")
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give pixels, as in 224, or a shape, as in 2,3,224,224")
     return shape
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers with commas between."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers; give them as in 0.485,0.456,0.406") from None
 
 
 def count(text: str) -> int:

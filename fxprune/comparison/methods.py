@@ -23,6 +23,7 @@ from fxprune.graph.tracing import trace
 from fxprune.planning import Request
 from fxprune.planning.planner import Planner
 from fxprune.plans.shapes import Groups
+from fxprune.vocabulary import VarietyName
 
 ROUND_TO = 4
 """Where kernels go after filters, layers keep a multiple of so many filters, or they would not divide into groups."""
@@ -92,7 +93,7 @@ def published(case: Case, *, method: str, refit: bool) -> Pruned:
     return _masked(case, plan, refit)
 
 
-def filters(case: Case, *, refit: bool, variety: str | None = None) -> Pruned:
+def filters(case: Case, *, refit: bool, variety: VarietyName | None = None) -> Pruned:
     """Whole filters, the same share of each channel space."""
     return _masked(case, _filter_plan(case, case.share, variety), refit)
 
@@ -121,7 +122,7 @@ def _planned(model: nn.Module, case: Case, share: float, groups: Groups = "auto"
     return fxprune.make_plan(model, macs=share, calibration=case.images, **options)
 
 
-def _filter_plan(case: Case, share: float, variety: str | None = None, round_to: int = 1) -> fxprune.PrunePlan:
+def _filter_plan(case: Case, share: float, variety: VarietyName | None = None, round_to: int = 1) -> fxprune.PrunePlan:
     return fxprune.make_plan(
         case.model,
         macs=share,

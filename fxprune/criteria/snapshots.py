@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import PlanError, StorageError, near_matches
-from fxprune.files import read_state_dict, unwrap, without_parallel_prefix
+from fxprune.files import read_state_dict, unwrap, without_prefix
 from fxprune.graph.convolutions import Convolution, convolutions, oriented
 
 Snapshot = Mapping[str, Any] | nn.Module | str | Path
@@ -93,7 +93,7 @@ def state_of(what: str, snapshot: Snapshot) -> dict[str, Tensor]:
 def _checked(
     what: str, state: dict[str, Tensor], convs: Mapping[str, Convolution], names: Iterable[str]
 ) -> Mapping[str, Tensor]:
-    state = without_parallel_prefix(state, list(names))
+    state = without_prefix(state, list(names))
     for key, conv in convs.items():
         weight = conv.weight
         if key not in state:

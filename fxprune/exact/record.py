@@ -9,6 +9,7 @@ from torch import fx, nn
 from fxprune.errors import FxpruneError
 from fxprune.exact.reporting import Report
 from fxprune.graph.copying import RECORD_ATTRIBUTE
+from fxprune.graph.tracing import check_is_module
 from fxprune.plans import PrunePlan
 
 RECORD = "fxprune"
@@ -54,7 +55,12 @@ def keep_record(pruned: nn.Module, record: Record) -> None:
 
 
 def find_record(module: nn.Module) -> Record | None:
-    """The same for a module that may have none."""
+    """The same for a module that may have none.
+
+    Raises:
+        TraceError: it is no module.
+    """
+    check_is_module(module)
     meta = getattr(module, "meta", None)
     found = vars(module).get(RECORD_ATTRIBUTE) or (meta.get(RECORD) if isinstance(meta, dict) else None)
     return found if isinstance(found, Record) else None
@@ -64,7 +70,7 @@ def record_of(pruned: nn.Module) -> Record:
     """Return what a compiled model remembers of its compilation.
 
     Raises:
-        FxpruneError: the module was not compiled by fxprune, or lost its record in pickling.
+        FxpruneError: the module was not compiled by fxprune, or lost its record in pickling; or it is none.
     """
     meta = getattr(pruned, "meta", None)
     if isinstance(meta, dict) and ACCELERATION in meta:

@@ -15,6 +15,7 @@ from fxprune.graph.editing import KEPT_BECAUSE, RUN, calls
 from fxprune.graph.layers import ChannelGather
 from fxprune.passes.align_windows import runs
 from fxprune.plans import PrunePlan, RemovedChannels
+from fxprune.tables import Bar, Cell, Column, Table, Tabular
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,10 @@ class GatherReport:
     bytes: int | None
 
 
-@dataclass(frozen=True)
-class Report:
-    """The account of a compiled model. `str()` is a table; `to_dict()` is JSON-able.
+@dataclass(frozen=True, repr=False)
+class Report(Tabular):
+    """The account of a compiled model. `str()` is a summary and a table, a notebook shows it with bars, `to_markdown()`
+    is for an issue or a README; `describe(gathers=True)` lists the gathers too; `to_dict()` is JSON-able.
 
     Attributes:
         layers: every convolution, in model order.
@@ -143,52 +145,84 @@ class Report:
             "the share of kernel groups removed from what the filters left, of these others that of filters"
         )
 
-    def __str__(self) -> str:
-        width = max([12, *(len(layer.name) for layer in self.layers)])
+    def brief(self) -> str:
+        """What is in it, in a few words."""
+        return (
+            f"{self.rewritten} of {len(self.layers)} convolutions smaller, parameters "
+            f"{_change(self.params_dense, self.params_pruned)}, MACs {_change(self.macs_dense, self.macs_pruned)}"
+            + (f", {self.agreement.share:.1%} agreement" if self.agreement else "")
+        )
+
+    def describe(self, *, gathers: bool = False, width: int | None = None) -> str:
+        """Return the report as text.
+
+        Args:
+            gathers: list the gathers that remain, one a line.
+            width: of a line in characters, at most; None for any.
+        """
+        text = self.table().text(width)
+        if not gathers or not self.gathers:
+            return text
+        return f"{text}\n\n{self._gather_table().text(width)}"
+
+    def table(self) -> Table:
+        """One line for each convolution, after a summary."""
         extra = [
             name
             for name in ("redundancy", "error", "block_cost")
             if any(getattr(layer, name) is not None for layer in self.layers)
         ]
         narrower = any(layer.filters != layer.filters_dense for layer in self.layers)
-        counts = [_change(layer.filters_dense, layer.filters) if narrower else "" for layer in self.layers]
-        column = max(7, *(len(text) for text in counts)) + 1 if narrower else 0
-        lines = [
-            f"{'convolution':{width}}  {'form':9} {'groups':>6}{'filters' if narrower else '':>{column}}"
-            f" {'asked':>6} {'reached':>7} {'params':>19} {'MACs':>19}"
-            + "".join(f" {name.replace('_', ' '):>10}" for name in extra)
-        ]
-        for layer, filters in zip(self.layers, counts, strict=True):
-            if layer.form == "dense":
-                lines.append(f"{layer.name:{width}}  {'dense':9} {layer.reason}")
-                continue
-            asked = "" if layer.asked_ratio is None else f"{layer.asked_ratio:.3g}"
-            lines.append(
-                f"{layer.name:{width}}  {layer.form:9} {layer.groups:>6}{filters:>{column}}"
-                f" {asked:>6} {layer.reached_ratio:>7.3g}"
-                f" {_change(layer.params_dense, layer.params):>19} {_change(layer.macs_dense, layer.macs):>19}"
-                + "".join(f" {_percent(getattr(layer, name)):>10}" for name in extra)
-                + (f"  {layer.reason}" if layer.reason else "")
-            )
+        columns = (
+            Column("convolution", right=False),
+            Column("form", right=False),
+            Column("groups"),
+            *((Column("filters"),) if narrower else ()),
+            Column("asked", goes=4),
+            Column("reached", goes=1),
+            Column("params", goes=3),
+            Column("MACs", goes=2),
+            *(Column(name.replace("_", " "), goes=1) for name in extra),
+            Column("", right=False),
+        )
         shapes = ", ".join("x".join(map(str, shape[1:])) for shape in self.input_shapes) or "unknown size"
-        lines += [
-            "",
+        written = f" and write {_bytes(self.gathered_bytes)} an image" if self.gathers else ""
+        before = (
             self._summary(),
             f"parameters  {_change(self.params_dense, self.params_pruned)}"
             f"  ({_share(self.params_dense, self.params_pruned)})",
             f"MACs        {_change(self.macs_dense, self.macs_pruned)}  ({_share(self.macs_dense, self.macs_pruned)}), "
             f"convolutions and linear layers, one image of {shapes}",
-            f"gathers     {len(self.gathers)} remain"
-            + (f" and write {_bytes(self.gathered_bytes)} an image" if self.gathers else ""),
-        ]
-        gather_width = max([0, *(len(gather.name) for gather in self.gathers)])
-        lines.extend(
-            f"  {gather.name:{gather_width}} {_bytes(gather.bytes):>8} {gather.runs:>5} runs"
-            f" {gather.channels:>5} channels: {gather.reason}"
-            for gather in self.gathers
+            f"gathers     {len(self.gathers)} remain{written}",
+            *(f"note: {note}" for note in (*((self.agreement,) if self.agreement else ()), *self.notes)),
         )
-        lines.extend(f"note: {note}" for note in (*((self.agreement,) if self.agreement else ()), *self.notes))
-        return "\n".join(lines)
+        return Table(columns, tuple(self._row(layer, narrower, extra) for layer in self.layers), before)
+
+    def _row(self, layer: LayerReport, narrower: bool, extra: list[str]) -> tuple[Cell, ...]:
+        if layer.form == "dense":
+            return (layer.name, "dense", layer.reason)
+        return (
+            layer.name,
+            layer.form,
+            str(layer.groups),
+            *((_change(layer.filters_dense, layer.filters),) if narrower else ()),
+            "" if layer.asked_ratio is None else f"{layer.asked_ratio:.3g}",
+            Bar(f"{layer.reached_ratio:.3g}", layer.reached_ratio),
+            _remaining(layer.params_dense, layer.params),
+            _remaining(layer.macs_dense, layer.macs),
+            *(_percent(getattr(layer, name)) for name in extra),
+            layer.reason,
+        )
+
+    def _gather_table(self) -> Table:
+        columns = (Column("gather", right=False), *map(Column, ("bytes", "runs", "channels")), Column("", right=False))
+        return Table(
+            columns,
+            tuple(
+                (gather.name, _bytes(gather.bytes), str(gather.runs), str(gather.channels), gather.reason)
+                for gather in self.gathers
+            ),
+        )
 
 
 def make_report(
@@ -299,6 +333,12 @@ def _gathers(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> tuple[GatherR
 
 def _change(before: int | None, after: int | None) -> str:
     return "unknown" if before is None or after is None else f"{_short(before)} -> {_short(after)}"
+
+
+def _remaining(before: int | None, after: int | None) -> Cell:
+    """A change, with the share that remains as a bar."""
+    text = _change(before, after)
+    return text if not before or after is None else Bar(text, after / before)
 
 
 def _share(before: int | None, after: int | None) -> str:

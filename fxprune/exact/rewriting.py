@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.calibration import FITS
 from fxprune.calibration.agreement import AGREEMENT
-from fxprune.channels.capture import Output, capture, check_output, recorded
+from fxprune.channels.capture import capture, check_output, recorded
 from fxprune.errors import NothingRewrittenWarning, PassError, TraceError
 from fxprune.exact.narrowing import narrow
 from fxprune.exact.operating import operate
@@ -24,9 +24,11 @@ from fxprune.graph.copying import own_tensors
 from fxprune.graph.costs import layer_costs
 from fxprune.graph.examples import Inputs, as_examples
 from fxprune.graph.recording import Recording
-from fxprune.graph.tracing import Trace
+from fxprune.graph.tracing import Trace, check_is_model
 from fxprune.graph.values import CarriedValues
 from fxprune.plans import PrunePlan
+from fxprune.plans.plan import check_is_plan
+from fxprune.vocabulary import Output
 
 
 def rewrite(
@@ -55,6 +57,8 @@ def rewrite(
         NothingRewrittenWarning: the plan names no convolution.
     """
     check_output(output)
+    check_is_model(masked)
+    check_is_plan(plan)
     plan.check(masked)
     examples = () if example_inputs is None else as_examples(example_inputs, masked)
     return rewritten(masked, plan, capture(masked, examples, output), fold_batch_norm=fold_batch_norm)

@@ -25,6 +25,7 @@ from fxprune.graph.containers import convert_tensors, tensors_in
 from fxprune.graph.copying import share_tensors, standing_for
 from fxprune.graph.examples import Example, Inputs, as_examples
 from fxprune.graph.recording import doubled
+from fxprune.graph.tracing import check_is_module
 from fxprune.graph.witness import kind_of
 from fxprune.plans.masking import remaining
 
@@ -89,6 +90,7 @@ def verify(
         VerificationError: they differ, and the message names the first node of `pruned` where; or nothing could be
             compared.
     """
+    check_is_module(masked)
     record = find_record(pruned)
     if modes is None:
         modes = getattr(record, "modes", ("eval", "train"))

@@ -3,13 +3,13 @@ state, contexts that stay, and outputs of any container.
 """
 
 import builtins
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torchvision
 from torch import fx, nn
 
 from fxprune.errors import TraceError
@@ -71,6 +71,14 @@ def proxies_are_tensors() -> Iterator[None]:
         builtins.isinstance = original
 
 
+def _kept_whole() -> tuple[Callable[..., Any], ...]:
+    """torchvision wraps this function for calls from its own modules; here it stays one node for all. No model calls
+    it unless torchvision is there already, which takes seconds to import.
+    """
+    operators = sys.modules.get("torchvision.ops")
+    return () if operators is None else (operators.stochastic_depth,)
+
+
 class Tracer(fx.Tracer):
     """Trace one model once.
 
@@ -89,8 +97,7 @@ class Tracer(fx.Tracer):
     def __init__(
         self, leaves: Iterable[str] = (), frozen: Iterable[str] = (), tensors: Iterable[str] | None = None
     ) -> None:  # a pickled graph makes its tracer without arguments
-        # torchvision wraps this function for calls from its own modules; here it stays one node for all.
-        super().__init__(autowrap_functions=(torchvision.ops.stochastic_depth,))
+        super().__init__(autowrap_functions=_kept_whole())
         self.leaves, self.frozen = frozenset(leaves), frozenset(frozen)
         self.failed: str | None = None
         self._tensors = None if tensors is None else frozenset(tensors)

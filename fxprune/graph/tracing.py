@@ -17,6 +17,7 @@ import operator
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -159,6 +160,16 @@ def check_is_model(model: object) -> None:
             )
 
 
+def check_is_module(model: object) -> None:
+    """See that what was passed is a module at all, for what also takes compiled and scripted ones.
+
+    Raises:
+        TraceError: it is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise TraceError(_why_no_module(model))
+
+
 def trace_leaf(
     module: nn.Module, training: bool, inputs: tuple[Any, ...]
 ) -> tuple[fx.GraphModule, dict[fx.Node, Any]] | None:
@@ -284,8 +295,7 @@ def _why_no_model(model: object) -> str:
     if isinstance(model, torch.export.ExportedProgram) or _is_exported(model):
         return f"{name} is what torch.export made: its convolutions are operators and no layers; pass the model itself"
     if not isinstance(model, nn.Module):
-        made = "call it first" if callable(model) else "pass a torch.nn.Module"
-        return f"the model is a {name} and no module; {made}"
+        return _why_no_module(model)
     if isinstance(model, torch.jit.ScriptModule):
         return f"{name} is TorchScript, which has no Python forward to trace; pass the model that it was made from"
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -293,6 +303,22 @@ def _why_no_model(model: object) -> str:
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         return f"{name} is what torch.compile made; pass the model inside, which is its attribute `_orig_mod`"
     return ""
+
+
+def _why_no_module(model: object) -> str:
+    name = type(model).__name__
+    if isinstance(model, str | PurePath):
+        return (
+            f"the model is {str(model)!r}, a name or path and no module; build it first, as in "
+            "torchvision.models.resnet18(weights='DEFAULT'), or use the command line, which takes names"
+        )
+    if isinstance(model, Mapping) and any(isinstance(value, torch.Tensor) for value in model.values()):
+        return (
+            f"the model is a {name} of tensors, a state dict, which are weights without their network; build the "
+            "network and give it these with load_state_dict"
+        )
+    made = "call it first" if callable(model) else "pass a torch.nn.Module"
+    return f"the model is a {name} and no module; {made}"
 
 
 def _is_exported(model: object) -> bool:

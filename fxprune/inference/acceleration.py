@@ -26,6 +26,7 @@ from fxprune.graph.editing import calls
 from fxprune.graph.examples import Inputs, as_inputs
 from fxprune.graph.fused import FusedConv2d
 from fxprune.graph.gathered import GatheredLayer
+from fxprune.graph.tracing import check_is_model
 from fxprune.inference.checks import check_same
 from fxprune.inference.cuda_graphs import captured
 from fxprune.inference.engines import Engine
@@ -93,6 +94,7 @@ def accelerate(
         TraceError: the model cannot be traced.
         VerificationError: the result differs from the model.
     """
+    check_is_model(model)
     inputs = as_inputs(example_inputs, model)
     if ACCELERATION in getattr(model, "meta", {}):
         raise AccelerationError("the model is accelerated already; pass what it was made from")
@@ -132,7 +134,8 @@ def accelerate(
         memory_format=memory_format_name,
         chosen=chosen,
         seconds={name: timing.fastest for name, timing in timings.items()},
-        relative=timings[chosen].relative_to(timings[best_dense]),
+        relative=timings[chosen].fastest / timings[best_dense].fastest,
+        spread={name: timing.spread for name, timing in timings.items()},
         layers=layers,
         gathers=sum(1 for _ in calls(result, FormatKeepingGather)) if in_torch else result.gathers,
         difference=gap,

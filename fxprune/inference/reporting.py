@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fxprune.exact.reporting import Report
+from fxprune.tables import Bar, Cell, Column, Table, Tabular
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class LayerChoice:
         return self.seconds[self.dense_form]
 
 
-@dataclass(frozen=True)
-class AccelerationReport:
-    """The account of an accelerated model. `str()` is a table; `to_dict()` is JSON-able.
+@dataclass(frozen=True, repr=False)
+class AccelerationReport(Tabular):
+    """The account of an accelerated model. `str()` is a table, in notebooks one with bars; `to_dict()` is JSON-able.
 
     Attributes:
         device, dtype, memory_format: what the model was made for. The format is that of PyTorch; `"own"` in runtimes
@@ -53,7 +54,8 @@ class AccelerationReport:
         chosen: the whole graph that was chosen, a key of `seconds`.
         seconds: shortest time of each whole graph that was tried: `"pruned"` or `"dense"` and the memory format in
             PyTorch, or the runtime.
-        relative: time of the chosen graph relative to the best dense one, in the same rounds; 1 if that is the choice.
+        relative: time of the chosen graph relative to the best dense one: the quotient of the shortest times; 1 if that
+            is the choice.
         layers: the convolutions, in graph order.
         gathers: gathers that no convolution could take in.
         difference: largest difference to the model before, relative to the largest output.
@@ -61,6 +63,7 @@ class AccelerationReport:
         compiled: the report of the pruned model; None if the model was not compiled.
         runtime: what computes the chosen graph, see `fxprune.accelerate`.
         absent: runtimes that were asked for and did not race, with the reason and what to install.
+        spread: of the times of each whole graph, the distance between their first and third quartile.
     """
 
     device: str
@@ -76,29 +79,46 @@ class AccelerationReport:
     compiled: Report | None
     runtime: str = "torch"
     absent: Mapping[str, str] = field(default_factory=dict)
+    spread: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as dicts, lists, strings and numbers."""
         return asdict(self)
 
-    def __str__(self) -> str:
-        width = max([11, *(len(layer.name) for layer in self.layers)])
-        lines = [f"{'convolution':{width}}  {'chosen':16} {'ms':>8} {'dense ms':>9} {'ratio':>6}  tried (ms)"]
+    def brief(self) -> str:
+        """What is in it, in a few words."""
+        return (
+            f"{self.chosen}, {self.relative:.2f} of the best dense time; {self.dtype} on {self.device}, "
+            f"{self.memory_format}"
+        )
+
+    def table(self) -> Table:
+        """One line for each convolution, after the times of the whole network."""
+        columns = (
+            Column("convolution", right=False),
+            Column("chosen", right=False),
+            Column("ms"),
+            Column("dense ms", goes=2),
+            Column("ratio"),
+            Column("tried (ms)", right=False, goes=1),
+        )
+        rows: list[tuple[Cell, ...]] = []
         for layer in self.layers:
             seconds = layer.seconds[layer.chosen]
             tried = ", ".join(f"{form} {1e3 * time:.3f}" for form, time in layer.seconds.items())
-            lines.append(
-                f"{layer.name:{width}}  {layer.chosen:16} {1e3 * seconds:>8.3f} {1e3 * layer.dense_seconds:>9.3f} "
-                f"{seconds / layer.dense_seconds:>6.2f}  {tried}"
-            )
-        whole = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in self.seconds.items())
-        lines += [
-            "",
-            f"whole network: {whole}",
-            f"chosen: {self.chosen}, {self.relative:.2f} of the best dense time; "
-            f"{self.dtype} on {self.device}, {self.memory_format}; {self.gathers} gathers remain",
+            ratio = seconds / layer.dense_seconds
+            cells = (f"{1e3 * seconds:.3f}", f"{1e3 * layer.dense_seconds:.3f}", Bar(f"{ratio:.2f}", ratio), tried)
+            rows.append((layer.name, layer.chosen, *cells))
+        whole = ", ".join(
+            f"{name} {1e3 * seconds:.2f} ms"
+            + (f" (spread {1e3 * self.spread[name]:.2f})" if name in self.spread else "")
+            for name, seconds in self.seconds.items()
+        )
+        before = (
+            f"chosen: {self.brief()}; {self.gathers} gathers remain",
+            f"whole network, shortest times: {whole}",
             f"largest difference to the model before: {self.difference:.1e} of the largest output",
             *(f"not in the race: {name}: {reason}" for name, reason in self.absent.items()),
             *(f"note: {note}" for note in self.notes),
-        ]
-        return "\n".join(lines)
+        )
+        return Table(columns, tuple(rows), before)

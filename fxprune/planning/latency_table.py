@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune.errors import PlanError
 from fxprune.graph.convolutions import convolutions
 from fxprune.plans import Form
+from fxprune.tables import Bar, Cell, Column, Table, Tabular
 
 # A share is met if the whole network exceeds it by no more than this. If its time is further than this from what was
 # predicted, the prediction is corrected, so many times at most.
@@ -98,8 +99,8 @@ class LayerLatency:
         return min([self.seconds, *(option.seconds for option in self.options)])
 
 
-@dataclass(frozen=True)
-class LatencyTable:
+@dataclass(frozen=True, repr=False)
+class LatencyTable(Tabular):
     """Measured times of the convolutions of a network. `str()` is a table, `to_json` keeps it.
 
     Attributes:
@@ -128,28 +129,38 @@ class LatencyTable:
         if self.rest != 0:
             _check_number("rest", self.rest, 0)
 
-    def __str__(self) -> str:
+    def brief(self) -> str:
+        """What is in it, in a few words."""
+        return (
+            f"{len(self.layers)} layers, {1e3 * self.seconds:.2f} ms dense on {self.device} in {self.dtype}; at least "
+            f"{self.least:.2f} of it must remain"
+        )
+
+    def table(self) -> Table:
         """One line for each layer: its share of the time, and the fastest option at a few ratios."""
-        width = max([5, *(len(layer.name) for layer in self.layers)])
-        header = "".join(f"{f'at {ratio:.2f}':>20}" for ratio in SHOWN)
-        lines = [f"{'layer':{width}} {'dense ms':>9}  share{header}"]
+        columns = (
+            Column("layer", right=False),
+            Column("dense ms"),
+            Column("share", goes=1),
+            *(Column(f"at {ratio:.2f}") for ratio in SHOWN),
+        )
+        rows: list[tuple[Cell, ...]] = []
         for layer in self.layers:
-            cells = []
+            cells: list[Cell] = []
             for ratio in SHOWN:
                 options = [option for option in layer.options if option.ratio == ratio]
                 best = min(options, key=lambda option: option.seconds, default=None)
-                cell = "-" if best is None else f"{best.seconds / layer.seconds:.2f} {best.form} {best.groups}"
-                cells.append(f"{cell:>20}")
-            share = f"{layer.seconds / self.seconds:>6.1%}"
-            lines.append(f"{layer.name:{width}} {1e3 * layer.seconds:>9.3f} {share}{''.join(cells)}")
-        lines += [
-            "",
-            f"whole network: {1e3 * self.seconds:.2f} ms dense, {1e3 * self.rest:.2f} ms of it in no layer above; at "
+                relative = 0.0 if best is None else best.seconds / layer.seconds
+                cells.append("-" if best is None else Bar(f"{relative:.2f} {best.form} {best.groups}", relative))
+            share = layer.seconds / self.seconds
+            rows.append((layer.name, f"{1e3 * layer.seconds:.3f}", Bar(f"{share:.1%}", share), *cells))
+        before = (
+            f"whole network: {1e3 * self.seconds:.2f} ms dense, {1e3 * self.rest:.2f} ms of it in no layer below; at "
             f"least {self.least:.2f} of it must remain",
             f"{self.dtype} on {self.device}, {self.memory_format}; at each ratio: the time relative to dense, form and "
             "number of groups of the fastest option",
-        ]
-        return "\n".join(lines)
+        )
+        return Table(columns, tuple(rows), before)
 
     @property
     def least(self) -> float:

@@ -1,15 +1,16 @@
 """The one step that changes the function: what a plan drops becomes zero, and what stays is refitted."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from fxprune.calibration import FITS, Calibration
 from fxprune.calibration.agreement import AGREEMENT, Agreement
-from fxprune.calibration.augmentation import Augment
 from fxprune.calibration.judging import Judge
 from fxprune.calibration.recovery import Recovery
 from fxprune.calibration.subject import Subject
@@ -21,12 +22,15 @@ from fxprune.graph.convolutions import Layer, convolutions, kernels_of, oriented
 from fxprune.graph.copying import copied, own_tensors
 from fxprune.graph.examples import Inputs
 from fxprune.graph.recording import Recording
+from fxprune.graph.tracing import check_is_model
 from fxprune.graph.values import CarriedValues
 from fxprune.passes import RemoveChannels
 from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.plans.eligibility import refittable_linears
 from fxprune.plans.fields import check_seed
 from fxprune.plans.masking import entries_without_removed, kept_entries, masked_copy, remaining, zero_pruned
+from fxprune.plans.plan import check_is_plan
+from fxprune.vocabulary import AugmentName
 
 
 def mask(
@@ -57,6 +61,8 @@ def mask(
     Warns:
         PoorAgreementWarning: see `compile`.
     """
+    check_is_model(model)
+    check_is_plan(plan)
     if bake:
         model, _ = baked(model)
     plan.check(model)
@@ -77,7 +83,7 @@ def recover(
     example_inputs: Inputs | None = None,
     seconds: float | None = None,
     steps: int | None = None,
-    augment: Augment | None = None,
+    augment: AugmentName | Callable[[Any], Any] | None = None,
     seed: int = 0,
     progress: bool = False,
     checkpoint: str | Path | None = None,

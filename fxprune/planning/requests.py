@@ -1,9 +1,9 @@
 """What a user may ask for: one object that checks itself, made at the door and carried to whoever needs part of it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from fxprune.calibration.recovery import Recovery
 from fxprune.criteria import Criterion, ScoreFunction, criterion_of
@@ -11,18 +11,27 @@ from fxprune.criteria.snapshots import Snapshot, listed
 from fxprune.criteria.variety import Variety
 from fxprune.errors import PlanError, near_matches
 from fxprune.planning.latency_table import LatencyTable, check_latency
+from fxprune.planning.patterns import Ignored, as_entries
 from fxprune.planning.sensitivity import Cost, Sensitivity
 from fxprune.plans import PrunePlan
 from fxprune.plans.fields import check_seed, check_share, freeze_ratio
 from fxprune.plans.shapes import BLOCKS, FORMS, TARGETS, Groups
+from fxprune.vocabulary import (
+    CriterionChoice,
+    FormChoice,
+    Granularity,
+    GranularityChoice,
+    Method,
+    Scope,
+    Target,
+    VarietyName,
+)
 
-Scope = Literal["local", "global"]
-
-GRANULARITIES = ("kernel", "filter")
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 """What is removed: kernels, so that convolutions become grouped, or whole filters, so that they become narrower."""
 AUTO = "auto"
 """In place of a granularity: a budget is divided among filters and kernels."""
-METHODS = ("auto", "cocluster", "reconstruction", "tmi", "srgkp")
+METHODS: tuple[str, ...] = get_args(Method)
 """How groups and kept kernels are chosen.
 
 - `"cocluster"`: the kept importance is largest (`fxprune.methods.cocluster`). The only one that takes a criterion and
@@ -62,19 +71,19 @@ class Request:
     latency: float | None = None
     latency_table: LatencyTable | None = None
     sensitivity: Sensitivity | None = None
-    granularity: str | Mapping[str, float] = "kernel"
+    granularity: GranularityChoice | Mapping[str, float] = "kernel"
     scope: Scope | None = None
     round_to: int = 1
     groups: Groups | Mapping[str, Groups] = "auto"
-    method: str = "auto"
-    form: str = "auto"
+    method: Method = "auto"
+    form: FormChoice = "auto"
     block: int | None = None
-    target: str | None = None
+    target: Target | None = None
     share_groups: bool | None = None
-    criterion: str | Criterion | ScoreFunction | None = None
-    variety: str | Variety | None = None
+    criterion: CriterionChoice | Criterion | ScoreFunction | None = None
+    variety: VarietyName | Variety | None = None
     snapshots: Iterable[Snapshot] | None = None
-    ignore: str | Iterable[str] = ()
+    ignore: Ignored | Iterable[Ignored] = ()
     seed: int = 0
     progress: bool = False
     recover: bool | float | Mapping[str, Any] = False
@@ -100,7 +109,7 @@ class Request:
         if isinstance(self.recover, Mapping):
             _freeze(self, "recover", MappingProxyType(dict(self.recover)))
         Recovery.of(self.recover)
-        _freeze(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
+        _freeze(self, "ignore", as_entries(self.ignore))
 
     # --- what follows from it -----------------------------------------------------------------------------------------
 
@@ -117,9 +126,8 @@ class Request:
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """The patterns of `ignore`."""
-        assert isinstance(self.ignore, tuple)
-        return self.ignore
+        """The patterns of `ignore`, in which modules and types have names already, see `ignored_patterns`."""
+        return tuple(entry for entry in as_entries(self.ignore) if isinstance(entry, str))
 
     @property
     def rule(self) -> Variety | None:
@@ -246,7 +254,7 @@ class Request:
                     "granularity='auto'"
                 )
 
-    def _check_both(self, names: list[str]) -> None:
+    def _check_both(self, names: Sequence[str]) -> None:
         """See that a mapping from granularity to ratio is the only answer to how much goes."""
         if set(names) != set(GRANULARITIES):
             raise PlanError(

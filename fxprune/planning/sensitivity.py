@@ -25,7 +25,7 @@ from torch import fx, nn
 from tqdm import tqdm
 
 from fxprune.calibration.batches import Batch
-from fxprune.calibration.damage import damage_path, loss_of
+from fxprune.calibration.damage import LEAST_SIGNAL, damage_path, loss_of
 from fxprune.calibration.following import Bounds
 from fxprune.calibration.samples import MAX_ROWS, Samples
 from fxprune.calibration.survey import measured
@@ -34,6 +34,7 @@ from fxprune.graph.convolutions import Layer, conv_at, convolutions, kernels_of
 from fxprune.methods import Matrix, cocluster
 from fxprune.plans.fields import check_share
 from fxprune.plans.shapes import kept_channels, unit_of
+from fxprune.tables import Bar, Column, Table, Tabular
 
 Cost = Literal["macs", "params"]
 
@@ -89,8 +90,8 @@ class LayerSensitivity:
         return self.damage[kept_channels(len(self.damage), ratio) - 1]
 
 
-@dataclass(frozen=True)
-class Sensitivity:
+@dataclass(frozen=True, repr=False)
+class Sensitivity(Tabular):
     """The sensitivity of each convolution of a network. `str()` is a table, `plot` a picture, `to_json` keeps it.
 
     Attributes:
@@ -110,16 +111,33 @@ class Sensitivity:
         for what in ("macs", "params"):
             _check_count(f"sensitivity: {what}", getattr(self, what), 0)
 
-    def __str__(self) -> str:
+    def brief(self) -> str:
+        """What is in it, in a few words."""
+        return f"{len(self.layers)} layers of a network of {self.macs:,} MACs and {self.params:,} parameters"
+
+    def table(self) -> Table:
         """One line for each layer: its share of the MACs, and the damage at a few ratios."""
-        width = max([5, *(len(layer.name) for layer in self.layers)])
-        header = "".join(f"{f'at {ratio:.2f}':>10}" for ratio in SHOWN)
-        lines = [f"{'layer':{width}}  groups     MACs  params{header}"]
-        for layer in self.layers:
-            shares = f"{layer.macs / max(1, self.macs):>8.1%}{layer.params / max(1, self.params):>8.1%}"
-            damage = "".join(f"{layer.at(ratio):>10.2%}" for ratio in SHOWN)
-            lines.append(f"{layer.name:{width}}  {layer.groups:>6} {shares}{damage}")
-        return "\n".join(lines)
+        columns = (
+            Column("layer", right=False),
+            Column("groups", goes=2),
+            Column("MACs"),
+            Column("params", goes=1),
+            *(Column(f"at {ratio:.2f}") for ratio in SHOWN),
+        )
+        worst = max([LEAST_SIGNAL, *(layer.at(ratio) for layer in self.layers for ratio in SHOWN)])
+        return Table(
+            columns,
+            tuple(
+                (
+                    layer.name,
+                    str(layer.groups),
+                    Bar(f"{layer.macs / max(1, self.macs):.1%}", layer.macs / max(1, self.macs)),
+                    f"{layer.params / max(1, self.params):.1%}",
+                    *(Bar(f"{layer.at(ratio):.2%}", layer.at(ratio) / worst) for ratio in SHOWN),
+                )
+                for layer in self.layers
+            ),
+        )
 
     def among(self, model: nn.Module, names: Collection[str]) -> "Sensitivity":
         """The same table if only the convolutions `names` of `model` can be pruned.

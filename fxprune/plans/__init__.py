@@ -4,6 +4,7 @@
 convolutions may be pruned; `masking` zeroes what is dropped.
 """
 
-from fxprune.plans.plan import Form, GroupedKernels, PrunePlan, RemovedChannels
+from fxprune.plans.plan import GroupedKernels, PrunePlan, RemovedChannels
+from fxprune.vocabulary import Form
 
 __all__ = ["Form", "GroupedKernels", "PrunePlan", "RemovedChannels"]

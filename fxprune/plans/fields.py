@@ -20,7 +20,9 @@ def check_ratio(ratio: object) -> float:
         PlanError: it is no number in that range.
     """
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
-        raise PlanError(f"ratio is {ratio!r}; it must be a number in [0, 1), or map module-name patterns to numbers")
+        raise PlanError(
+            f"ratio is {_told(ratio)}; it must be a number in [0, 1), or map module-name patterns to numbers"
+        )
     if not 0 <= ratio < 1:  # false for NaN too
         raise PlanError(f"ratio {ratio} is not in [0, 1): it is the share of kernel groups to remove; 0.5 removes half")
     return float(ratio)
@@ -99,6 +101,13 @@ def nearest_divisor(filters: int, groups: int) -> int | None:
 
 def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _told(value: object) -> str:
+    """A value in a message; of what is long only the type, with what may have been meant."""
+    if isinstance(value, bool | int | float | str | None):
+        return repr(value)
+    return f"a {type(value).__name__} (inputs of the model are given by name: example_inputs=, calibration=)"
 
 
 def set_field(instance: object, name: str, value: object) -> None:

@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,8 +28,8 @@ from fxprune.plans.fields import (
     set_field,
     share,
 )
-
-Form = Literal["partition", "overlap"]
+from fxprune.tables import Bar, Cell, Column, Table, Tabular
+from fxprune.vocabulary import Form
 
 FORMAT = "fxprune-plan"
 VERSION = 1
@@ -123,6 +123,9 @@ class GroupedKernels:
             + (f" in blocks of {self.block}" if self.block > 1 else "")
             + f" (ratio {self.ratio:.4g})"
         )
+
+    def __repr__(self) -> str:
+        return f"<GroupedKernels: {self}>"
 
     @property
     def groups(self) -> int:
@@ -237,8 +240,8 @@ class RemovedChannels:
         return cls(**fields_of(data, *(field.name for field in fields(cls))))
 
 
-@dataclass(frozen=True)
-class PrunePlan:
+@dataclass(frozen=True, repr=False)
+class PrunePlan(Tabular):
     """What is pruned in a model, and what was asked for.
 
     Args:
@@ -307,30 +310,45 @@ class PrunePlan:
         """
         return self
 
-    def __str__(self) -> str:
-        """A table: one line for each planned layer, then one for each skipped layer with its reason."""
-        width = max((len(name) for name in (*self.layers, *self.removed, *self.skipped)), default=5)
-        lines = [f"{len(self.layers)} convolutions to prune, {len(self.skipped)} left dense"]
-        filters = {name: channels for name, channels in self.removed.items() if channels.asked_ratio is not None}
-        if filters:
-            lines.append(f"{len(filters)} convolutions lose whole filters")
-        for name, channels in filters.items():
-            lines.append(f"{name:{width}}  {len(channels.outputs)} filters go (asked {channels.asked_ratio:.4g})")
+    def brief(self) -> str:
+        """What is in it, in a few words."""
+        filters = sum(channels.asked_ratio is not None for channels in self.removed.values())
+        return f"{len(self.layers)} convolutions to prune, {len(self.skipped)} left dense" + (
+            f"; {filters} convolutions lose whole filters" if filters else ""
+        )
+
+    def table(self) -> Table:
+        """One line for each planned layer, then one for each skipped layer with its reason."""
         blocks = any(kernels.block > 1 for kernels in self.layers.values())
-        if self.layers:
-            header = f"{'layer':{width}}  {'form':9}  groups x filters  kept/channels  {'ratio (asked)':15}"
-            lines.append(f"{header}  blocks (cost)" if blocks else header.rstrip())
+        columns = (
+            Column("layer", right=False),
+            Column("form", right=False),
+            Column("groups x filters", goes=2),
+            Column("kept/channels", goes=1),
+            Column("ratio (asked)"),
+            *((Column("blocks (cost)"),) if blocks else ()),
+        )
+        rows: list[tuple[Cell, ...]] = [
+            (name, "filters", f"{len(channels.outputs)} filters go (asked {channels.asked_ratio:.4g})")
+            for name, channels in self.removed.items()
+            if channels.asked_ratio is not None
+        ]
         for name, kernels in self.layers.items():
-            grouping = f"{kernels.groups} x {kernels.group_width}"
-            kept = f"{kernels.kept_channels}/{kernels.in_channels}"
-            ratio = f"{kernels.ratio:.4f} ({kernels.asked_ratio:.4g})"
-            line = f"{name:{width}}  {kernels.form:9}  {grouping:>16}  {kept:>13}  {ratio:15}"
             cost = "" if kernels.block_cost is None else f" ({100 * kernels.block_cost:.1f} %)"
-            lines.append(f"{line}  {kernels.block}{cost}" if blocks else line.rstrip())
-        lines += [f"{name:{width}}  dense      {reason}" for name, reason in self.skipped.items()]
-        lines += [f"note: {name}: {note}" for name, note in self.notes.items()]
-        lines += [f"note: {remark}" for remark in self.remarks]
-        return "\n".join(lines)
+            rows.append(
+                (
+                    name,
+                    kernels.form,
+                    f"{kernels.groups} x {kernels.group_width}",
+                    f"{kernels.kept_channels}/{kernels.in_channels}",
+                    Bar(f"{kernels.ratio:.4f} ({kernels.asked_ratio:.4g})", kernels.ratio),
+                    *((f"{kernels.block}{cost}",) if blocks else ()),
+                )
+            )
+        rows += [(name, "dense", reason) for name, reason in self.skipped.items()]
+        notes = tuple(f"note: {name}: {note}" for name, note in self.notes.items())
+        notes += tuple(f"note: {remark}" for remark in self.remarks)
+        return Table(columns, tuple(rows), (self.brief(),), notes)
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` gives an equal plan back."""
@@ -441,3 +459,16 @@ def channels_of(module: nn.Module) -> tuple[int, int]:
 
 
 _REMAKE = "make a plan for this model with fxprune.make_plan"
+
+
+def check_is_plan(plan: object) -> None:
+    """See that what was passed as a plan is one.
+
+    Raises:
+        PlanError: it is not.
+    """
+    if not isinstance(plan, PrunePlan):
+        raise PlanError(
+            f"the plan is a {type(plan).__name__}; pass what fxprune.make_plan returned, or PrunePlan.from_json of its "
+            "to_json"
+        )

@@ -3,15 +3,16 @@ it keeps them in aligned blocks.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from fxprune.errors import PlanError
 from fxprune.plans import Form
 from fxprune.plans.fields import check_divisible
+from fxprune.vocabulary import FormChoice, Target
 
 Groups = int | Literal["auto"]
-FORMS = ("auto", "partition", "overlap")
-TARGETS = ("cpu", "cuda")
+FORMS: tuple[str, ...] = get_args(FormChoice)
+TARGETS: tuple[str, ...] = get_args(Target)
 """Kinds of device that a plan can be made for."""
 
 # Overlap form under groups="auto": the most groups whose width stays at what the target is at ease with. More groups

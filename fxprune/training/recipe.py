@@ -1,14 +1,17 @@
 """How a network is trained: optimizer, learning rate, loss. Nothing here knows of data, epochs or files."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from fxprune.errors import FxpruneError
+
+if TYPE_CHECKING:  # the command line asks for the defaults, and should not wait for torch
+    import torch
+    from torch import Tensor, nn
 
 
 class RecipeError(FxpruneError):
@@ -105,6 +108,8 @@ class Recipe:
 
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
         """SGD over all parameters of `model` that require a gradient."""
+        import torch
+
         return torch.optim.SGD(
             [p for p in model.parameters() if p.requires_grad],
             lr=self.lr,
@@ -132,6 +137,8 @@ class Recipe:
             labels: `(N,)` int64.
             taught: `(N, classes)`, logits of the teacher.
         """
+        import torch.nn.functional as F
+
         hard = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=self.label_smoothing)
         if taught is None or not self.distill_weight:
             return hard

@@ -45,6 +45,7 @@ from fxprune.training.loop import EVALUATION_BATCH, Placement, Trainer, Training
 from fxprune.training.processes import Group, joined
 from fxprune.training.recipe import Recipe
 from fxprune.training.sparsification import Sparsifier, hold, sparsify
+from fxprune.vocabulary import PruningSchedule
 
 PLAN_OPTIONS = (
     "ratio", "macs", "granularity", "scope", "round_to",
@@ -71,7 +72,7 @@ class Pruning:
     plan: Path | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     calibration_images: int | None = None
-    sparsify: str | None = None
+    sparsify: PruningSchedule | None = None
     train: Literal["masked", "compiled"] = "masked"
 
     def __post_init__(self) -> None:

@@ -7,8 +7,8 @@ once does not: pruned weights still have gradients, and they count in the norm t
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -16,22 +16,22 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from fxprune.calibration.subject import Subject
-from fxprune.channels.capture import Output
 from fxprune.criteria.snapshots import load_snapshots
 from fxprune.errors import FxpruneError, PlanError
 from fxprune.exact.rewriting import rewrite
 from fxprune.exact.verification import verify
 from fxprune.graph.copying import tensors_of
 from fxprune.graph.examples import Inputs
+from fxprune.planning.hints import refuse_unknown
 from fxprune.planning.making import plan_for
+from fxprune.planning.patterns import ignored_patterns
 from fxprune.planning.requests import DEFAULT_RATIO, GRANULARITIES, Request
 from fxprune.plans import PrunePlan
 from fxprune.plans.eligibility import parameters_of_several_modules
 from fxprune.plans.masking import kept_entries, zero_pruned
 from fxprune.training.gradual import narrow
 from fxprune.training.schedules import OneShot, Schedule, resolve_schedule
-
-Granularity = Literal["kernel", "filter"]
+from fxprune.vocabulary import Granularity, Output, PruningSchedule
 
 EVENTS = 100
 """Into how many equal parts the training is divided by the steps at which a gradual schedule plans anew, unless said
@@ -42,7 +42,7 @@ REFUSED = ("latency", "latency_table", "calibration", "verify", "fold_batch_norm
 
 def sparsify(
     model: nn.Module,
-    schedule: str | Schedule = "agp",
+    schedule: PruningSchedule | Schedule = "agp",
     *,
     steps: int,
     ratio: float | Mapping[str, float] | None = None,
@@ -103,6 +103,8 @@ def sparsify(
     if granularity == "kernel" and chosen.gradual:
         _check_gradual(chosen, planning)
         planning |= {"method": "cocluster", "form": "overlap"}
+    refuse_unknown(planning.keys() - {field.name for field in fields(Request)})
+    planning["ignore"] = ignored_patterns(planning.get("ignore", ()), _unwrap(model)[0])
     request = Request(ratio=ratio, granularity=granularity, **planning)
     if request.ratio is None and request.budget is None:
         request = replace(request, ratio=DEFAULT_RATIO)

@@ -34,7 +34,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxprune.calibration.subject import Subject
 from fxprune.criteria.snapshots import Snapshot, state_of
 from fxprune.errors import PlanError, near_matches
-from fxprune.files import without_parallel_prefix
+from fxprune.files import without_prefix
 from fxprune.graph.convolutions import convolutions
 from fxprune.graph.examples import Inputs
 from fxprune.methods import Clustering
@@ -149,7 +149,7 @@ def _drawn(kernels: GroupedKernels, filters: np.random.Generator, channels: np.r
 
 def _checked(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
     """The early state, complete, of the shapes that the model has and with finite values."""
-    state = without_parallel_prefix(state, list(own))
+    state = without_prefix(state, list(own))
     for names, known, who in ((own, state, "the early state has no"), (state, own, "the model has no")):
         for name in names:
             if name not in known:

@@ -24,6 +24,7 @@ import fxprune
 from fxprune.calibration.refit import FITS, LayerFit
 from fxprune.exact.record import record_of
 from fxprune.plans import PrunePlan
+from fxprune.vocabulary import FormChoice
 
 # A convolution at several sites is masked and not refitted. In these nets little or nothing else is pruned.
 ONLY_SHARED = {"SharedConvInARow", "ResidualSharedConv"}
@@ -80,7 +81,7 @@ def runs() -> Iterator[object]:
 
 
 @pytest.mark.parametrize("case, form", list(runs()))
-def test_a_calibrated_net_is_exact_and_refitted(case: Case, form: str) -> None:
+def test_a_calibrated_net_is_exact_and_refitted(case: Case, form: FormChoice) -> None:
     model = randomize(case.build().double()).eval()
     data = batches(case)
     before, data_before = copy.deepcopy(model.state_dict()), copy.deepcopy(data)
@@ -189,7 +190,7 @@ def images(count: int = 12, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize(
     "dtype, form", in_turns([torch.float16, torch.bfloat16, torch.float64], ["partition", "overlap"])
 )
-def test_other_floating_types(dtype: torch.dtype, form: str) -> None:
+def test_other_floating_types(dtype: torch.dtype, form: FormChoice) -> None:
     model = randomize(Residual()).to(dtype).eval()
     data = images(dtype=dtype)
     pruned = fxprune.compile(model, form=form, calibration=data)

@@ -141,3 +141,34 @@ def test_an_iterator_is_read_once() -> None:
     assert len(read_batches(batches)) == 2
     with pytest.raises(CalibrationError, match="an iterator can be read only once"):
         read_batches(batches)
+
+
+@pytest.mark.parametrize(
+    "batch", [{"pixel_values": 0, "labels": 1}, {"labels": 1, "image": 0}], ids=["hugging face", "monai"]
+)
+def test_batches_as_other_libraries_give_them(batch: dict[str, int]) -> None:
+    parts = (torch.randn(2, 3, 4, 4), torch.zeros(2))
+    named = {key: parts[which] for key, which in batch.items()}
+    (read,) = read_batches([named], 1, ("x",))
+    assert len(read) == 1
+    assert read[0] is parts[0]
+
+
+@pytest.mark.parametrize(
+    "batch, names",
+    [
+        ({"pixel_values": torch.zeros(2, 3), "image": torch.zeros(2, 3)}, ("x",)),
+        ({"pixel_values": torch.zeros(2, 3)}, ("x", "mask")),
+        ({"input_ids": torch.zeros(2, 3)}, ("x",)),
+    ],
+    ids=["two pictures", "two arguments", "no pictures"],
+)
+def test_control_what_is_not_plain_is_asked(batch: dict[str, Tensor], names: tuple[str, ...]) -> None:
+    with pytest.raises(CalibrationError, match="but forward takes 'x'; rename the entry"):
+        read_batches([batch], len(names), names)
+
+
+def test_their_own_name_comes_first() -> None:
+    own, other = torch.zeros(2, 3), torch.ones(2, 3)
+    (read,) = read_batches([{"image": other, "x": own}], 1, ("x",))
+    assert read[0] is own

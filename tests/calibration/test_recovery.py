@@ -355,7 +355,7 @@ def test_a_bad_augmentation_is_told() -> None:
         with pytest.raises(CalibrationError, match=message):
             fxprune.recover(model, masked, plan, data, steps=2, augment=augment)
     with pytest.raises(PlanError, match=r"augment is 'fliip' \(near: 'flip'"):
-        fxprune.recover(model, masked, plan, data, augment="fliip")
+        fxprune.recover(model, masked, plan, data, augment="fliip")  # type: ignore[arg-type]
     two = TwoInputs().eval()
     batches = [(torch.randn(4, 16, 6, 6), torch.randn(4, 16, 6, 6))]
     plan = fxprune.make_plan(two, 0.5, calibration=batches)

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 import fxprune
 from benchmarks import latency as front
+from benchmarks._commands import RESULTS
 from fxprune.comparison import latency, layers, limits, rivals, runtimes
 from fxprune.comparison.layer_calls import count_macs
 from fxprune.comparison.rivals import Network
@@ -111,9 +112,14 @@ def test_a_run(run: Callable[..., int], record: Path, tmp_path: Path, capsys: py
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_where_the_record_goes_by_default() -> None:
-    options = front.read_options(["--model", "timm:resnet26d"])
-    assert options.output == front.RESULTS / "latency-timm-resnet26d-cpu.json"
+def test_records_of_the_repository_change_where_that_is_asked_for() -> None:
+    name = "latency-timm-resnet26d-cpu.json"
+    asked = ["--model", "timm:resnet26d"]
+    assert front.read_options(asked).output == Path("build/benchmarks") / name
+    assert front.read_options([*asked, "--record"]).output == RESULTS / name
+    assert front.read_options([*asked, "--output", "other.json"]).output == Path("other.json")
+    with pytest.raises(SystemExit):
+        front.read_options([*asked, "--record", "--output", "other.json"])
 
 
 def test_one_layout(run: Callable[..., int], record: Path) -> None:

@@ -7,6 +7,7 @@ from equality import assert_same_function, masked_by_hand, randomize
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.vocabulary import FormChoice
 
 X = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -27,7 +28,7 @@ def dense(net: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("form", ["partition", "overlap"])
 @pytest.mark.parametrize("example", [None, X, X[0]], ids=["no example", "batch", "one image without a batch"])
-def test_an_image_without_a_batch(example: Tensor | None, form: str) -> None:
+def test_an_image_without_a_batch(example: Tensor | None, form: FormChoice) -> None:
     """Conv2d takes (C, H, W) too: the channels are then the first dimension, not the second."""
     net = dense(Net())
     pruned = fxprune.compile(net, form=form, example_inputs=example)
@@ -42,7 +43,7 @@ class InputsInAList(Net):
 
 
 @pytest.mark.parametrize("form", ["partition", "overlap"])
-def test_inputs_in_a_list(form: str) -> None:
+def test_inputs_in_a_list(form: FormChoice) -> None:
     net, inputs = dense(InputsInAList()), ([X, X + 1],)
     pruned = fxprune.compile(net, form=form, example_inputs=inputs)
     masked = masked_by_hand(net, pruned.meta["fxprune"].plan)
@@ -106,7 +107,7 @@ class Parametrized(Net):
 
 @pytest.mark.parametrize("form", ["partition", "overlap"])
 @pytest.mark.parametrize("kind", [LinearOverWidth, Twice, Parametrized])
-def test_layers_whose_gathers_must_stay(kind: type[nn.Module], form: str) -> None:
+def test_layers_whose_gathers_must_stay(kind: type[nn.Module], form: FormChoice) -> None:
     net = dense(kind())
     pruned = fxprune.compile(net, form=form, example_inputs=X)
     assert fxprune.report(pruned).rewritten == 1

@@ -23,6 +23,7 @@ from fxprune.errors import PassError
 from fxprune.exact.record import record_of
 from fxprune.exports import save_onnx
 from fxprune.graph.convolutions import convolutions, kernels_of
+from fxprune.vocabulary import FormChoice
 
 DIMS = (1, 2, 3)
 
@@ -62,7 +63,7 @@ def made(dims: int, granularity: str = "kernel") -> tuple[nn.Module, fx.GraphMod
 
 @pytest.mark.parametrize("dims", DIMS)
 @pytest.mark.parametrize("form", ["partition", "overlap"])
-def test_kernels_go_from_every_kind(dims: int, form: str) -> None:
+def test_kernels_go_from_every_kind(dims: int, form: FormChoice) -> None:
     model = randomize(net(dims).double()).eval()
     pruned = fxprune.compile(model, 0.5, example_inputs=example(dims), form=form)
     plan = record_of(pruned).plan

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxprune
+from fxprune.vocabulary import Granularity
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -82,7 +83,7 @@ class UNet(nn.Module):
 
 
 @pytest.mark.parametrize("granularity", ["kernel", "filter"])
-def test_each_convolution_of_any_kind_has_a_row(granularity: str) -> None:
+def test_each_convolution_of_any_kind_has_a_row(granularity: Granularity) -> None:
     model = UNet().eval()
     pruned = fxprune.compile(model, 0.5, example_inputs=X, granularity=granularity)
     report = fxprune.report(pruned)

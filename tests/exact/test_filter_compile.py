@@ -27,6 +27,7 @@ from fxprune.models.cifar import CIFAR_MODELS
 from fxprune.planning import lossy
 from fxprune.plans import PrunePlan, RemovedChannels
 from fxprune.plans.masking import kept_entries, remaining, zero_pruned
+from fxprune.vocabulary import VarietyName
 
 NETS = ("resnet20", "resnet56", "cifar_vgg16", "cifar_resnet18")
 SHARES = (0.7, 0.5, 0.3)
@@ -78,7 +79,9 @@ def combinations() -> Iterator[object]:
 
 
 @pytest.mark.parametrize("name, share, criterion, variety, scope", list(combinations()))
-def test_exact_and_within_the_budget(name: str, share: float, criterion: str, variety: str | None, scope: Any) -> None:
+def test_exact_and_within_the_budget(
+    name: str, share: float, criterion: str, variety: VarietyName | None, scope: Any
+) -> None:
     model, x = dense(name), images()
     plan = fxprune.make_plan(
         model, macs=share, granularity="filter", scope=scope, variety=variety, example_inputs=x,

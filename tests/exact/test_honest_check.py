@@ -16,6 +16,7 @@ from fxprune import VerificationError, verify
 from fxprune.exact.precision import in_double, in_own
 from fxprune.exact.verification import evaluate
 from fxprune.graph.examples import Example
+from fxprune.vocabulary import Granularity
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -77,7 +78,7 @@ def parts(output: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("container, granularity", in_turns(CONTAINERS, ["kernel", "filter"]))
-def test_outputs_keep_type_order_and_number(container: str, granularity: str) -> None:
+def test_outputs_keep_type_order_and_number(container: str, granularity: Granularity) -> None:
     model = Returns(container).eval()
     pruned = fxprune.compile(model, 0.5, example_inputs=X, granularity=granularity)
     masked = fxprune.mask(model, pruned.meta["fxprune"].plan)

@@ -14,6 +14,7 @@ from equality import assert_same_function, masked_by_hand
 from models import ENTRIES, Entry, build, eligible, inputs
 
 import fxprune
+from fxprune.vocabulary import FormChoice
 
 RATIOS = (0.5, 0.75)
 FORMS = ("partition", "overlap")
@@ -36,7 +37,7 @@ def memory_returned() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("entry, ratio, form", list(runs()))
-def test_same_function_and_all_eligible_convolutions_grouped(entry: Entry, ratio: float, form: str) -> None:
+def test_same_function_and_all_eligible_convolutions_grouped(entry: Entry, ratio: float, form: FormChoice) -> None:
     if entry.source == "timm":
         pytest.importorskip("timm", reason="timm is not installed")
     example = inputs(entry)

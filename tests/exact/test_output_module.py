@@ -427,7 +427,7 @@ def test_batches_by_name() -> None:
     pruned = compiled(model, {"pixel_values": image()}, calibration=batches)
     assert any(layer.error is not None for layer in fxprune.report(pruned).layers)
     with pytest.raises(fxprune.CalibrationError, match="pixel_values"):
-        compiled(model, {"pixel_values": image()}, calibration=[{"images": image()}])
+        compiled(model, {"pixel_values": image()}, calibration=[{"pixels": image()}])
 
 
 def test_a_sparsifier_gives_the_module() -> None:

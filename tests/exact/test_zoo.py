@@ -26,6 +26,7 @@ from fxprune.exact.record import record_of
 from fxprune.graph.convolutions import Convolution, convolutions
 from fxprune.graph.layers import ChannelGather
 from fxprune.plans import PrunePlan
+from fxprune.vocabulary import FormChoice
 
 FORMS = ("partition", "overlap")
 RATIOS = (0.5, 0.75)
@@ -60,7 +61,7 @@ class Made:
 
 
 @cache
-def _made(name: str, ratio: float, form: str, with_inputs: bool) -> Made:
+def _made(name: str, ratio: float, form: FormChoice, with_inputs: bool) -> Made:
     case = BY_NAME[name]
     model = randomize(case.build().double()).eval()
     before = copy.deepcopy(model.state_dict())
@@ -72,7 +73,7 @@ def _made(name: str, ratio: float, form: str, with_inputs: bool) -> Made:
     return Made(model, pruned, masked_by_hand(model, plan), plan)
 
 
-def made(case: Case, ratio: float = 0.5, form: str = "partition", with_inputs: bool = True) -> Made:
+def made(case: Case, ratio: float = 0.5, form: FormChoice = "partition", with_inputs: bool = True) -> Made:
     """What several tests look at, compiled once."""
     return _made(case.name, ratio, form, with_inputs).restored()
 
@@ -81,7 +82,7 @@ def made(case: Case, ratio: float = 0.5, form: str = "partition", with_inputs: b
 
 
 @pytest.mark.parametrize("case, ratio, form", PRODUCT)
-def test_same_function_and_as_much_grouped_as_declared(case: Case, ratio: float, form: str) -> None:
+def test_same_function_and_as_much_grouped_as_declared(case: Case, ratio: float, form: FormChoice) -> None:
     net = made(case, ratio, form)
     assert len(net.plan.layers) == case.grouped
     for name, kernels in net.plan.layers.items():
@@ -107,7 +108,7 @@ def test_gathers_that_remain(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case, form", in_turns([case for case in CASES if case.integer], FORMS, step=5))
-def test_integers_are_equal_bit_by_bit(case: Case, form: str) -> None:
+def test_integers_are_equal_bit_by_bit(case: Case, form: FormChoice) -> None:
     inputs = tuple((2 * x).round() for x in case.inputs())
     model = small_integers(case.build().double()).eval()
     pruned = fxprune.compile(model, 0.5, form=form, example_inputs=inputs, verify=False)
@@ -133,7 +134,7 @@ def test_the_plan_in_the_record_is_that_of_make_plan() -> None:
 
 
 @pytest.mark.parametrize("case, ratio, form", in_turns(CASES, RATIOS, FORMS, step=6))
-def test_every_shift_of_filters_or_indices_is_seen(case: Case, ratio: float, form: str) -> None:
+def test_every_shift_of_filters_or_indices_is_seen(case: Case, ratio: float, form: FormChoice) -> None:
     net = made(case, ratio, form)
     pruned, masked = net.pruned, net.masked
     assert not differ(pruned, masked, case.inputs())

@@ -20,6 +20,7 @@ from fxprune.inference import stopwatch as measurements
 from fxprune.inference.acceleration import accelerate, acceleration_report
 from fxprune.inference.engines import ENGINES, LibraryConv2d
 from fxprune.inference.race import Timing
+from fxprune.vocabulary import FormChoice
 
 
 def image(batch: int = 2, size: int = 12, channels: int = 3, seed: int = 0) -> Tensor:
@@ -96,7 +97,7 @@ def net(kind: type[nn.Module] = Residual) -> nn.Module:
     return randomize(kind()).eval()
 
 
-def pruned(form: str = "overlap", kind: type[nn.Module] = Residual, x: Tensor | None = None) -> fx.GraphModule:
+def pruned(form: FormChoice = "overlap", kind: type[nn.Module] = Residual, x: Tensor | None = None) -> fx.GraphModule:
     return fxprune.compile(net(kind), 0.5, form=form, example_inputs=image() if x is None else x)
 
 
@@ -140,7 +141,7 @@ def fast() -> tuple[fx.GraphModule, fx.GraphModule]:
 
 
 @pytest.mark.parametrize("form", ["partition", "overlap"])
-def test_a_pruned_model_computes_the_same(form: str) -> None:
+def test_a_pruned_model_computes_the_same(form: FormChoice) -> None:
     slow = pruned(form)
     state = copy.deepcopy(slow.state_dict())
     fast = accelerate(slow.train(), image())
@@ -265,7 +266,7 @@ def test_targets() -> None:
     with pytest.raises(AccelerationError, match=r"the model is on cpu"):
         fxprune.compile(net(), target="cuda", example_inputs=image())
     with pytest.raises(PlanError, match=r"tpu"):
-        fxprune.compile(net(), target="tpu", example_inputs=image())
+        fxprune.compile(net(), target="tpu", example_inputs=image())  # type: ignore[arg-type]
     fast = fxprune.compile(net(), target="cpu", example_inputs=image())
     assert acceleration_report(fast).device == "cpu"
     assert fxprune.report(fast).layers
@@ -359,8 +360,26 @@ def test_the_report_says_it_all(fast: tuple[fx.GraphModule, fx.GraphModule]) -> 
     report = acceleration_report(fast[0])
     assert json.loads(json.dumps(report.to_dict()))["memory_format"] == report.memory_format
     text = str(report)
-    for part in ("convolution", "blocks.0.conv1", "whole network: ", f"chosen: {report.chosen}", "float32 on cpu"):
+    for part in (
+        "convolution",
+        "blocks.0.conv1",
+        "whole network, shortest times: ",
+        f"chosen: {report.chosen}",
+        "float32 on cpu",
+    ):
         assert part in text
     assert report.difference < 1e-4
     assert report.compiled is fxprune.report(fast[1])
+
+
+def test_the_numbers_of_the_report_agree(fast: tuple[fx.GraphModule, fx.GraphModule]) -> None:
+    report = acceleration_report(fast[0])
+    best_dense = min(seconds for name, seconds in report.seconds.items() if name.startswith("dense"))
+    assert report.relative == report.seconds[report.chosen] / best_dense <= 1
+    assert report.spread.keys() == report.seconds.keys()
+    text = str(report)
+    for name, seconds in report.seconds.items():
+        assert f"{name} {1e3 * seconds:.2f} ms (spread {1e3 * report.spread[name]:.2f})" in text
+    assert repr(report).startswith("<AccelerationReport: ")
+    assert "linear-gradient" in report._repr_html_()
     assert {"triton"} <= set(report.layers[0].obstacles)

@@ -32,6 +32,7 @@ from fxprune.inference.fused_graph import fused_graph
 from fxprune.inference.race import Timing
 from fxprune.inference.runtimes import OTHERS, RuntimeModel, TorchModel, onnx_layers
 from fxprune.inference.runtimes.onnx_layers import DENSE, GROUPED, SPLIT
+from fxprune.vocabulary import FormChoice
 
 HERE = [name for name, runtime in OTHERS.items() if not runtime.obstacle(torch.device("cpu"), torch.float32)]
 READS_ONNX = [name for name in HERE if name != "inductor"]
@@ -93,7 +94,7 @@ def net(kind: type[nn.Module] = Block) -> nn.Module:
     return randomize(kind()).eval()
 
 
-def pruned(form: str = "overlap", **options: Any) -> fx.GraphModule:
+def pruned(form: FormChoice = "overlap", **options: Any) -> fx.GraphModule:
     return fxprune.compile(net(), 0.5, form=form, example_inputs=image(), **options)
 
 
@@ -172,7 +173,7 @@ def test_it_computes_the_same(name: str, fast: Callable[[str], RuntimeModel], sl
 @each_that_reads_onnx
 @pytest.mark.parametrize("form", ["partition", "overlap"])
 @pytest.mark.parametrize("wanted", [GROUPED, SPLIT, DENSE])
-def test_every_form_of_a_layer(name: str, form: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_form_of_a_layer(name: str, form: FormChoice, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     take_times(monkeypatch, lambda key: 1.0 if wanted in key or key == f"pruned {name}" else 2.0)
     slow = pruned(form, groups=2, ignore="stem")
     model = accelerate(slow, image(), runtime=name, remember=False)

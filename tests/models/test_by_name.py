@@ -136,7 +136,7 @@ def test_old_checkpoints_lack_num_batches_tracked(net: str, tmp_path: Path) -> N
         ({"0.weight": torch.zeros(8, 4, 3, 3)}, r"shape of 0.weight \(8, 4, 3, 3\) instead of \(8, 3, 3, 3\)"),
         ({"epoch": 3}, r"holds no state dict"),
         ([1, 2], r"holds no state dict"),
-        (nn.Conv2d(1, 1, 1), r"not a file of tensors"),
+        (nn.Conv2d(1, 1, 1), r"holds a pickled torch"),
     ],
 )
 def test_wrong_weights_are_refused(net: str, tmp_path: Path, content: object, message: str) -> None:

@@ -26,6 +26,7 @@ from fxprune.models import load_model
 from fxprune.passes import AbsorbGathers, AlignWindows, MergeGathers, align_windows
 from fxprune.passes.align_windows import runs
 from fxprune.plans import GroupedKernels, PrunePlan
+from fxprune.vocabulary import FormChoice
 
 
 class AlignAndAbsorb:
@@ -219,7 +220,7 @@ def test_a_gather_called_twice_gets_an_index_for_each_call() -> None:
 # --- on the whole zoo -------------------------------------------------------------------------------------------------
 
 
-def before_aligning(case: Case, form: str) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+def before_aligning(case: Case, form: FormChoice) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     model = randomize(case.build().double()).eval()
     plan = fxprune.make_plan(model, 0.5, form=form, example_inputs=case.inputs())
     traced = trace(fxprune.mask(model, plan), case.inputs())

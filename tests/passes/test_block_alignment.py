@@ -36,6 +36,7 @@ from fxprune.passes import (
     merge_gathers,
     sink_gathers,
 )
+from fxprune.vocabulary import FormChoice
 
 META = (image().to("meta"),)
 
@@ -105,7 +106,7 @@ def test_alignment_is_the_largest_block_that_fits(starts: list[int], length: int
 
 
 @pytest.mark.parametrize("case, form", in_turns(CASES[::3], ["partition", "overlap"], step=4))
-def test_the_zoo_reads_the_blocks_of_the_plan(case: Case, form: str) -> None:
+def test_the_zoo_reads_the_blocks_of_the_plan(case: Case, form: FormChoice) -> None:
     model = randomize(case.build().double()).eval()
     plan = fxprune.make_plan(model, 0.5, form=form, block=4, example_inputs=case.inputs())
     masked = masked_by_hand(model, plan)

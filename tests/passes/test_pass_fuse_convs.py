@@ -21,6 +21,7 @@ from fxprune.graph.layers import ChannelGather
 from fxprune.graph.memory import Memory
 from fxprune.graph.tracing import trace
 from fxprune.passes import FoldBatchNorm, FuseConvs, fuse_convs
+from fxprune.vocabulary import FormChoice
 
 EVAL = ("eval",)
 Body = Callable[["Net", Tensor], Tensor]
@@ -364,7 +365,7 @@ def test_the_zoo_keeps_its_functions(case: Case) -> None:
     "case, form",
     in_turns(CASES, ["partition", "overlap"], step=9),
 )
-def test_the_zoo_keeps_its_functions_when_compiled(case: Case, form: str) -> None:
+def test_the_zoo_keeps_its_functions_when_compiled(case: Case, form: FormChoice) -> None:
     inputs = case.inputs()
     pruned = fxprune.compile(prepared(case.build()), 0.5, form=form, example_inputs=inputs, verify=False)
     again = fused_zoo(pruned, inputs)

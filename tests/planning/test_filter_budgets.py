@@ -20,6 +20,7 @@ from fxprune.planning.selection import choose_units
 from fxprune.planning.sensitivity import Cost
 from fxprune.planning.unit_sensitivity import UnitSensitivity, measure_readers, measure_units
 from fxprune.plans import PrunePlan
+from fxprune.vocabulary import CriterionChoice
 
 
 class Net(nn.Module):
@@ -159,7 +160,7 @@ def test_both_granularities_are_chosen_for_the_error(net: Net) -> None:
 
 
 def test_the_error_is_smaller_than_with_norms(net: Net) -> None:
-    def error(criterion: str) -> float:
+    def error(criterion: CriterionChoice) -> float:
         plan = fxprune.make_plan(net, 0.5, granularity="filter", criterion=criterion, calibration=images())
         masked = fxprune.mask(net, plan, images())
         with torch.no_grad():

@@ -22,10 +22,11 @@ from fxprune.criteria import CRITERIA, Evidence, Taylor, kernel_scores, resolve
 from fxprune.criteria.variety import VARIETIES, Array, Variety, cosine_similarity, elimination_order
 from fxprune.errors import PlanError
 from fxprune.methods import Labels
-from fxprune.planning.requests import Request, Scope
+from fxprune.planning.requests import Request
 from fxprune.planning.selection import FLOOR, _Costs, _Steps, random_units
 from fxprune.planning.unit_scores import unit_scores, varied
 from fxprune.plans.shapes import kept_channels
+from fxprune.vocabulary import Scope
 
 SCOPES: tuple[Scope, ...] = ("local", "global")
 

@@ -36,6 +36,7 @@ from fxprune.planning import Request, latency_budget, latency_measure
 from fxprune.planning.latency_budget import as_patterns, damages, meet
 from fxprune.planning.latency_table import LatencyOption, LayerLatency, _silent
 from fxprune.planning.planner import Planner
+from fxprune.vocabulary import FormChoice
 
 Damage = dict[str, list[float]]
 
@@ -584,7 +585,7 @@ def test_a_layer_that_matters_stays(clock: Clock, table: LatencyTable) -> None:
 
 
 @pytest.mark.parametrize("form", fewer(["overlap", "auto"], ["auto"]))
-def test_form_groups_and_ignore(clock: Clock, table: LatencyTable, form: str) -> None:
+def test_form_groups_and_ignore(clock: Clock, table: LatencyTable, form: FormChoice) -> None:
     layers = (replace(layer, options=tuple(o for o in layer.options if o.ratio == 0.5)) for layer in table.layers)
     halves = replace(table, layers=tuple(layers))
     options: dict[str, Any] = {"target": "cpu", "example_inputs": image(), "latency_table": halves, "groups": 2}

@@ -20,6 +20,7 @@ from fxprune.criteria import CRITERIA, Criterion, Taylor
 from fxprune.criteria.variety import VARIETIES, Variety
 from fxprune.exact.record import record_of
 from fxprune.planning import METHODS
+from fxprune.vocabulary import Method
 
 
 class Net(nn.Module):
@@ -63,7 +64,7 @@ def earlier(count: int = 3) -> list[dict[str, Tensor]]:
     ]
 
 
-def options_of(method: str) -> dict[str, Any]:
+def options_of(method: Method) -> dict[str, Any]:
     """What a method needs."""
     needs: dict[str, dict[str, Any]] = {"tmi": {"snapshots": earlier()}, "reconstruction": {"calibration": images()}}
     return {"method": method, **needs.get(method, {})}
@@ -93,7 +94,7 @@ def test_auto_is_reconstruction_only_where_there_are_data_and_no_score() -> None
     # What was chosen is what it would have been by name.
     for calibration in (None, images()):
         auto = fxprune.make_plan(model, calibration=calibration)
-        assert fxprune.make_plan(model, calibration=calibration, method=auto.method) == auto
+        assert fxprune.make_plan(model, calibration=calibration, method=auto.method) == auto  # type: ignore[arg-type]
     assert fxprune.make_plan(model, calibration=images(), method="cocluster").criterion == "l2"
 
 
@@ -111,7 +112,7 @@ PUBLISHED = {"conv1": ("overlap", 8, 8), "conv2": ("overlap", 8, 16), "conv3": (
         ("srgkp", PUBLISHED, {"conv1": ("overlap", 8, 6), "conv2": ("overlap", 8, 13), "conv3": ("overlap", 2, 13)}),
     ],
 )
-def test_shapes(method: str, half: dict[str, Any], less: dict[str, Any]) -> None:
+def test_shapes(method: Method, half: dict[str, Any], less: dict[str, Any]) -> None:
     """Methods of papers have 8 groups that overlap, where 8 divides the filters."""
     model, options = net(), options_of(method)
     plan = fxprune.make_plan(model, 0.5, **options)
@@ -133,7 +134,7 @@ def test_shapes(method: str, half: dict[str, Any], less: dict[str, Any]) -> None
         if (method, calibrated) != ("tmi", False)
     ],
 )
-def test_every_method_compiles_exactly_with_and_without_a_refit(method: str, calibrated: bool) -> None:
+def test_every_method_compiles_exactly_with_and_without_a_refit(method: Method, calibrated: bool) -> None:
     model = net().double()
     data = images().double()
     options = options_of(method)
@@ -148,7 +149,7 @@ def test_every_method_compiles_exactly_with_and_without_a_refit(method: str, cal
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_equal_arguments_give_equal_plans(method: str) -> None:
+def test_equal_arguments_give_equal_plans(method: Method) -> None:
     ratio = {"conv1": 0.6}
     first = fxprune.make_plan(net(), ratio, **options_of(method))
     assert fxprune.make_plan(net(), ratio, **options_of(method)) == first
@@ -156,7 +157,7 @@ def test_equal_arguments_give_equal_plans(method: str) -> None:
 
 
 def test_methods_differ() -> None:
-    plans = [fxprune.make_plan(net(), 0.6, groups=4, **options_of(method)) for method in METHODS if method != "auto"]
+    plans = [fxprune.make_plan(net(), 0.6, groups=4, **options_of(method)) for method in METHODS if method != "auto"]  # type: ignore[arg-type]
     for i, plan in enumerate(plans):
         assert all(plan.layers != other.layers for other in plans[:i])
 

@@ -296,5 +296,5 @@ def test_a_combined_granularity_is_served_in_two_parts() -> None:
 
 @pytest.mark.parametrize("granularity", ["kernel", "filter"])
 def test_a_single_granularity_is_one_part(granularity: str) -> None:
-    request = Request(granularity=granularity, ratio=0.25)
+    request = Request(granularity=granularity, ratio=0.25)  # type: ignore[arg-type]
     assert list(request.parts()) == [request]

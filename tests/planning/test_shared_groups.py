@@ -27,6 +27,7 @@ from fxprune.methods.cocluster import Layer, group_totals
 from fxprune.passes import sink_gathers
 from fxprune.planning import Request
 from fxprune.plans import Form
+from fxprune.vocabulary import FormChoice, Method
 
 FORMS: tuple[Form, ...] = ("partition", "overlap")
 each_form = pytest.mark.parametrize("form", FORMS)
@@ -139,7 +140,7 @@ def test_a_module_called_twice_joins_what_it_writes() -> None:
 
 
 @each_form
-def test_the_plan_has_equal_groups_over_a_set(net: nn.Module, form: str) -> None:
+def test_the_plan_has_equal_groups_over_a_set(net: nn.Module, form: FormChoice) -> None:
     plan = fxprune.make_plan(net, 0.5, form=form, example_inputs=X, share_groups=True)
     assert len(groups_of(plan)) == 1
     assert len({kernels.kept for name, kernels in plan.layers.items() if name in WRITERS[1:]}) > 1
@@ -201,7 +202,7 @@ def test_blocks_do_not_share_by_default(net: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("method", ["tmi", "srgkp"])
-def test_published_methods_do_not_share(net: nn.Module, method: str) -> None:
+def test_published_methods_do_not_share(net: nn.Module, method: Method) -> None:
     snapshots: dict[str, Any] = {"snapshots": [Stage()]} if method == "tmi" else {}
     with pytest.raises(PlanError, match="groups each layer by itself; leave share_groups out"):
         fxprune.make_plan(net, 0.4, method=method, share_groups=True, example_inputs=X, **snapshots)
@@ -227,13 +228,13 @@ def test_the_command_line_shares(capsys: pytest.CaptureFixture[str]) -> None:
 # --- gathers --------------------------------------------------------------------------------------------------------
 
 
-def compiled(model: nn.Module, inputs: Any, form: str, share: bool) -> tuple[fx.GraphModule, PrunePlan]:
+def compiled(model: nn.Module, inputs: Any, form: FormChoice, share: bool) -> tuple[fx.GraphModule, PrunePlan]:
     plan = fxprune.make_plan(model, 0.5, form=form, example_inputs=inputs, share_groups=share)
     return fxprune.rewrite(fxprune.mask(model, plan), plan, inputs), plan
 
 
 @each_form
-def test_no_gather_follows_a_writer(net: nn.Module, form: str) -> None:
+def test_no_gather_follows_a_writer(net: nn.Module, form: FormChoice) -> None:
     net = net.double()
     shared, plan = compiled(net, X.double(), form, True)
     alone, _ = compiled(net, X.double(), form, False)
@@ -250,7 +251,7 @@ SIXTY_FOUR = (torch.zeros(2, 3, 64, 64),)
     "name, form",
     [pytest.param(name, form, marks=pytest.mark.slow) for name in ("resnet18", "resnet50") for form in FORMS],
 )
-def test_residual_networks(name: str, form: str) -> None:
+def test_residual_networks(name: str, form: FormChoice) -> None:
     model = torchvision.models.get_model(name).eval()
     shared, alone = (compiled(model, SIXTY_FOUR, form, share)[0] for share in (True, False))
     assert behind_grouped_convs(shared) == []
@@ -307,7 +308,7 @@ def test_it_is_declared_which_nets_of_the_zoo_share(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case, form", in_turns([case for case in CASES if case.name in SHARING], FORMS, step=4))
-def test_the_zoo_is_exact_and_gathers_no_more(case: Case, form: str) -> None:
+def test_the_zoo_is_exact_and_gathers_no_more(case: Case, form: FormChoice) -> None:
     model, inputs = double(case), case.inputs()
     shared, plan = compiled(model, inputs, form, True)
     assert_same_function(shared, masked_by_hand(model, plan), inputs)

@@ -269,8 +269,8 @@ def test_check_refuses_another_model(layer: str, conv: nn.Module, message: str) 
 def test_text_lists_every_layer_with_its_outcome() -> None:
     lines = str(plan()).splitlines()
     assert lines[0] == "1 convolutions to prune, 1 left dense"
-    assert re.fullmatch(r"conv +partition +2 x 2 +2/4 +0\.5000 \(0\.5\)", lines[2])
-    assert re.fullmatch(r"stem +dense +too few input channels \(3 < 16\)", lines[3])
+    assert re.fullmatch(r"conv +partition +2 x 2 +2/4 +0\.5000 \(0\.5\)", lines[3])
+    assert re.fullmatch(r"stem +dense +too few input channels \(3 < 16\)", lines[4])
     assert str(PrunePlan({})) == "0 convolutions to prune, 0 left dense"
 
 

@@ -30,6 +30,7 @@ from fxprune.plans import PrunePlan
 from fxprune.plans.masking import kept_entries, zero_pruned
 from fxprune.training import gradual, sparsification
 from fxprune.training.schedules import SCHEDULES
+from fxprune.vocabulary import PruningSchedule
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "momentum and weight decay": lambda params: SGD(params, lr=0.05, momentum=0.9, weight_decay=0.01, nesterov=True),
@@ -151,7 +152,7 @@ def test_a_step_that_the_scaler_skips_does_not_count() -> None:
 # --- plans ----------------------------------------------------------------------------------------------------------
 
 
-def plans(schedule: str = "agp", **options: Any) -> Iterator[PrunePlan]:
+def plans(schedule: PruningSchedule = "agp", **options: Any) -> Iterator[PrunePlan]:
     """The plan after each of 16 steps, of which 12 prune."""
     model = net()
     optimizer = sgd(model)
@@ -241,7 +242,7 @@ FILTERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options, schedule", in_turns(FILTERS, ["agp", "one-shot"]))
-def test_filters_that_went_stay_away_and_the_target_is_reached(options: str, schedule: str) -> None:
+def test_filters_that_went_stay_away_and_the_target_is_reached(options: str, schedule: PruningSchedule) -> None:
     sequence = list(plans(schedule, granularity="filter", **{"example_inputs": X} | FILTERS[options]))
     assert comebacks(sequence) == 0
     counts = [len(plan.removed["0"].outputs) if "0" in plan.removed else 0 for plan in sequence]
@@ -273,7 +274,7 @@ def test_control_filters_planned_anew_come_back(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_planning_happens_when_it_is_due() -> None:
-    assert len({plan.to_json() for plan in plans(SCHEDULES["iterative"].name)}) == 3
+    assert len({plan.to_json() for plan in plans(SCHEDULES["iterative"].name)}) == 3  # type: ignore[arg-type]
     assert len({plan.to_json() for plan in plans("one-shot", form="partition")}) == 1
     waits = fxprune.sparsify(net(), "agp", steps=16, end=0.99)
     assert waits.every == 1
@@ -307,7 +308,7 @@ def test_making_a_sparsifier_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("schedule, granularity", in_turns(["one-shot", "agp"], ["kernel", "filter"]))
-def test_the_rewritten_network_computes_what_the_trained_one_does(schedule: str, granularity: Any) -> None:
+def test_the_rewritten_network_computes_what_the_trained_one_does(schedule: PruningSchedule, granularity: Any) -> None:
     model, images = ResidualAdd(), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     optimizer = sgd(model)
     planning = {"granularity": granularity, "example_inputs": images}
@@ -352,7 +353,9 @@ def test_a_plan_is_held_through_fine_tuning() -> None:
 # --- resuming -------------------------------------------------------------------------------------------------------
 
 
-def run(schedule: str, stop: int | None, early_weights: bool = True, forget: bool = False) -> dict[str, Tensor]:
+def run(
+    schedule: PruningSchedule, stop: int | None, early_weights: bool = True, forget: bool = False
+) -> dict[str, Tensor]:
     """Train 12 steps, with a new process after `stop` of them."""
     model = net()
     optimizer = sgd(model)
@@ -376,7 +379,7 @@ def run(schedule: str, stop: int | None, early_weights: bool = True, forget: boo
 
 
 @pytest.mark.parametrize("schedule", fewer(SCHEDULES, ["agp", "one-shot"]))
-def test_a_resumed_training_is_the_uninterrupted_one(schedule: str) -> None:
+def test_a_resumed_training_is_the_uninterrupted_one(schedule: PruningSchedule) -> None:
     whole = run(schedule, None)
     for stop, early_weights in ((0, True), (5, True), (5, False), (11, True)):
         resumed = run(schedule, stop, early_weights)

@@ -56,7 +56,7 @@ def test_same_function_in_its_own_class(network: Wild, granularity: str) -> None
     with warnings.catch_warnings():
         if allowed == 1:
             warnings.simplefilter("ignore", fxprune.NothingRewrittenWarning)
-        result = compiled(model, x, granularity)
+        result = compiled(model, x, granularity)  # type: ignore[arg-type]
     assert equal(snapshot(model), before), "the user's model was touched"
     masked, pruned = result.masked, result.pruned
 

@@ -12,6 +12,7 @@ from wild_harness import AS_MODULE, assert_same, in_float64
 
 import fxprune
 from fxprune.exact.record import record_of
+from fxprune.vocabulary import Granularity
 
 pytestmark = [
     pytest.mark.wild,
@@ -74,7 +75,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
 
 @pytest.mark.parametrize("granularity", ["kernel", "filter"])
 @pytest.mark.parametrize("wrapper", UNWRAPPED)
-def test_unwrapped_or_refused(wrapper: str, granularity: str) -> None:
+def test_unwrapped_or_refused(wrapper: str, granularity: Granularity) -> None:
     """What comes out equals the model inside, masked; a refusal names the wrapper and says what to pass instead."""
     model = small()
     wrapped = UNWRAPPED[wrapper](model)

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fxprune
 from fxprune.exact.record import record_of
 from fxprune.graph.containers import tensors_in
+from fxprune.vocabulary import Granularity
 
 TOLERANCE = 1e-9
 """How far float64 may be from the masked model, as a share of the largest value of the same output."""
@@ -40,13 +41,13 @@ class Compiled:
     pruned: nn.Module
 
 
-def compiled(model: nn.Module, inputs: Any, granularity: str) -> Compiled:
+def compiled(model: nn.Module, inputs: Any, granularity: Granularity) -> Compiled:
     """Compile a model into its own class."""
     pruned = fxprune.compile(model, RATIO, example_inputs=inputs, granularity=granularity, **AS_MODULE)
     return Compiled(model, fxprune.mask(model, record_of(pruned).plan), pruned)
 
 
-def compiled_network(network: Wild, granularity: str) -> Compiled:
+def compiled_network(network: Wild, granularity: Granularity) -> Compiled:
     """Compile a network on the first of its examples."""
     return compiled(network.build(), network.inputs(*network.first), granularity)
 

@@ -177,6 +177,11 @@ def open_data(
     else:
         raise DataError(f"{source!r}: must be {SOURCE_WORDS}")
     pictures, test = parts
+    if normalize is not None and len(normalize.mean) != pictures.shape[0]:  # or each would be broadcast over the other
+        raise DataError(
+            f"{source}: has pictures of {pictures.shape[0]} channels, and the network is for {len(normalize.mean)}; "
+            "choose data or network to fit (digits_resnet is for the digits)"
+        )
     training, held_back = _split(pictures.labels, validation, f"{name}: {validation} images to validate with")
     return Data(name, normalize or usual, pictures, training, held_back, test, seed, augment)
 

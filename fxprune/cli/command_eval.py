@@ -1,0 +1,68 @@
+"""`fxprune eval`: how good is a saved file, or a model? Agreement with the dense network, and accuracy with labels."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import fxprune
+from fxprune.cli.data import add_data_options, read_pictures
+from fxprune.cli.options import FILE_HELP, MODEL_HELP, add_model_options, add_output_options, model_of
+from fxprune.cli.output import Subparsers, show, steps
+from fxprune.errors import FxpruneError
+
+EXAMPLES = """\
+examples:
+  fxprune eval resnet18.pt resnet18 --weights resnet18.pth --data photos/
+  fxprune eval resnet18 --pretrained --data photos/ --labels labels.csv
+"""
+
+
+def add_to(subparsers: Subparsers) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "eval",
+        help="look at a saved file or a model on pictures: agreement, accuracy",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="FILE|MODEL", help=f"{FILE_HELP}, or {MODEL_HELP}")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="the model that FILE was made from")
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="a folder of pictures, at any depth")
+    add_data_options(parser)
+    add_model_options(parser)
+    add_output_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluate as asked; return the exit code.
+
+    Raises:
+        FxpruneError: there is nothing to compare with.
+    """
+    from fxprune.calibration.pictures import find_pictures
+    from fxprune.comparison.evaluation import evaluate
+
+    if options.model is None and Path(options.source).is_file():
+        raise FxpruneError(f"{options.source}: is a file; name its model too: fxprune eval {options.source} MODEL")
+    if not options.data.is_dir():
+        raise FxpruneError(f"{options.data}: is no folder of pictures")
+    file = options.source if options.model else None
+    options.model = options.model or options.source
+    dense = model_of(options.model, options)
+    gallery = find_pictures(options.data)
+    with steps(3, options) as step:
+        step("loading")
+        network = dense if file is None else fxprune.load(file, dense).eval()
+        step("reading")
+        gallery, _ = gallery.drawn(min(len(gallery), options.pictures), options.seed)
+        inputs, labels, source, how = read_pictures(gallery, dense, options)
+        step("looking")
+        against = None if file is None else dense
+        if against is None and labels is None:
+            raise FxpruneError(
+                f"{options.data}: the pictures have no labels, so there is nothing to measure; give --labels"
+            )
+        found = evaluate(network, inputs, labels, against, source=source)
+    return show(options, found.to_dict() | {"pictures": how}, f"{found}\npictures: {how}")
