@@ -1,7 +1,8 @@
 """Which filters go: scores of units, variety among them, and the units that a ratio or a budget removes.
 
-A unit is a set of filters that can only go together (`fxprune.channels.units`). What it is worth is the sum of the
-kernel scores of `fxprune.criteria` over its filters and their input channels. What that sum is at filter level:
+A unit is a set of filters that can only go together (`fxprune.channels.units`). What it is worth is the error that its
+readers are left with (`fxprune.planning.unit_sensitivity`), or the sum of the kernel scores of `fxprune.criteria` over
+its filters and their input channels. What that sum is at filter level:
 
 - `l1`: the norm of Li et al. 2017, section 3.1, as published. `l2`: the squared norm; coupled filters make one longer
   vector, whose squared norm it is.

@@ -291,3 +291,15 @@ def test_readers_are_measured_once_each_and_by_nobody_twice(monkeypatch: pytest.
 def test_the_weakest_pull_suits_many_rows() -> None:
     assert reader_of(net(), images(2048), "head").rows >= 64 * 8
     assert RIDGES[0] < 0.01
+
+
+def test_a_reader_of_which_all_is_gone_has_lost_all_but_no_more() -> None:
+    """Two layers read one half of a space each; the second hardly counts, so its half goes first, to the last unit."""
+    model, data = net(), images(1024)
+    first = np.array([0, 1, 2, 3, -1, -1, -1, -1])
+    second = np.array([4, 5, 6, 7, -1, -1, -1, -1])
+    head = reader_of(model, data, "head")
+    order, losses = space_damage([(head, first), (head.weighed(0.01), second)], 8, np.zeros(0, dtype=np.intp))
+    assert set(order[:4]) == {4, 5, 6, 7}
+    assert 0 < losses[3] < 0.01 < losses[0]
+    assert np.isfinite(losses).all()
