@@ -1,5 +1,7 @@
 """OpenVINO on the CPU: its intermediate representation, `.xml` with the weights beside it in `.bin`."""
 
+import ctypes
+import functools
 import importlib
 import os
 import tempfile
@@ -30,7 +32,7 @@ class OpenVinoProgram(OnnxProgram):
 
     def load(self, threads: int) -> Run:
         try:
-            core = _library().Core()
+            core = _core(os.getpid())
             return _Compiled(core, core.read_model(self.model), threads)
         except Exception as error:  # its exceptions have no common base
             raise refused("OpenVINO", error) from error
@@ -39,7 +41,7 @@ class OpenVinoProgram(OnnxProgram):
         library = _library()
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:  # whole or not at all
             made = Path(scratch) / path.name
-            library.save_model(library.Core().read_model(self.model), str(made), compress_to_fp16=False)
+            library.save_model(_core(os.getpid()).read_model(self.model), str(made), compress_to_fp16=False)
             os.replace(made.with_suffix(".bin"), path.with_suffix(".bin"))
             os.replace(made, path)
 
@@ -88,6 +90,19 @@ class _Compiled:
                 model.reshape(dict(zip(model.inputs, shapes, strict=True)))
             self.compiled[shapes] = self.core.compile_model(model, "CPU", self.options)
         return self.compiled[shapes]
+
+
+@functools.cache
+def _core(process: int) -> Any:
+    """The one core of a process, which never ends.
+
+    Each core installs a stack for signal handlers as it compiles, and puts back the one before as it ends: of several
+    that do not end in reverse order a stack remains that is gone, and the next signal kills the process (2026.4). In a
+    forked process the parent's core would wait for threads that are not there.
+    """
+    core = _library().Core()
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(core))
+    return core
 
 
 def _library() -> Any:
