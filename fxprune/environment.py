@@ -28,6 +28,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpuinfo("model name") or platform.processor() or "unknown",
         "cpu_flags": [flag for flag in CPU_FLAGS if flag in (_cpuinfo("flags") or _cpuinfo("Features") or "").split()],
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "load": [round(average, 2) for average in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "onednn": _onednn(),

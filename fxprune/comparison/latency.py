@@ -2,10 +2,10 @@
 
 Of each batch all networks, in all runtimes and layouts, take turns in one race (`fxprune.inference.race`), so that what
 else the machine does hits all alike. Times are medians over the rounds with the distance of their quartiles; ratios are
-medians of ratios within a round, to the dense network in the same runtime, and to the best dense one of all
-runtimes, which is what a user would run instead. Every network has BatchNorm folded and runs
-in both layouts, unless one is asked for, and the faster counts: of the dense opponent too. Before it is timed its
-output must equal that of its oracle, for fxprune the masked model. Weights may be random: they take no other time.
+medians of ratios within a round, to the dense network in the same runtime, and to the best dense one of all runtimes
+in the race, which is what a user would run instead. Every network has BatchNorm folded and runs in both layouts, unless
+one is asked for, and the faster counts: of the dense opponent too. Before it is timed its output must equal that of its
+oracle, for fxprune the masked model. Weights may be random: they take no other time.
 """
 
 import contextlib

@@ -283,6 +283,31 @@ def test_accelerate_gets_the_network_as_it_is(
     assert run(*arguments) == 1
 
 
+def test_runtimes_in_which_people_deploy(run: Callable[..., int], record: Path) -> None:
+    names = [name for name in ("onnxruntime", "openvino") if not RUNTIMES[name].obstacle("cpu", "float32")]
+    assert run("--runtime", ",".join(["eager", *names]), "--layout", "contiguous") == 0
+    rows = rows_of(record)
+    assert {row["runtime"]: row["layout"] for row in rows} == {"eager": "contiguous", **dict.fromkeys(names)}
+    assert all(row["difference"] < 1e-4 and not row["error"] for row in rows)
+    dense = [row for row in rows if row["network"] == "dense"]
+    assert [row["relative"] for row in dense] == [1.0] * len(dense)
+    (best,) = (row for row in dense if row["relative_to_best"] == 1)
+    assert best["seconds"] == min(row["seconds"] for row in dense)
+    for row in rows:  # two rounds: the median of two ratios lies between them
+        assert row["relative_to_best"] == pytest.approx(row["seconds"] / best["seconds"], rel=0.9)
+    slower = [row for row in dense if row is not best]
+    assert all(row["relative_to_best"] != row["relative"] for row in slower), "each has another opponent"
+
+
+def test_a_runtime_that_is_missing(
+    run: Callable[..., int], record: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    said = refused(run, record, capsys, "--runtime", "eager,openvino")
+    assert "--runtime openvino: onnx and onnxscript and openvino not installed; pip install 'fxprune[openvino]'" in said
+    monkeypatch.undo()
+
+
 def test_compile_is_asked_for_its_best(run: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
 

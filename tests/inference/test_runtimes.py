@@ -591,6 +591,27 @@ def test_fork_after_load(names: tuple[str, ...], threads: int) -> None:
             assert line == f"{name} True ran"
 
 
+SIGNAL = """
+import faulthandler, gc, os, signal, torch, fxprune
+faulthandler.enable()
+net = torch.nn.Conv2d(3, 4, 3).eval()
+x = torch.randn(1, 3, 8, 8)
+models = [fxprune.accelerate(net, x, runtime="{name}", remember=False) for _ in range(2)]
+for _ in range(2):
+    del models[0]
+    gc.collect()
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@needs["openvino"]
+def test_signals_are_handled_when_models_are_gone() -> None:
+    program = SIGNAL.format(name="openvino")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "handled"), done.stderr
+
+
 @pytest.mark.slow
 @each_that_reads_onnx
 def test_in_a_process_that_was_spawned(name: str, fast: Callable[[str], RuntimeModel]) -> None:

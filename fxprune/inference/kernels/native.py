@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxprune.errors import KernelError
+from fxprune.inference import instructions
 from fxprune.inference.cache import cache_directory, distrust, make_cache_directory
 
 SOURCES = ("native_channels_last.cpp", "native_contiguous.cpp", "native_ops.cpp")
@@ -86,7 +87,12 @@ def build() -> Path:
         raise KernelError("no C++ compiler for the compiled kernel; install g++ or clang++, or set CXX")
     here = Path(__file__).parent
     torch_root = Path(torch.__file__).parent
-    flags = (*FLAGS, f"-I{torch_root}/include", f"-I{torch_root}/include/torch/csrc/api/include")
+    flags = (
+        *FLAGS,
+        *instructions.FLAGS[instructions.forced_isa()],
+        f"-I{torch_root}/include",
+        f"-I{torch_root}/include/torch/csrc/api/include",
+    )
     libraries = (f"-L{torch_root}/lib", "-lc10", "-ltorch_cpu")
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     made_of = " ".join((compiler, *flags, abi, torch.__version__, processor(), source_digest()))
@@ -194,13 +200,17 @@ def _power_of_two(filters: int) -> int:
 
 def processor() -> str:
     """Name for the kind of processor, for caches that machines may share: its architecture, and a digest of its model
-    and instruction sets, on which `-march=native` depends.
+    and instruction sets, on which `-march=native` depends, and the one it shall stay within.
+
+    Raises:
+        KernelError: `FXPRUNE_ISA` is not legal.
     """
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
     telling = ("model name", "flags", "Features", "CPU part")
     described = "\n".join(sorted({line for line in lines if line.startswith(telling)}))
-    return f"{platform.machine()}-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
+    name = f"{platform.machine()}-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
+    return "-".join(filter(None, (name, instructions.forced_isa())))
 
 
 def _fake_conv2d(

@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import io
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from fxprune.errors import AccelerationError, CalibrationError, PoorAgreementWar
 from fxprune.inference.runtimes.model import Program, RuntimeModel
 from fxprune.inference.runtimes.onnx_based import as_arrays, refused
 from fxprune.inference.runtimes.onnxruntime import OnnxRuntimeProgram
-from fxprune.inference.runtimes.openvino import OpenVinoProgram
+from fxprune.inference.runtimes.openvino import OpenVinoProgram, core_of
 
 QUANTIZATION = "quantization"
 """Key of `RuntimeModel.meta` under which an int8 model keeps its agreement with the float one."""
@@ -151,7 +152,7 @@ def _by_nncf(program: OpenVinoProgram, names: Sequence[str], batches: Sequence[l
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         made = Path(scratch) / "made.xml"
         try:
-            model = program.read(openvino.Core())
+            model = program.read(core_of(os.getpid()))
             data = nncf.Dataset([as_arrays(tensors) for tensors in batches])
             openvino.save_model(nncf.quantize(model, data, subset_size=len(batches)), str(made), compress_to_fp16=False)
         except Exception as error:  # as above

@@ -12,6 +12,7 @@ from fxprune.errors import AccelerationError
 from fxprune.graph.editing import calls
 from fxprune.graph.fused import FusedConv2d
 from fxprune.inference.forms import form_key
+from fxprune.inference.instructions import forced_isa
 from fxprune.inference.reporting import LayerChoice
 from fxprune.inference.runtimes.model import Program, RuntimeModel
 from fxprune.inference.runtimes.onnx_graphs import filled, single_layer
@@ -29,6 +30,8 @@ class OnnxBased(Runtime):
     program: ClassVar[type["OnnxProgram"]]
 
     def obstacle(self, device: torch.device, dtype: torch.dtype) -> str:
+        if isa := forced_isa():
+            return f"fxprune cannot keep it within FXPRUNE_ISA={isa}; unset that"
         if not hasattr(torch.onnx, "ops"):
             return f"it needs torch 2.8 or newer, and this is {torch.__version__}; pip install -U torch"
         return super().obstacle(device, dtype)

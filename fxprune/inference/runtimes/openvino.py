@@ -1,5 +1,7 @@
 """OpenVINO on the CPU: its intermediate representation, `.xml` with the weights beside it in `.bin`."""
 
+import ctypes
+import functools
 import importlib
 import os
 import tempfile
@@ -30,7 +32,7 @@ class OpenVinoProgram(OnnxProgram):
 
     def load(self, threads: int) -> Run:
         try:
-            core = _library().Core()
+            core = core_of(os.getpid())
             return _Compiled(core, self.read(core), threads)
         except Exception as error:  # its exceptions have no common base
             raise refused("OpenVINO", error) from error
@@ -43,7 +45,7 @@ class OpenVinoProgram(OnnxProgram):
         library = _library()
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:  # whole or not at all
             made = Path(scratch) / path.name
-            library.save_model(self.read(library.Core()), str(made), compress_to_fp16=False)
+            library.save_model(self.read(core_of(os.getpid())), str(made), compress_to_fp16=False)
             os.replace(made.with_suffix(".bin"), path.with_suffix(".bin"))
             os.replace(made, path)
 
@@ -92,6 +94,19 @@ class _Compiled:
                 model.reshape(dict(zip(model.inputs, shapes, strict=True)))
             self.compiled[shapes] = self.core.compile_model(model, "CPU", self.options)
         return self.compiled[shapes]
+
+
+@functools.cache
+def core_of(process: int) -> Any:
+    """The one core of a process, which never ends.
+
+    Each core installs a stack for signal handlers as it compiles, and puts back the one before as it ends: of several
+    that do not end in reverse order a stack remains that is gone, and the next signal kills the process (2026.4). In a
+    forked process the parent's core would wait for threads that are not there.
+    """
+    core = _library().Core()
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(core))
+    return core
 
 
 def _library() -> Any:
