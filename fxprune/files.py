@@ -118,7 +118,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     if importlib.util.find_spec("safetensors") is None:
-        raise StorageError(f"{path}: needs the package safetensors; pip install safetensors")
+        raise StorageError(f"{path}: needs the package safetensors; pip install 'fxprune[safetensors]'")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -17,9 +17,9 @@ from fxprune.cli.options import (
     add_output_options,
     add_pruning_options,
     inputs_of,
-    is_named,
     model_of,
     pruning_of,
+    warn_of_random_weights,
 )
 from fxprune.cli.output import Subparsers, show, shows_progress, steps, verdict, warn
 from fxprune.errors import CalibrationError, PlanError
@@ -86,8 +86,7 @@ def run(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     _check_targets(options)
     model = model_of(options.model, options)
-    if options.weights is None and is_named(options.model):
-        warn(f"{options.model} has random weights, so what is pruned means nothing; --weights FILE or --pretrained")
+    warn_of_random_weights(options)
     recovery = _recovery_of(options)
     given = inputs_for(model, options)
     calibration = None if given is None else given.calibration

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import fxprune
 from fxprune.cli.data import add_data_options, read_pictures
-from fxprune.cli.options import FILE_HELP, MODEL_HELP, add_model_options, add_output_options, model_of
+from fxprune.cli.options import (
+    FILE_HELP,
+    MODEL_HELP,
+    add_model_options,
+    add_output_options,
+    model_of,
+    warn_of_random_weights,
+)
 from fxprune.cli.output import Subparsers, show, steps
 from fxprune.errors import FxpruneError
 
@@ -50,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
         raise FxpruneError(f"{options.data}: is no folder of pictures")
     file = options.source if options.model else None
     options.model = options.model or options.source
+    warn_of_random_weights(options)
     dense = model_of(options.model, options)
     gallery = find_pictures(options.data)
     with steps(3, options) as step:

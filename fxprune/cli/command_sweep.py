@@ -8,7 +8,7 @@ from typing import get_args
 
 from fxprune.cli import values
 from fxprune.cli.data import DATA_HELP, add_data_options, inputs_for
-from fxprune.cli.options import MODEL_HELP, add_model_options, add_output_options, model_of
+from fxprune.cli.options import MODEL_HELP, add_model_options, add_output_options, model_of, warn_of_random_weights
 from fxprune.cli.output import Subparsers, show, shows_progress
 from fxprune.errors import CalibrationError
 from fxprune.vocabulary import BenchRuntime, Granularity
@@ -72,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
         require("matplotlib")
     if options.threads:
         torch.set_num_threads(options.threads)
+    warn_of_random_weights(options)
     model = model_of(options.model, options)
     given = inputs_for(model, options)
     assert given is not None

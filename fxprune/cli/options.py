@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from fxprune.cli import values
-from fxprune.cli.output import shows_progress
+from fxprune.cli.output import shows_progress, warn
 from fxprune.training.recipe import Recipe
 from fxprune.vocabulary import (
     Amp,
@@ -168,6 +168,12 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 def is_named(name: str) -> bool:
     """Whether a model is one of a library, whose weights are random unless it is said; a function has its own."""
     return ":" not in name or name.startswith("timm:")
+
+
+def warn_of_random_weights(options: argparse.Namespace) -> None:
+    """Say before the work that what comes of it means nothing."""
+    if options.weights is None and is_named(options.model):
+        warn(f"{options.model} has random weights, so what is pruned means nothing; --weights FILE or --pretrained")
 
 
 def model_of(name: str, options: argparse.Namespace) -> nn.Module:
