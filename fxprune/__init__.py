@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fxprune.graph.layers import ChannelGather
     from fxprune.inference.acceleration import accelerate, acceleration_report
     from fxprune.inference.reporting import AccelerationReport
+    from fxprune.inference.runtimes.int8 import quantize
     from fxprune.planning.latency_table import LatencyTable
     from fxprune.planning.lossy import mask, recover
     from fxprune.planning.sensitivity import Sensitivity
@@ -80,6 +81,7 @@ __all__ = [
     "mask",
     "measure_latency",
     "measure_sensitivity",
+    "quantize",
     "random_ticket",
     "recover",
     "report",
@@ -110,6 +112,7 @@ _HOMES = {
     "accelerate": "fxprune.inference.acceleration",
     "acceleration_report": "fxprune.inference.acceleration",
     "AccelerationReport": "fxprune.inference.reporting",
+    "quantize": "fxprune.inference.runtimes.int8",
     "LatencyTable": "fxprune.planning.latency_table",
     "mask": "fxprune.planning.lossy",
     "recover": "fxprune.planning.lossy",

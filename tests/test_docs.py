@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune
+from fxprune.cli import program
 from fxprune.inference import acceleration, stopwatch
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +109,32 @@ def test_a_page_runs(page: Path, tmp_path: Path) -> None:
     torch.save(given["model"].state_dict(), tmp_path / "epoch_10.pt")
     for number, block in enumerate(blocks(page)):
         exec(compile(block, f"{page.name}, block {number}", "exec"), given)
+
+
+FENCE = re.compile(r"^```[a-z]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Lines of README and docs that call fxprune, continued ones as one, without their comments."""
+    found = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for block in FENCE.findall(page.read_text(encoding="utf-8")):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith("fxprune ") and "..." not in line:
+                    found.append(line)
+    return found
+
+
+@pytest.mark.parametrize("line", commands())
+def test_the_command_line_takes_every_command(line: str) -> None:
+    program.read(shlex.split(line, comments=True)[1:])
+
+
+@pytest.mark.parametrize("line", ["fxprune compile", "fxprune bench net --ratios 0.5", "fxprune fly net"])
+def test_control_it_does_not_take_others(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        program.read(shlex.split(line)[1:])
+    assert "usage:" in capsys.readouterr().err
 
 
 def test_every_page_with_code_is_here() -> None:

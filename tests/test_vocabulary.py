@@ -33,7 +33,6 @@ from fxprune.training.schedules import SCHEDULES
         (vocabulary.Rival, RIVALS),
         (vocabulary.ComparedMethod, COMPARED),
     ],
-    ids=str,
 )
 def test_a_type_has_the_names_of_its_table(names: object, table: Iterable[str]) -> None:
     assert get_args(names) == tuple(table)
@@ -43,6 +42,11 @@ def test_a_choice_of_a_form_is_a_form_or_auto() -> None:
     assert set(get_args(vocabulary.FormChoice)) == {"auto", *get_args(vocabulary.Form)}
 
 
+def test_a_choice_is_the_names_and_one_more() -> None:
+    assert set(get_args(vocabulary.GranularityChoice)) == {"auto", *get_args(vocabulary.Granularity)}
+    assert set(get_args(vocabulary.CriterionChoice)) == {"reconstruction", *get_args(vocabulary.CriterionName)}
+
+
 def test_help_tells_how_long_recovery_takes() -> None:
     assert SECONDS == 180  # `fxprune compile --help` says three minutes without importing torch
 
@@ -50,12 +54,12 @@ def test_help_tells_how_long_recovery_takes() -> None:
 @pytest.mark.parametrize(
     "function, argument, names",
     [
-        (fxprune.compile, "granularity", vocabulary.Granularity),
+        (fxprune.compile, "granularity", vocabulary.GranularityChoice),
         (fxprune.compile, "scope", vocabulary.Scope),
         (fxprune.compile, "method", vocabulary.Method),
         (fxprune.compile, "form", vocabulary.FormChoice),
         (fxprune.compile, "target", vocabulary.Target),
-        (fxprune.compile, "criterion", vocabulary.CriterionName),
+        (fxprune.compile, "criterion", vocabulary.CriterionChoice),
         (fxprune.compile, "variety", vocabulary.VarietyName),
         (fxprune.compile, "output", vocabulary.Output),
         (fxprune.recover, "augment", vocabulary.AugmentName),
