@@ -11,6 +11,7 @@ from hypothesis import settings
 # Most nets here are so small that waiting for a second thread costs up to four times what it saves, and workers of
 # pytest-xdist that each start a thread per core slow one another down. To use more cores, use more workers.
 torch.set_num_threads(1)
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and tables would be wrapped in its workers alone
 
 # `make test-all` asks for the second. Tests with numbers of their own take their share of it: `products_harness`.
 settings.register_profile("quick", max_examples=20, deadline=None)

@@ -47,7 +47,11 @@ def as_entries(ignore: Ignored | Iterable[Ignored]) -> tuple[Ignored, ...]:
         return (ignore,)
     if not isinstance(ignore, Iterable):
         raise PlanError(f"ignore is {ignore!r}; it must be names, patterns of names, modules or types of modules")
-    return tuple(ignore)
+    entries = tuple(ignore)
+    for entry in entries:
+        if not isinstance(entry, str | nn.Module) and not (isinstance(entry, type) and issubclass(entry, nn.Module)):
+            raise PlanError(f"ignore: {entry!r} is no name, no pattern of names, no module and no type of modules")
+    return entries
 
 
 def ignored_patterns(ignore: Ignored | Iterable[Ignored], model: nn.Module) -> tuple[str, ...]:
@@ -75,14 +79,12 @@ def ignored_patterns(ignore: Ignored | Iterable[Ignored], model: nn.Module) -> t
     return tuple(patterns)
 
 
-def _named(entry: object, modules: Mapping[str, nn.Module]) -> list[str]:
+def _named(entry: Ignored, modules: Mapping[str, nn.Module]) -> list[str]:
     """Patterns of names that an entry of `ignore` stands for."""
     if isinstance(entry, str):
         return [entry]
-    if isinstance(entry, type) and issubclass(entry, nn.Module):
+    if isinstance(entry, type):
         return [name for name, module in modules.items() if isinstance(module, entry)]
-    if not isinstance(entry, nn.Module):
-        raise PlanError(f"ignore: {entry!r} is no name, no pattern of names, no module and no type of modules")
     name = next((name for name, module in modules.items() if module is entry), None)
     if name is None:
         raise PlanError(

@@ -804,7 +804,7 @@ def test_what_is_around_a_model_is_no_model(wrap: Any, message: str) -> None:
     "given, message",
     [
         (Net, "the model is a type and no module; call it first"),
-        ("resnet18", "the model is a str and no module; pass a"),
+        ("resnet18", "the model is 'resnet18', a name or path and no module; build it first"),
     ],
 )
 def test_what_is_no_module_at_all(given: Any, message: str) -> None:

@@ -470,7 +470,7 @@ def test_files_that_cannot_be_written(name: str, fast: Callable[[str], RuntimeMo
         AccelerationError, match=rf"a model in {name} is kept in a file that ends in \{suffix}; name it so"
     ):
         model.save(tmp_path / "model.pt")
-    with pytest.raises(AccelerationError, match=r"nowhere.model.* cannot be written: No such file"):
+    with pytest.raises(AccelerationError, match=r"nowhere.model.* cannot be written"):
         model.save(tmp_path / "nowhere" / f"model{suffix}")
     assert list(tmp_path.iterdir()) == []
 

@@ -202,7 +202,7 @@ def test_models_without_a_plan(model: nn.Module, message: str) -> None:
         ({"ratio": {"layer1": 50}}, "layer1: ratio 50 is not in [0, 1)"),
         ({"ratio": {"layer2": 0.5}}, "ratio: pattern 'layer2' matches no convolution of the model (near: 'layer1"),
         ({"ignore": ("fc",)}, "ignore: pattern 'fc' matches no convolution of the model"),
-        ({"ignore": (3,)}, "ignore: 3 is not a string"),
+        ({"ignore": (3,)}, "ignore: 3 is no name, no pattern of names, no module and no type of modules"),
         ({"groups": {"layr10": 2}}, "groups: pattern 'layr10' matches no convolution of the model (near: 'layer10'"),
         ({"method": "coclster"}, "method is 'coclster' (near: 'cocluster'); it must be one of 'auto', 'cocluster'"),
         ({"criterion": "L2"}, "criterion is 'L2' (near: 'l2'); it must be one of 'l1', 'l2'"),

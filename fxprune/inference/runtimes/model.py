@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.errors import AccelerationError
+from fxprune.errors import AccelerationError, StorageError
 from fxprune.inference.reporting import LayerChoice
 from fxprune.inference.runtimes.calls import CallForm
 
@@ -183,7 +183,9 @@ class RuntimeModel(nn.Module):
         try:
             self.program.write(target)
         except OSError as error:
-            raise AccelerationError(f"{target}: cannot be written: {error.strerror or error}") from error
+            raise AccelerationError(f"{target} cannot be written: {error.strerror or error}") from error
+        except StorageError as error:
+            raise AccelerationError(str(error)) from error
         return (target, target.with_suffix(".bin")) if target.suffix == ".xml" else (target,)
 
     def extra_repr(self) -> str:
