@@ -43,6 +43,7 @@ BenchRuntime: TypeAlias = Literal[
 Rival: TypeAlias = Literal["dense", "torch-pruning"]
 ComparedMethod: TypeAlias = Literal[
     "dense", "tmi", "tmi-refit", "srgkp", "srgkp-refit", "fxprune", "fxprune-8", "filters", "filters-refit", "pairs",
-    "pairs-pure", "combined", "tp-magnitude", "tp-fpgm", "tp-taylor",
+    "pairs-pure", "filters-error", "combined", "auto", "fxprune-8-recovered", "filters-error-recovered",
+    "auto-recovered", "tp-magnitude", "tp-fpgm", "tp-taylor",
 ]  # fmt: skip
 """Of `fxprune.comparison.methods.METHODS`."""

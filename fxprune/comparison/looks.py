@@ -49,8 +49,12 @@ LOOKS = {
     "combined": Look(VERMILLION, "^", strong=True),
     "filters": Look(ORANGE, "o", hollow=True),
     "filters-refit": Look(ORANGE, "o"),
+    "filters-error": Look(ORANGE, "D"),
     "pairs": Look(ORANGE, "s"),
     "pairs-pure": Look(ORANGE, "^"),
+    "fxprune-8-recovered": Look(PURPLE, "s", strong=True),
+    "filters-error-recovered": Look(PURPLE, "o", strong=True),
+    "auto-recovered": Look(PURPLE, "D", strong=True),
     "tmi": Look(GREEN, "o", hollow=True),
     "tmi-refit": Look(GREEN, "o"),
     "srgkp": Look(SKY, "s", hollow=True),
@@ -61,13 +65,12 @@ LOOKS = {
     "torch-pruning": Look(BLUE, "P"),
 }
 """By name of the method, or of the network in a record of latencies."""
-OTHERS = (Look(PURPLE, "D"), Look(GREY, "d"))
+OTHERS = (Look(GREY, "D"), Look(GREY, "d"))
 
 
 def look_of(name: str) -> Look:
-    """The look of a method; what is recovered looks as what it was, but thinner; others take turns."""
-    found = LOOKS.get(name) or LOOKS.get(name.removesuffix("-recovered"))
-    return found or OTHERS[sum(map(ord, name)) % len(OTHERS)]
+    """The look of a method; others take turns."""
+    return LOOKS.get(name) or OTHERS[sum(map(ord, name)) % len(OTHERS)]
 
 
 def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:

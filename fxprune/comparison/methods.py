@@ -1,7 +1,8 @@
 """The pruners that are compared: each makes of one network one with a given share of its MACs.
 
-Filters here are removed by the l1 norm (Li et al. 2017, section 3.1); *variety* is `fxprune.criteria.variety`. Networks
-that are *refitted* have their kept weights solved anew on images to calibrate with. The published methods, SR-GKP and
+Filters here are removed by the l1 norm (Li et al. 2017, section 3.1) or for the error that the refit leaves; *variety*
+is `fxprune.criteria.variety`. Networks that are *refitted* have their kept weights solved anew on images to calibrate
+with, and those that are *recovered* are then trained on these without labels. The published methods, SR-GKP and
 TMI-GKP, do not know of that and have it as a variant; Torch-Pruning has nothing of the kind.
 """
 
@@ -29,6 +30,8 @@ ROUND_TO = 4
 """Where kernels go after filters, layers keep a multiple of so many filters, or they would not divide into groups."""
 PUBLISHED_GROUPS = 8
 """Of each convolution in the published methods; "auto" takes fewer in narrow layers, to be fast."""
+RECOVERY_STEPS = 1500
+"""Of the recovery, as `compile(..., recover=True)` takes if there is time; steps and not seconds, to be repeatable."""
 RATIO_STEPS = 12
 """Halvings of the range of uniform ratios; layers of up to 1,024 channels tell no finer ones apart."""
 
@@ -105,6 +108,28 @@ def combined(case: Case) -> Pruned:
     left = count_macs(smaller, case.example) / count_macs(case.model, case.example)
     grouped = _planned(smaller, case, case.share / left)
     return _masked(case, replace(grouped, removed=plan.removed), refit=True)
+
+
+def by_error(case: Case) -> Pruned:
+    """Whole filters for the error that the refit leaves, spread as is best on held-out images; refitted."""
+    plan = fxprune.make_plan(case.model, macs=case.share, calibration=case.images, granularity="filter", seed=case.seed)
+    return _masked(case, plan, refit=True)
+
+
+def auto(case: Case) -> Pruned:
+    """Filters, kernels or both, whatever is best on held-out images; refitted."""
+    plan = fxprune.make_plan(case.model, macs=case.share, calibration=case.images, granularity="auto", seed=case.seed)
+    return _masked(case, plan, refit=True)
+
+
+def recovered(case: Case, *, prune: Callable[[Case], Pruned]) -> Pruned:
+    """What another method gives, recovered on the images it was calibrated with, without their labels."""
+    pruned = prune(case)
+    assert pruned.plan is not None
+    network = fxprune.recover(
+        case.model, pruned.network, pruned.plan, case.images, steps=RECOVERY_STEPS, augment="flip+crop", seed=case.seed
+    )
+    return Pruned(network.eval(), pruned.plan)
 
 
 def torch_pruning(case: Case, *, importance: Importance) -> Pruned:
@@ -187,6 +212,7 @@ class Method:
 
 
 DENSE = Method("dense", "dense", dense)
+EIGHT_GROUPS = partial(kernels, groups=PUBLISHED_GROUPS)
 METHODS = {
     method.name: method
     for method in (
@@ -196,12 +222,17 @@ METHODS = {
         Method("srgkp", "SR-GKP", partial(published, method="srgkp", refit=False)),
         Method("srgkp-refit", "SR-GKP, refitted", partial(published, method="srgkp", refit=True)),
         Method("fxprune", "fxprune, kernels", kernels),
-        Method("fxprune-8", "fxprune, kernels, 8 groups", partial(kernels, groups=PUBLISHED_GROUPS)),
+        Method("fxprune-8", "fxprune, kernels, 8 groups", EIGHT_GROUPS),
         Method("filters", "filters, not refitted", partial(filters, refit=False)),
         Method("filters-refit", "filters", partial(filters, refit=True)),
         Method("pairs", "filters, variety", partial(filters, refit=True, variety="pairs")),
         Method("pairs-pure", "filters, variety (pure)", partial(filters, refit=True, variety="pairs-pure")),
+        Method("filters-error", "filters, by the error", by_error),
         Method("combined", "filters and kernels", combined),
+        Method("auto", "auto", auto),
+        Method("fxprune-8-recovered", "kernels, 8 groups, recovered", partial(recovered, prune=EIGHT_GROUPS)),
+        Method("filters-error-recovered", "filters, recovered", partial(recovered, prune=by_error)),
+        Method("auto-recovered", "auto, recovered", partial(recovered, prune=auto)),
         Method(
             "tp-magnitude",
             "Torch-Pruning, magnitude",

@@ -12,7 +12,7 @@ from torch import nn
 
 import fxprune
 from benchmarks.compare import main
-from fxprune.comparison import accuracy
+from fxprune.comparison import accuracy, methods
 from fxprune.comparison.accuracy import Entry, Setting, entries
 from fxprune.comparison.layer_calls import count_macs
 from fxprune.comparison.methods import METHODS, Case, Method, Pruned, uniform_ratio
@@ -53,16 +53,19 @@ def case(share: float = 0.6) -> Case:
 # --- methods ----------------------------------------------------------------------------------------------------------
 
 
-FILTERS = ("filters", "filters-refit", "pairs", "pairs-pure", "combined")
+FILTERS = (
+    "filters", "filters-refit", "filters-error", "filters-error-recovered", "pairs", "pairs-pure", "combined"
+)  # fmt: skip
 
 
-SLOW = ("tmi", "tmi-refit", "fxprune-8", "filters-refit")
+SLOW = ("tmi", "tmi-refit", "fxprune-8", "filters-refit", "auto-recovered", "fxprune-8-recovered")
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in METHODS if name != "dense"]
 )
-def test_each_method_leaves_the_share_and_the_dense_network_alone(name: str) -> None:
+def test_each_method_leaves_the_share_and_the_dense_network_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "RECOVERY_STEPS", 5)
     given = case()
     before = {key: tensor.clone() for key, tensor in given.model.state_dict().items()}
     pruned = METHODS[name].prune(given)
@@ -71,8 +74,12 @@ def test_each_method_leaves_the_share_and_the_dense_network_alone(name: str) -> 
     assert share == pytest.approx(0.6, rel=0.025)  # 16 channels in 8 groups: a step is one sixteenth
     assert all(torch.equal(before[key], tensor) for key, tensor in given.model.state_dict().items())
     if pruned.plan is not None:
-        assert bool(pruned.plan.removed) == (name in FILTERS)
-        assert bool(pruned.plan.layers) == (name == "combined" or name not in FILTERS)
+        removed, grouped = bool(pruned.plan.removed), bool(pruned.plan.layers)
+        if name.startswith("auto"):
+            assert removed or grouped
+        else:
+            assert removed == (name in FILTERS)
+            assert grouped == (name == "combined" or name not in FILTERS)
 
 
 def test_refitted_networks_are_nearer_to_the_dense_one() -> None:
