@@ -22,13 +22,13 @@ from fxprune.cli import values
 from fxprune.environment import environment
 from fxprune.files import write_json
 from fxprune.inference.race import race
-from fxprune.inference.runtimes import RuntimeModel
 from fxprune.inference.runtimes.int8 import quantize
 from fxprune.models import load_model
 from fxprune.training.data.pictures import NORMALIZATIONS
 from fxprune.training.data.sources import Data, open_data
+from fxprune.vocabulary import GraphRuntime
 
-RUNTIMES = ("onnxruntime", "openvino")
+RUNTIMES: tuple[GraphRuntime, ...] = ("onnxruntime", "openvino")
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {},
     "kernels": {"macs": 0.5},
@@ -52,7 +52,6 @@ def measure(options: argparse.Namespace) -> int:
             network = fxprune.compile(model, calibration=images, example_inputs=images[:2], **arguments)
         for runtime in RUNTIMES:
             fast = fxprune.accelerate(network, images[: options.batch[0]], runtime=runtime)
-            assert isinstance(fast, RuntimeModel)
             networks[f"{variant}, {runtime}"] = fast
             networks[f"{variant}, {runtime} int8"] = quantize(fast, images)
     rows = {name: {"accuracy": accuracy(network, data, options.test_images)} for name, network in networks.items()}

@@ -40,6 +40,10 @@ BenchRuntime: TypeAlias = Literal[
     "onnxruntime", "openvino",
 ]  # fmt: skip
 """Of `fxprune.comparison.runtimes.RUNTIMES`."""
+GraphRuntime: TypeAlias = Literal["inductor", "onnxruntime", "openvino", "tensorrt"]
+"""What computes a whole network in place of PyTorch."""
+RuntimeName: TypeAlias = Literal["auto", "torch", "inductor", "onnxruntime", "openvino", "tensorrt"]
+"""Of `fxprune.accelerate`, see `fxprune.inference.runtimes.RUNTIMES`."""
 Rival: TypeAlias = Literal["dense", "torch-pruning"]
 ComparedMethod: TypeAlias = Literal[
     "dense", "tmi", "tmi-refit", "srgkp", "srgkp-refit", "fxprune", "fxprune-8", "filters", "filters-refit", "pairs",

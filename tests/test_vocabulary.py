@@ -14,6 +14,7 @@ from fxprune.comparison.rivals import RIVALS
 from fxprune.comparison.runtimes import LAYOUTS, RUNTIMES
 from fxprune.criteria import CRITERIA
 from fxprune.criteria.variety import VARIETIES
+from fxprune.inference.runtimes import RUNTIMES as RUNTIME_NAMES
 from fxprune.training.loop import AMP
 from fxprune.training.recipe import SCHEDULES as RATES
 from fxprune.training.schedules import SCHEDULES
@@ -31,6 +32,7 @@ from fxprune.training.schedules import SCHEDULES
         (vocabulary.Layout, LAYOUTS),
         (vocabulary.BenchRuntime, RUNTIMES),
         (vocabulary.Rival, RIVALS),
+        (vocabulary.RuntimeName, RUNTIME_NAMES),
         (vocabulary.ComparedMethod, COMPARED),
     ],
 )
@@ -64,6 +66,7 @@ def test_help_tells_how_long_recovery_takes() -> None:
         (fxprune.compile, "output", vocabulary.Output),
         (fxprune.recover, "augment", vocabulary.AugmentName),
         (fxprune.sparsify, "schedule", vocabulary.PruningSchedule),
+        (fxprune.accelerate, "runtime", vocabulary.RuntimeName),
         (fxprune.sparsify, "granularity", vocabulary.Granularity),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -16,6 +16,7 @@ import fxprune
 from fxprune.comparison.rivals import Network
 from fxprune.inference.cuda_graphs import captured
 from fxprune.inference.runtimes import OTHERS
+from fxprune.vocabulary import GraphRuntime
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -68,7 +69,7 @@ def _accelerated(module: nn.Module, inputs: Tensor) -> Call:
     return _eager(fxprune.accelerate(module, inputs), inputs)
 
 
-def _deployed(name: str, module: nn.Module, inputs: Tensor) -> Call:
+def _deployed(name: GraphRuntime, module: nn.Module, inputs: Tensor) -> Call:
     return _eager(fxprune.accelerate(module, inputs, runtime=name), inputs)
 
 
@@ -90,7 +91,8 @@ def _accelerated_graphed(module: nn.Module, inputs: Tensor) -> Call:
     return _graphed(fxprune.accelerate(module, inputs), inputs)
 
 
-RUNTIMES = {
+DEPLOYED: tuple[GraphRuntime, ...] = ("onnxruntime", "openvino")
+RUNTIMES: dict[str, Runtime] = {
     "eager": Runtime(_eager),
     "compile": Runtime(_compiled),
     "script": Runtime(_scripted),
@@ -98,10 +100,7 @@ RUNTIMES = {
     "cudagraph": Runtime(_graphed, cuda=True),
     "max-autotune+cudagraph": Runtime(_max_autotuned, cuda=True),
     "accelerate+cudagraph": Runtime(_accelerated_graphed, folds=True, cuda=True),
-    **{
-        name: Runtime(functools.partial(_deployed, name), folds=True, deploys=name)
-        for name in ("onnxruntime", "openvino")
-    },
+    **{name: Runtime(functools.partial(_deployed, name), folds=True, deploys=name) for name in DEPLOYED},
 }
 
 

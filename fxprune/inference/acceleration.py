@@ -38,6 +38,7 @@ from fxprune.inference.runtimes import AUTO, TORCH, RuntimeModel, TorchModel
 from fxprune.inference.runtimes.contest import check_runtime, entrants
 from fxprune.inference.runtimes.runtime import Network
 from fxprune.inference.stopwatch import Stopwatch
+from fxprune.vocabulary import GraphRuntime, RuntimeName
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -59,13 +60,29 @@ def accelerate(
 
 @overload
 def accelerate(
-    model: nn.Module, example_inputs: Inputs, *, runtime: str, remember: bool = True, progress: bool = False
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    runtime: GraphRuntime,
+    remember: bool = True,
+    progress: bool = False,
+) -> RuntimeModel: ...
+
+
+@overload
+def accelerate(
+    model: nn.Module, example_inputs: Inputs, *, runtime: RuntimeName, remember: bool = True, progress: bool = False
 ) -> fx.GraphModule | RuntimeModel | TorchModel: ...
 
 
 @torch.no_grad()
 def accelerate(
-    model: nn.Module, example_inputs: Inputs, *, runtime: str = TORCH, remember: bool = True, progress: bool = False
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    runtime: RuntimeName = "torch",
+    remember: bool = True,
+    progress: bool = False,
 ) -> fx.GraphModule | RuntimeModel | TorchModel:
     """Return the fastest inference form of a model on the device where it is.
 

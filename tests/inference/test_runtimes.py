@@ -32,7 +32,7 @@ from fxprune.inference.fused_graph import fused_graph
 from fxprune.inference.race import Timing
 from fxprune.inference.runtimes import OTHERS, RuntimeModel, TorchModel, onnx_layers
 from fxprune.inference.runtimes.onnx_layers import DENSE, GROUPED, SPLIT
-from fxprune.vocabulary import FormChoice
+from fxprune.vocabulary import FormChoice, GraphRuntime
 
 HERE = [name for name, runtime in OTHERS.items() if not runtime.obstacle(torch.device("cpu"), torch.float32)]
 READS_ONNX = [name for name in HERE if name != "inductor"]
@@ -133,11 +133,11 @@ def slow() -> fx.GraphModule:
 
 
 @pytest.fixture(scope="module")
-def fast(slow: fx.GraphModule) -> Callable[[str], RuntimeModel]:
+def fast(slow: fx.GraphModule) -> Callable[[GraphRuntime], RuntimeModel]:
     """The pruned network in a runtime, made once."""
     made: dict[str, RuntimeModel] = {}
 
-    def make(name: str) -> RuntimeModel:
+    def make(name: GraphRuntime) -> RuntimeModel:
         if name not in made:
             with pytest.MonkeyPatch.context() as patch:
                 take_times(patch, lambda key: 1.0 if f"{name} " in f"{key} " and "pruned" in key else 2.0)
@@ -153,7 +153,9 @@ def fast(slow: fx.GraphModule) -> Callable[[str], RuntimeModel]:
 
 
 @each_runtime
-def test_it_computes_the_same(name: str, fast: Callable[[str], RuntimeModel], slow: fx.GraphModule) -> None:
+def test_it_computes_the_same(
+    name: GraphRuntime, fast: Callable[[GraphRuntime], RuntimeModel], slow: fx.GraphModule
+) -> None:
     model = fast(name)
     assert model.is_pruned
     assert model.runtime == acceleration_report(model).runtime == name
@@ -173,7 +175,9 @@ def test_it_computes_the_same(name: str, fast: Callable[[str], RuntimeModel], sl
 @each_that_reads_onnx
 @pytest.mark.parametrize("form", ["partition", "overlap"])
 @pytest.mark.parametrize("wanted", [GROUPED, SPLIT, DENSE])
-def test_every_form_of_a_layer(name: str, form: FormChoice, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_form_of_a_layer(
+    name: GraphRuntime, form: FormChoice, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     take_times(monkeypatch, lambda key: 1.0 if wanted in key or key == f"pruned {name}" else 2.0)
     slow = pruned(form, groups=2, ignore="stem")
     model = accelerate(slow, image(), runtime=name, remember=False)
@@ -184,7 +188,9 @@ def test_every_form_of_a_layer(name: str, form: FormChoice, wanted: str, monkeyp
 
 
 @each_that_reads_onnx
-def test_what_the_graph_looks_like(name: str, fast: Callable[[str], RuntimeModel], slow: fx.GraphModule) -> None:
+def test_what_the_graph_looks_like(
+    name: GraphRuntime, fast: Callable[[GraphRuntime], RuntimeModel], slow: fx.GraphModule
+) -> None:
     onnx = pytest.importorskip("onnx")
     model = onnx.load_from_string(fast(name).program.model)  # type: ignore[attr-defined]
     onnx.checker.check_model(model, full_check=True)
@@ -204,7 +210,7 @@ def test_what_the_graph_looks_like(name: str, fast: Callable[[str], RuntimeModel
 
 
 @each_runtime
-def test_arguments_and_results_in_containers(name: str) -> None:
+def test_arguments_and_results_in_containers(name: GraphRuntime) -> None:
     model, x, z = net(Several), image(), torch.ones(2, 4)
     fast = accelerate(model, (x, z), runtime=name)
     for batch in (2, 3):
@@ -223,7 +229,7 @@ def test_arguments_and_results_in_containers(name: str) -> None:
 
 
 @each_that_reads_onnx
-def test_a_batch_size_that_is_written_into_the_model(name: str) -> None:
+def test_a_batch_size_that_is_written_into_the_model(name: GraphRuntime) -> None:
     class Fixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -243,7 +249,7 @@ def test_a_batch_size_that_is_written_into_the_model(name: str) -> None:
 
 
 @each_that_reads_onnx
-def test_what_it_was_not_made_for(name: str, fast: Callable[[str], RuntimeModel]) -> None:
+def test_what_it_was_not_made_for(name: GraphRuntime, fast: Callable[[GraphRuntime], RuntimeModel]) -> None:
     model = fast(name)
     for x in (image().to("meta"), image().double(), image().half()):
         with pytest.raises(AccelerationError, match=r"accelerated for torch.float32 on cpu, and the input x is"):
@@ -276,11 +282,11 @@ def test_a_runtime_that_is_none() -> None:
     with pytest.raises(
         AccelerationError, match=r"runtime is 'onnxruntim' \(near: 'onnxruntime'\); it must be one of auto"
     ):
-        accelerate(net(), image(), runtime="onnxruntim")
+        accelerate(net(), image(), runtime="onnxruntim")  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("name, extra", [("onnxruntime", r"fxprune\[onnx\]"), ("openvino", r"fxprune\[openvino\]")])
-def test_a_runtime_that_is_missing(name: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runtime_that_is_missing(name: GraphRuntime, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None if asked == name else found(asked))
     with pytest.raises(AccelerationError, match=rf"runtime='{name}': {name} not installed; pip install '{extra}'"):
@@ -308,7 +314,7 @@ def test_inductor_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @each_that_reads_onnx
-def test_a_model_that_a_runtime_cannot_take(name: str) -> None:
+def test_a_model_that_a_runtime_cannot_take(name: GraphRuntime) -> None:
     class Number(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, int]:
             return x * 2, x.shape[0]
@@ -330,14 +336,14 @@ def test_a_model_that_a_runtime_cannot_take(name: str) -> None:
 
 
 @each_that_reads_onnx
-def test_what_a_runtime_says_of_a_broken_file(name: str) -> None:
+def test_what_a_runtime_says_of_a_broken_file(name: GraphRuntime) -> None:
     program = OTHERS[name].program(b"no model")  # type: ignore[attr-defined]
     with pytest.raises(AccelerationError, match=r"cannot take the network: "):
         program([image()])
 
 
 @each_that_reads_onnx
-def test_control_a_wrong_answer_does_not_race(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_a_wrong_answer_does_not_race(name: GraphRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     right = onnx_layers.Nodes.constant
 
     def wrong(self: onnx_layers.Nodes, label: str, value: Any) -> str:
@@ -354,7 +360,7 @@ def test_control_a_wrong_answer_does_not_race(name: str, monkeypatch: pytest.Mon
 
 
 @each_that_reads_onnx
-def test_control_another_batch_size_is_checked_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_another_batch_size_is_checked_too(name: GraphRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     right = RuntimeModel.forward
     monkeypatch.setattr(RuntimeModel, "forward", lambda self, x: right(self, x) + (len(x) == 3))
     with pytest.raises(VerificationError, match=r"with 3 images instead of 2, the accelerated model differs"):
@@ -405,7 +411,7 @@ def test_plain_torch_stays_a_graph() -> None:
 
 
 @each_that_reads_onnx
-def test_dense_is_returned_where_pruning_does_not_pay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_is_returned_where_pruning_does_not_pay(name: GraphRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = pruned()
     take_times(monkeypatch, lambda key: 1.0 if key.startswith("dense") else 2.0)
     fast = accelerate(slow, image(), runtime=name, remember=False)
@@ -441,7 +447,7 @@ RUN = {
 
 
 @each_that_reads_onnx
-def test_a_users_road(name: str, tmp_path: Path) -> None:
+def test_a_users_road(name: GraphRuntime, tmp_path: Path) -> None:
     """Compiled with calibration, accelerated, saved, and run where there is only the runtime and numpy."""
     slow = fxprune.compile(net(), 0.5, form="overlap", example_inputs=image(), calibration=image(16, seed=3))
     model = accelerate(slow, image(), runtime=name)
@@ -464,7 +470,9 @@ def test_a_users_road(name: str, tmp_path: Path) -> None:
 
 
 @each_that_reads_onnx
-def test_files_that_cannot_be_written(name: str, fast: Callable[[str], RuntimeModel], tmp_path: Path) -> None:
+def test_files_that_cannot_be_written(
+    name: GraphRuntime, fast: Callable[[GraphRuntime], RuntimeModel], tmp_path: Path
+) -> None:
     model, suffix = fast(name), OTHERS[name].program.suffixes[0]  # type: ignore[attr-defined]
     with pytest.raises(
         AccelerationError, match=rf"a model in {name} is kept in a file that ends in \{suffix}; name it so"
@@ -477,7 +485,9 @@ def test_files_that_cannot_be_written(name: str, fast: Callable[[str], RuntimeMo
 
 @needs["inductor"]
 @pytest.mark.slow
-def test_inductor_ahead_of_time(fast: Callable[[str], RuntimeModel], slow: fx.GraphModule, tmp_path: Path) -> None:
+def test_inductor_ahead_of_time(
+    fast: Callable[[GraphRuntime], RuntimeModel], slow: fx.GraphModule, tmp_path: Path
+) -> None:
     (path,) = fast("inductor").save(tmp_path / "model.pt2")
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt2"]
     loaded = torch._inductor.aoti_load_package(str(path))
@@ -489,7 +499,7 @@ def test_inductor_ahead_of_time(fast: Callable[[str], RuntimeModel], slow: fx.Gr
 
 
 @each_that_reads_onnx
-def test_copies(name: str, fast: Callable[[str], RuntimeModel]) -> None:
+def test_copies(name: GraphRuntime, fast: Callable[[GraphRuntime], RuntimeModel]) -> None:
     model = fast(name)
     expected = model(image())
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -503,7 +513,9 @@ def test_copies(name: str, fast: Callable[[str], RuntimeModel]) -> None:
 
 
 @each_that_reads_onnx
-def test_threads_follow_torch(name: str, fast: Callable[[str], RuntimeModel], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_follow_torch(
+    name: GraphRuntime, fast: Callable[[GraphRuntime], RuntimeModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = copy.deepcopy(fast(name))
     asked: list[int] = []
     right = type(model.program).load
@@ -521,7 +533,9 @@ def test_threads_follow_torch(name: str, fast: Callable[[str], RuntimeModel], mo
 
 
 @each_runtime
-def test_two_threads_at_once(name: str, fast: Callable[[str], RuntimeModel], slow: fx.GraphModule) -> None:
+def test_two_threads_at_once(
+    name: GraphRuntime, fast: Callable[[GraphRuntime], RuntimeModel], slow: fx.GraphModule
+) -> None:
     model = pickle.loads(pickle.dumps(fast(name))) if name != "inductor" else fast(name)
     inputs = [image(2, seed=seed) for seed in range(4)]
     expected = [slow(x).detach() for x in inputs]
@@ -614,7 +628,7 @@ def test_signals_are_handled_when_models_are_gone() -> None:
 
 @pytest.mark.slow
 @each_that_reads_onnx
-def test_in_a_process_that_was_spawned(name: str, fast: Callable[[str], RuntimeModel]) -> None:
+def test_in_a_process_that_was_spawned(name: GraphRuntime, fast: Callable[[GraphRuntime], RuntimeModel]) -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = pool.apply(fast(name), (image(),))
     torch.testing.assert_close(found, fast(name)(image()), rtol=1e-5, atol=1e-5)

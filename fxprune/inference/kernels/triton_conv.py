@@ -118,8 +118,8 @@ def convolve(
         bias: shape (O,).
         index: shape (groups * kept,), int16, int32 or int64, each below C, which is not checked. int16 is the fastest:
             Triton moves loads of 4 bytes or more through shared memory, and then waits in every step for all that it
-            has loaded ahead (3x3, 128 channels of 28x28, 32 images, blocks of 8 on an H200: .98 of the time of
-            cuDNN's dense convolution with int32).
+            has loaded ahead (on an H200, 32 images, float16, blocks of 8: 18 % less time for 3x3 layers of 512 channels
+            of 7x7, nothing for 128 channels of 28x28).
         places: the channel of `out` that each filter is written to, shape (O,), int32 or int64, all of them once,
             which is not checked; none if they are in order.
         residual: shape of `out`, channels_last.
