@@ -91,7 +91,7 @@ def inputs_for(model: nn.Module, options: argparse.Namespace) -> Inputs | None:
     calibration, _, _, how = read_pictures(drawn, model, options, labelled=False)
     told = f"calibration: {len(drawn)} of {count} pictures in {path}, {how}"
     if not held:
-        return Inputs(calibration, told=f"{told}; too few to hold some back")
+        return Inputs(calibration, told=f"{told}; with fewer than {FEW} the refit judges by some of these")
     held_out, labels, source, _ = read_pictures(looked_at, model, options)
     return Inputs(calibration, held_out, labels, source, told)
 
