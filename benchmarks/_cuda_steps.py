@@ -41,7 +41,6 @@ RATIOS: Mapping[float, Sequence[str]] = {
     0.75: ("kernels overlap", "filters"),
 }
 
-LAYER_BATCH = 32
 LAYERS = ((128, 28), (256, 14), (512, 7))
 """Channels and pixels of 3x3 layers, as ResNets have them."""
 LAYER_PLANS = (
@@ -113,16 +112,18 @@ def tests(place: Place) -> Findings:
 def networks(place: Place) -> Findings:
     """Race whole networks, dense and pruned, as CUDA graphs and eagerly, ratio by ratio."""
     runtimes = ["eager", "cudagraph", "accelerate+cudagraph"] if place.device == "cuda" else ["eager", "accelerate"]
+    model, inputs = _settled(place)
+    dense = dense_network(model, inputs)
     races: list[dict[str, Any]] = []
     for ratio in RATIOS:
-        races.append(_race(place, [_dense(place), *_rivals(place, ratio)], runtimes))
+        races.append(_race(place, [dense, *_rivals(place, model, inputs, ratio)], runtimes))
         yield races
 
 
 def compilers(place: Place) -> Findings:
     """Race the dense network in all that `torch.compile` has."""
     runtimes = ["cudagraph", "max-autotune+cudagraph"] if place.device == "cuda" else ["eager", "compile"]
-    yield [_race(place, [_dense(place)], runtimes)]
+    yield [_race(place, [dense_network(*_settled(place))], runtimes)]
 
 
 def layers(place: Place) -> Findings:
@@ -219,13 +220,8 @@ def _settled(place: Place) -> tuple[nn.Module, Tensor]:
     return model, inputs
 
 
-def _dense(place: Place) -> Network:
-    return dense_network(*_settled(place))
-
-
-def _rivals(place: Place, ratio: float) -> Iterator[Network]:
+def _rivals(place: Place, model: nn.Module, inputs: Tensor, ratio: float) -> Iterator[Network]:
     """Kernels in both forms, and whole filters at equal MACs."""
-    model, inputs = _settled(place)
     for variant in RATIOS[ratio]:
         if variant in place.variants:
             plan = {"target": "cuda", **VARIANTS[variant]}

@@ -12,7 +12,6 @@ are refitted; no image is both calibrated with and evaluated.
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxprune
-from benchmarks import compile_time
 from benchmarks._commands import MODEL_HELP
+from benchmarks._cost import timed, with_peak
 from benchmarks._images import Images, open_disjoint, open_images
 from fxprune.cli import values
 from fxprune.environment import environment
@@ -101,14 +100,17 @@ def prune(
     model: nn.Module, example: Tensor, calibration: Tensor | None = None, progress: bool = False, **options: Any
 ) -> Pruning:
     """Plan and mask; `options` are those of `fxprune.make_plan`."""
-    before = compile_time._reset_peak_mb()
-    began = time.perf_counter()
-    plan = fxprune.make_plan(model, example_inputs=example, calibration=calibration, progress=progress, **options)
-    planned = time.perf_counter()
-    masked = fxprune.mask(model, plan, calibration, progress=progress).eval()
-    seconds = {"plan": planned - began, "mask": time.perf_counter() - planned}
-    peak = None if before is None else compile_time._status_mb("VmHWM") - before
-    return Pruning(plan, masked, seconds, peak)
+
+    def steps() -> tuple[tuple[float, fxprune.PrunePlan], tuple[float, nn.Module]]:
+        planned = timed(
+            lambda: fxprune.make_plan(
+                model, example_inputs=example, calibration=calibration, progress=progress, **options
+            )
+        )
+        return planned, timed(lambda: fxprune.mask(model, planned[1], calibration, progress=progress).eval())
+
+    ((planning, plan), (masking, masked)), peak = with_peak(steps)
+    return Pruning(plan, masked, {"plan": planning, "mask": masking}, peak)
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import fxprune
 from benchmarks._commands import add_output, output_of
+from benchmarks._cost import timed, with_peak
 from fxprune.environment import environment
 from fxprune.models import default_input_size, example_inputs, load_model
 
@@ -50,28 +51,31 @@ SCALING_TARGET_SECONDS = {"timm:inception_resnet_v2": 12.0, "densenet201": 10.0}
 """Upper limits for all steps with verification, on one idle core."""
 
 Measurement = dict[str, float | None]
-T = TypeVar("T")
 
 
 def measure_steps(model: nn.Module, inputs: tuple[Tensor, ...]) -> Measurement:
     """Return the seconds of each step of `fxprune.compile`, called one by one; each step traces anew."""
     seconds: Measurement = {}
-    seconds["analysis"], _ = _timed(lambda: fxprune.analyze(model, inputs))
-    seconds["plan"], plan = _timed(lambda: fxprune.make_plan(model, 0.5, example_inputs=inputs))
-    seconds["mask"], masked = _timed(lambda: fxprune.mask(model, plan))
-    seconds["rewrite"], _ = _timed(lambda: fxprune.rewrite(masked, plan, inputs))
+    seconds["analysis"], _ = timed(lambda: fxprune.analyze(model, inputs))
+    seconds["plan"], plan = timed(lambda: fxprune.make_plan(model, 0.5, example_inputs=inputs))
+    seconds["mask"], masked = timed(lambda: fxprune.mask(model, plan))
+    seconds["rewrite"], _ = timed(lambda: fxprune.rewrite(masked, plan, inputs))
     return seconds
 
 
 def measure_compile(model: nn.Module, inputs: tuple[Tensor, ...]) -> Measurement:
     """Return the seconds and the peak MB of `fxprune.compile` without verification."""
-    seconds, peak = _timed_with_peak(lambda: fxprune.compile(model, 0.5, example_inputs=inputs, verify=False))
+    (seconds, _), peak = with_peak(
+        lambda: timed(lambda: fxprune.compile(model, 0.5, example_inputs=inputs, verify=False))
+    )
     return {"compile": seconds, "compile peak MB": peak}
 
 
 def measure_verified(model: nn.Module, inputs: tuple[Tensor, ...]) -> Measurement:
     """Return the seconds and the peak MB of `fxprune.compile` with verification, its default with example inputs."""
-    seconds, peak = _timed_with_peak(lambda: fxprune.compile(model, 0.5, example_inputs=inputs, verify=True))
+    (seconds, _), peak = with_peak(
+        lambda: timed(lambda: fxprune.compile(model, 0.5, example_inputs=inputs, verify=True))
+    )
     return {"verified": seconds, "verified peak MB": peak}
 
 
@@ -82,10 +86,10 @@ def measure_scaling(model: nn.Module, inputs: tuple[Tensor, ...]) -> Measurement
     inputs = tuple(torch.randn(*x.shape[:2], SCALING_PIXELS, SCALING_PIXELS) for x in inputs)
     seconds: Measurement = {}
     clock = time.process_time
-    seconds["plan"], plan = _timed(lambda: fxprune.make_plan(model, 0.5, example_inputs=inputs), clock)
-    seconds["mask"], masked = _timed(lambda: fxprune.mask(model, plan), clock)
-    seconds["rewrite"], pruned = _timed(lambda: fxprune.rewrite(masked, plan, inputs), clock)
-    seconds["verify"], _ = _timed(lambda: fxprune.verify(pruned, masked, inputs), clock)
+    seconds["plan"], plan = timed(lambda: fxprune.make_plan(model, 0.5, example_inputs=inputs), clock)
+    seconds["mask"], masked = timed(lambda: fxprune.mask(model, plan), clock)
+    seconds["rewrite"], pruned = timed(lambda: fxprune.rewrite(masked, plan, inputs), clock)
+    seconds["verify"], _ = timed(lambda: fxprune.verify(pruned, masked, inputs), clock)
     return {**seconds, "convolutions": len(plan.layers)}
 
 
@@ -101,34 +105,6 @@ STEPS = ("plan", "mask", "rewrite", "verify")
 def memory_limit_mb(model: nn.Module) -> float:
     """Return three times the size of the parameters plus 200 MB, in MB (10^6 bytes)."""
     return 3 * sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6 + 200
-
-
-def _timed(work: Callable[[], T], clock: Callable[[], float] = time.perf_counter) -> tuple[float, T]:
-    start = clock()
-    result = work()
-    return clock() - start, result
-
-
-def _timed_with_peak(work: Callable[[], object]) -> tuple[float, float | None]:
-    before = _reset_peak_mb()
-    seconds, _ = _timed(work)
-    return seconds, None if before is None else _status_mb("VmHWM") - before
-
-
-def _reset_peak_mb() -> float | None:
-    """Set the kernel's high-water mark of resident memory to the present level, and return it; None where it cannot."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
-    except OSError:
-        return None
-    return _status_mb("VmRSS")
-
-
-def _status_mb(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise LookupError(f"/proc/self/status has no {field}")
 
 
 def measure_in_fresh_process(name: str, kind: str, threads: int) -> Measurement:

@@ -19,13 +19,14 @@ from torch import nn
 import fxprune
 from benchmarks._commands import MODEL_HELP, run_as
 from fxprune.cli import values
+from fxprune.comparison.evaluation import accuracy
 from fxprune.environment import environment
 from fxprune.files import write_json
 from fxprune.inference.race import race
 from fxprune.inference.runtimes.int8 import quantize
 from fxprune.models import load_model
 from fxprune.training.data.pictures import NORMALIZATIONS
-from fxprune.training.data.sources import Data, open_data
+from fxprune.training.data.sources import open_data
 from fxprune.vocabulary import GraphRuntime
 
 RUNTIMES: tuple[GraphRuntime, ...] = ("onnxruntime", "openvino")
@@ -54,7 +55,10 @@ def measure(options: argparse.Namespace) -> int:
             fast = fxprune.accelerate(network, images[: options.batch[0]], runtime=runtime)
             networks[f"{variant}, {runtime}"] = fast
             networks[f"{variant}, {runtime} int8"] = quantize(fast, images)
-    rows = {name: {"accuracy": accuracy(network, data, options.test_images)} for name, network in networks.items()}
+    tested, labels = (
+        torch.cat(part)[: options.test_images] for part in zip(*data.test_batches(TEST_BATCH), strict=True)
+    )
+    rows = {name: {"accuracy": accuracy(network, tested, labels)} for name, network in networks.items()}
     for batch in options.batch:
         calls = {name: functools.partial(network, images[:batch]) for name, network in networks.items()}
         for name, timing in race(calls, rounds=ROUNDS, min_seconds=TURN_SECONDS).items():
@@ -63,17 +67,6 @@ def measure(options: argparse.Namespace) -> int:
     write_json(options.output, {"environment": environment(), "settings": settings, "rows": rows})
     print(table(rows, options.batch))
     return 0
-
-
-def accuracy(network: nn.Module, data: Data, most: int) -> float:
-    """Top-1 accuracy on the first `most` test images."""
-    right = seen = 0
-    for images, labels in data.test_batches(TEST_BATCH):
-        right += int((network(images).argmax(1) == labels).sum())
-        seen += len(labels)
-        if seen >= most:
-            break
-    return right / seen
 
 
 def table(rows: dict[str, dict[str, float]], batches: Sequence[int]) -> str:

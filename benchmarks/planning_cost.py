@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from benchmarks.compile_time import _reset_peak_mb, _status_mb
+from benchmarks._cost import timed, with_peak
 from fxprune.comparison.rivals import settle
 from fxprune.environment import environment
 from fxprune.files import write_json
@@ -73,10 +73,8 @@ def _rewritten(masked: nn.Module, plan: fxprune.PrunePlan, x: Tensor) -> None:
 
 
 def _stage(found: dict[str, dict[str, float | None]], name: str, work: Callable[[], Any]) -> Any:
-    before, started = _reset_peak_mb(), time.process_time()
-    result = work()
-    peak = None if before is None else _status_mb("VmHWM") - before
-    found[name] = {"processor_seconds": time.process_time() - started, "peak_mb": peak}
+    (seconds, result), peak = with_peak(lambda: timed(work, time.process_time))
+    found[name] = {"processor_seconds": seconds, "peak_mb": peak}
     return result
 
 

@@ -27,7 +27,7 @@ def environment() -> dict[str, Any]:
         "torchvision": importlib.metadata.version("torchvision"),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpuinfo("model name") or platform.processor() or "unknown",
-        "cpu_flags": [flag for flag in CPU_FLAGS if flag in (_cpuinfo("flags") or _cpuinfo("Features") or "").split()],
+        "cpu_flags": [flag for flag in CPU_FLAGS if flag in _flags()],
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "load": [round(average, 2) for average in os.getloadavg()] if hasattr(os, "getloadavg") else None,
@@ -41,8 +41,12 @@ def environment() -> dict[str, Any]:
 
 def has_vnni() -> bool:
     """Whether the processor multiplies bytes into 32 bits at once (AVX-512 VNNI, AVX-VNNI, Arm's dot product)."""
-    flags = (_cpuinfo("flags") or _cpuinfo("Features") or "").split()
-    return not {"avx512_vnni", "avx_vnni", "asimddp"}.isdisjoint(flags)
+    return not {"avx512_vnni", "avx_vnni", "asimddp"}.isdisjoint(_flags())
+
+
+def _flags() -> set[str]:
+    """What the first core can do, as Linux names it."""
+    return set((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
 
 
 def _cpuinfo(field: str) -> str | None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 import fxprune
 from fxprune.comparison.evaluation import Evaluation, evaluate
 from fxprune.comparison.extras import require
+from fxprune.comparison.looks import look_of
 from fxprune.comparison.rivals import Network, dense_network, folded
 from fxprune.comparison.runtimes import RUNTIMES, prepare
 from fxprune.environment import environment
@@ -23,7 +24,6 @@ from fxprune.tables import Bar, Cell, Column, Table, Tabular
 ROUNDS = 15
 MIN_SECONDS = 0.02
 """Of a turn: short calls are repeated within it."""
-INK, MARK = "#000000", "#4477AA"
 
 
 @dataclass(frozen=True)
@@ -230,8 +230,8 @@ def draw_sweep(found: Sweep, path: Path) -> None:
     for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
         xs = [budget.macs_share if panel == "MACs" else budget.relative[panel] for budget in found.budgets]
         ys = [100 * (_kept(budget, labelled)) for budget in found.budgets]
-        axes.plot(xs, ys, "-o", color=MARK)
-        axes.axhline(ys[0] - found.allowed, color=INK, linewidth=0.8, linestyle="--")
+        axes.plot(xs, ys, **look_of("fxprune").mark)
+        axes.axhline(ys[0] - found.allowed, color=look_of("dense").colour, linewidth=0.8, linestyle="--")
         axes.set_xlabel("share of the MACs" if panel == "MACs" else f"time in {panel}, of the dense network's")
         axes.grid(alpha=0.3)
         for budget, x, y in zip(found.budgets[1:], xs[1:], ys[1:], strict=True):

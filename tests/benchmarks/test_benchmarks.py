@@ -14,6 +14,7 @@ from torch import fx, nn
 
 import fxprune
 from benchmarks import accuracy, compile_time, planning, recovery
+from benchmarks._cost import reset_peak_mb, timed, with_peak
 from benchmarks._images import Images, open_disjoint, open_images
 from fxprune.criteria.snapshots import Snapshot
 from fxprune.environment import environment
@@ -528,13 +529,13 @@ def test_the_table_marks_what_is_above_its_limit() -> None:
 
 
 def test_the_peak_is_above_the_level() -> None:
-    if compile_time._reset_peak_mb() is None:
+    if reset_peak_mb() is None:
         pytest.skip("this system does not let a process reset its peak memory")
-    seconds, peak = compile_time._timed_with_peak(lambda: torch.ones(30_000_000))  # 120 MB
+    (seconds, _), peak = with_peak(lambda: timed(lambda: torch.ones(30_000_000)))  # 120 MB
     assert seconds > 0
     assert peak is not None
     assert 100 < peak < 200
-    _, nothing = compile_time._timed_with_peak(lambda: None)
+    _, nothing = with_peak(lambda: None)
     assert nothing is not None
     assert nothing < 20
 

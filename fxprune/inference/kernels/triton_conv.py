@@ -50,6 +50,11 @@ class Tile(NamedTuple):
     BK: int
     stages: int
 
+    @property
+    def settings(self) -> dict[str, int]:
+        """Arguments of the kernel."""
+        return {"BM": self.BM, "BN": self.BN, "BK": self.BK, "num_stages": self.stages, "num_warps": WARPS}
+
 
 def tiles(pixels: int, filters: int, kept: int, dtype: torch.dtype) -> list[Tile]:
     """Tiles worth timing for a convolution.
@@ -159,8 +164,7 @@ def convolve(
 
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         if tile is not None:
-            settings = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "num_stages": tile.stages, "num_warps": WARPS}
-            _kernel[grid](**arguments, **settings)
+            _kernel[grid](**arguments, **tile.settings)
             return
         types = [None if tensor is None else tensor.dtype for tensor in (x, bias, index, places, residual)]
         key = (*(arguments[name] for name in KEY), *types, x.device)
@@ -171,8 +175,8 @@ def convolve(
                     "nothing can be timed while a CUDA graph is captured; run the model once before the capture"
                 )
             _compile_side_by_side(arguments, tiles(pixels, filters, kept, x.dtype))
-            _tuned.add(key)
         _tuned_kernel[grid](**arguments)
+        _tuned.add(key)  # not before: what could not be tuned is new the next time, too
 
 
 def _compile_side_by_side(arguments: dict[str, Any], chosen: Sequence[Tile]) -> None:
@@ -181,8 +185,7 @@ def _compile_side_by_side(arguments: dict[str, Any], chosen: Sequence[Tile]) -> 
         return
     with ThreadPoolExecutor(min(len(chosen), os.cpu_count() or 1)) as pool, triton.AsyncCompileMode(pool):
         for tile in chosen:
-            settings = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "num_stages": tile.stages, "num_warps": WARPS}
-            _kernel.warmup(**arguments, grid=(1,), **settings)
+            _kernel.warmup(**arguments, grid=(1,), **tile.settings)
 
 
 def _precision(dtype: torch.dtype) -> str:

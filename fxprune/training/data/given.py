@@ -1,14 +1,12 @@
 """Datasets of one's own, by the name of a function: whatever `torch.utils.data.Dataset` can be."""
 
-import importlib
-import os
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxprune.models.by_name import ModelNameError, call_by_name
 from fxprune.training.data.pictures import DataError, Normalization
 
 AS_THEY_ARE = Normalization((0.0,), (1.0,))
@@ -59,14 +57,12 @@ def open_given(source: str) -> tuple[Given, Given]:
     Raises:
         DataError: there is no such function, it raises, or what it gives is no pair of datasets with labels.
     """
-    module, _, name = source.partition(":")
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)
     try:
-        made = getattr(importlib.import_module(module), name)()
-    except Exception as error:  # whatever the module of somebody else does
+        made = call_by_name(source)
+    except ModelNameError as error:
+        said = error.__cause__ or error
         raise DataError(
-            f"{source}: is no source of that name and no function that gives datasets ({type(error).__name__}: {error})"
+            f"{source}: is no source of that name and no function that gives datasets ({type(said).__name__}: {said})"
         ) from error
     if not isinstance(made, tuple | list) or len(made) != 2:
         raise DataError(f"{source}: gave {type(made).__name__}; it must give two datasets, to train and to test with")
