@@ -34,6 +34,19 @@ def columns_of(out_order: ArrayLike, kept: ArrayLike, area: int, device: torch.d
     return list(zip(filters, columns, strict=True))
 
 
+def parts_that_stay(stays: Tensor, area: int) -> list[Part]:
+    """The same from the kernels that stay, `(O, C)` bool: filters that read the same channels come together, and those
+    of which nothing stays are in no part.
+    """
+    kinds, kind = torch.unique(stays, dim=0, return_inverse=True)
+    taps = torch.arange(area, device=stays.device)
+    return [
+        ((kind == i).nonzero().flatten(), (channels.nonzero() * area + taps).flatten())
+        for i, channels in enumerate(kinds)
+        if channels.any()
+    ]
+
+
 def pull_of(mean_square: float, ridge: float) -> float:
     """The pull for a ridge that is relative to the mean square of the inputs; where they are all zero, the prior stays
     as it is.
