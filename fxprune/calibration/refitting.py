@@ -26,7 +26,7 @@ from torch import Tensor, fx
 from fxprune.calibration.batches import Batch
 from fxprune.calibration.following import Bounds, Following, follow
 from fxprune.calibration.held_out import choose_ridge
-from fxprune.calibration.least_squares import Part, Problem, columns_of, problem_of, pull_of
+from fxprune.calibration.least_squares import Part, Problem, bundles, columns_of, problem_of, pull_of
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.samples import MAX_ROWS, Samples, draw
 from fxprune.graph.convolutions import Layer, kernels_of, layer_at
@@ -201,8 +201,9 @@ def solve(
     gram = samples.gram() if any(len(columns) <= samples.rows for _, columns in parts) else None
     new, mean = torch.zeros_like(prior), samples.target_mean.clone()
     energy = masked = refitted = 0.0
-    for outputs, columns in parts:  # one after the other: there is memory for the rows and the factor of one
-        problem = problem_of(samples, gram, (outputs, columns), prior, pull)
+    for bundle in bundles(parts, samples.rows):  # one after the other: there is memory for the rows and factors of one
+        problem = problem_of(samples, gram, bundle, prior, pull)
+        outputs, columns = problem.outputs, problem.columns
         targets = samples.targets[:, outputs] - samples.target_mean[outputs].float()
         best = problem.solve(targets)
         energy += _energy(targets)

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from products_harness import fewer
 from torch import Tensor, nn
 
+import fxprune.calibration.least_squares
 from fxprune.calibration.batches import Batch, read_batches
 from fxprune.calibration.following import Bounds
-from fxprune.calibration.least_squares import Part, columns_of, problem_of, pull_of
+from fxprune.calibration.least_squares import Part, bundles, columns_of, problem_of, pull_of
 from fxprune.calibration.refitting import LayerFit, parts_of, reconstruct, solve
 from fxprune.calibration.samples import Samples, mean_product
 from fxprune.graph.tracing import trace
@@ -121,7 +122,7 @@ def test_fewer_rows_than_columns_are_solved_through_the_rows_with_equal_results(
     targets = (samples.targets - samples.target_mean.float())[:, outputs]
     # By rows there is no need of the Gram matrix of the columns: that of zeros would give other weights.
     gram = samples.gram() if rows >= len(columns) else torch.zeros(40, 40).double()
-    problem = problem_of(samples, gram, part, prior, 0.05)
+    problem = problem_of(samples, gram, [part], prior, 0.05)
     best = problem.solve(targets)
     assert best.shape == ((rows, 5) if rows < len(columns) else (5, len(columns)))
     own, inputs = prior[outputs][:, columns], samples.inputs[:, columns].double()
@@ -136,6 +137,24 @@ def test_fewer_rows_than_columns_are_solved_through_the_rows_with_equal_results(
     implied = inputs.T @ (problem.answer(best) + missing).double() / rows + 0.05 * own.T
     assert torch.allclose(problem.weights(step), torch.linalg.solve(system, implied).T, atol=1e-3)
     assert not torch.allclose(problem.weights(step), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("bounds", [None, RELU])
+def test_groups_that_are_solved_together_get_what_each_gets_alone(
+    bounds: Bounds | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, kernels = random_weight(12, 10, 4), random_kernels(12, 10, 4, 5)
+    parts = parts_of(kernels, weight)
+    samples = some_samples(weight, 900)
+    together = solve(weight, parts, samples, bounds)
+    monkeypatch.setattr(fxprune.calibration.least_squares, "TOGETHER", 1)
+    alone = solve(weight, parts, samples, bounds)
+    assert torch.allclose(together.weight, alone.weight, atol=1e-4 if bounds is None else 0.05)
+    assert together.fit.refitted == pytest.approx(alone.fit.refitted, rel=1e-4)
+    assert [len(bundle) for bundle in bundles(parts, 900)] == [1] * 4
+    monkeypatch.setattr(fxprune.calibration.least_squares, "TOGETHER", 6)
+    assert [len(bundle) for bundle in bundles(parts, 900)] == [2, 2]
+    assert [len(bundle) for bundle in bundles(parts, 19)] == [1] * 4  # 20 columns: by rows, each by itself
 
 
 def test_if_nothing_is_pruned_the_layer_stays_as_it_is() -> None:
