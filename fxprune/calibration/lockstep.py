@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from fxprune.calibration.batches import Batch
+from fxprune.calibration.stages import Run
 from fxprune.errors import CalibrationError
 from fxprune.graph.memory import Memory, is_mutating
 
@@ -76,7 +77,7 @@ class Lockstep:
         pruned: a trace of the same model with other weights; they may change while the networks are paused. If it is
             `dense` itself, that one network is run once.
         batches: arguments of forward. They are not changed.
-        progress: show a bar on stderr.
+        progress: show a bar on stderr; or the run of which this is one pass.
         memory_limit: see `MEMORY_LIMIT`.
 
     Raises:
@@ -89,7 +90,7 @@ class Lockstep:
         pruned: fx.GraphModule,
         batches: Sequence[Batch],
         *,
-        progress: bool = False,
+        progress: bool | Run = False,
         memory_limit: int = MEMORY_LIMIT,
     ) -> None:
         self._networks = Network(dense), Network(pruned)
@@ -112,7 +113,9 @@ class Lockstep:
                     sample.values[sample.network.nodes[node.name]] = _copy(argument, sample.network.device)
         self._limit = memory_limit
         self._resident = sum(sample.resident() for pair in self.samples for sample in _distinct(pair))
-        self._progress = tqdm(total=len(self._graph), desc="calibrating", unit="node", disable=not progress)
+        self._run = progress if isinstance(progress, Run) else None
+        shown = progress is True
+        self._progress = tqdm(total=len(self._graph), desc="calibrating", unit="node", disable=not shown)
         self._folder = tempfile.TemporaryDirectory(prefix="fxprune-", ignore_cleanup_errors=True)
 
     def __enter__(self) -> "Lockstep":
@@ -125,6 +128,11 @@ class Lockstep:
         """Forget all values and remove the temporary folder."""
         self.samples.clear()
         self._progress.close()
+        if self._run is not None:
+            if error is None:
+                self._run.advance(1 - self._position / len(self._graph))
+            else:
+                self._run.close()
         self._folder.cleanup()
 
     def pause_before(self, name: str) -> Sequence[tuple[Sample, Sample]]:
@@ -138,6 +146,8 @@ class Lockstep:
             for sample in _distinct(pair):
                 self._advance(sample, stop, number)
         self._progress.update(stop - self._position)
+        if self._run is not None:
+            self._run.advance((stop - self._position) / len(self._graph))
         self._position = stop
         return self.samples
 

@@ -17,6 +17,7 @@ from fxprune.calibration.judging import Judge, best
 from fxprune.calibration.subject import Subject
 from fxprune.errors import PlanError
 from fxprune.planning.candidates import told
+from fxprune.planning.estimates import PLAN
 from fxprune.planning.filters import FilterPlanner, judged_plans
 from fxprune.planning.joint import kernels_of_rest
 from fxprune.planning.kernels import judged_ways, planned, ways_to_spend
@@ -75,6 +76,7 @@ def plan_auto(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module 
         raise PlanError("granularity='auto': " + "; ".join(trials.failures))
     agreements = {name: agreement for name, (_, agreement) in trials.found.items()}
     taken = best(agreements)
+    subject.begin(PLAN)
     plan, masked = trials.found[taken][0].carried_out(subject)
     remark = told("one budget over filters and kernels", agreements, taken)
     return replace(plan, remarks=(remark, *trials.remarks, *trials.failures)), masked

@@ -12,6 +12,7 @@ from fxprune.calibration.subject import Subject
 from fxprune.channels.writers import common_writers
 from fxprune.graph.copying import copied
 from fxprune.planning.candidates import candidates, told
+from fxprune.planning.estimates import JUDGING, PLAN, SENSITIVITY
 from fxprune.planning.latency_budget import meet_latency
 from fxprune.planning.planner import Planner, prunable_shapes, serves_accuracy
 from fxprune.planning.requests import Request
@@ -29,13 +30,16 @@ def plan_kernels(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Modu
     if request.budget is None:
         if request.latency is not None:
             request = meet_latency(subject, request, sensitivity_of(subject, request), _writers(subject, request))
+        subject.begin(PLAN)
         return planned(subject, request)
     ways = ways_to_spend(subject, request)
     if subject.batches is None or len(ways) == 1:
+        subject.begin(PLAN)
         return planned(subject, next(iter(ways.values())), accurate=serves_accuracy(subject, request))
     judge = Judge(subject)
     found = judged_ways(judge, ways)
     way = best(found)
+    subject.begin(PLAN)
     plan, masked = planned(subject, ways[way], accurate=serves_accuracy(subject, request))
     return replace(plan, remarks=(told("ways to spend the budget", found, way),)), masked
 
@@ -61,6 +65,7 @@ def judged_ways(judge: Judge, ways: Mapping[str, Request]) -> dict[str, Agreemen
     kernels are chosen in a cheaper way.
     """
     found = {}
+    judge.fitted.begin(JUDGING, len(ways))
     for way, request in ways.items():
         if request.method_for(calibrated=True) == "reconstruction":
             request = replace(request, method="cocluster", criterion="activation")
@@ -90,7 +95,7 @@ def planned(subject: Subject, request: Request, accurate: bool = False) -> tuple
     if subject.batches is None:
         return planner.from_weights(request.progress), None
     if planner.sharing:
-        seed, progress, batches = request.seed, request.progress, subject.network_batches or []
+        seed, progress, batches = request.seed, request.progress and not subject.run, subject.network_batches or []
         for name, samples in survey(subject.network, batches, planner.sharing, seed=seed, progress=progress):
             planner.survey(name, samples)
     masked = copied(subject.model)
@@ -114,6 +119,7 @@ def sensitivity_of(subject: Subject, request: Request) -> Sensitivity:
     if request.sensitivity is not None:
         return request.sensitivity.among(subject.layers, groups)
     graph = subject.trace.module if subject.batches is None else subject.network
+    subject.begin(SENSITIVITY)
     return measure(
         graph,
         groups,
@@ -121,5 +127,5 @@ def sensitivity_of(subject: Subject, request: Request) -> Sensitivity:
         subject.network_batches,
         seed=request.seed,
         rows=subject.rows,
-        progress=request.progress,
+        progress=subject.run or request.progress,
     )
