@@ -106,8 +106,10 @@ def compile(
         granularity: `"kernel"`: convolutions become grouped, each group keeps some input channels. `"filter"`: whole
             filters go, with everything they feed, through residual additions, concatenations, depthwise convolutions,
             shuffles and slices; convolutions become narrower. A mapping gives both a ratio and does one after the
-            other: `{"filter": 0.25, "kernel": 0.5}`. `"auto"` divides a budget among both, in the way that does best
-            on held-out data (`fxprune.planning.auto`); it needs calibration data.
+            other: `{"filter": 0.25, "kernel": 0.5}`. `"branch"`: whole residual branches go, those that are missed
+            least, and the layers behind them are refitted (`fxprune.planning.branches`); a ratio is a share of the
+            branches. `"auto"` divides a budget among all, in the way that does best on held-out data
+            (`fxprune.planning.auto`). Both need calibration data.
         scope: of filters: `"local"` removes the same share from each channel space, `"global"` ranks all filters of the
             network (`fxprune.planning.selection.choose_units`). None is `"local"`; but for a budget with calibration
             data both are tried, and one between, and what does best on held-out data is taken.

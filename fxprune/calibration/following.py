@@ -1,21 +1,17 @@
 """What follows a convolution in the graph, as far as a refit can make use of it: BatchNorm, addition, rectifier."""
 
 import math
-import operator
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxprune.graph.editing import call_sites, called_module
+from fxprune.graph.editing import BATCH_NORMS, call_sites, called_module, is_addition
 from fxprune.graph.memory import Memory
 
 Bounds = tuple[float, float]
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-_ADDITIONS = frozenset((operator.add, operator.iadd, torch.add))
 _RECTIFIERS: dict[object, Bounds] = {
     nn.ReLU: (0.0, math.inf),
     F.relu: (0.0, math.inf),
@@ -77,14 +73,6 @@ def _is_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
         return False
     norm = gm.get_submodule(str(node.target))
     return type(norm) in BATCH_NORMS and norm.running_mean is not None and len(call_sites(gm)[norm]) == 1
-
-
-def is_addition(node: fx.Node) -> bool:
-    """Whether a node adds two values and does nothing else."""
-    named = node.op == "call_method" and node.target in ("add", "add_")
-    return (named or (node.op == "call_function" and node.target in _ADDITIONS)) and (
-        len(node.args) == 2 and not node.kwargs
-    )
 
 
 def _rectifier(gm: fx.GraphModule, node: fx.Node | None) -> Bounds | None:

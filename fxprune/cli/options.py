@@ -51,10 +51,10 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--granularity",
         type=values.granularity,
-        metavar="kernel|filter|auto|filter:R,kernel:R",
+        metavar="kernel|filter|branch|auto|filter:R,kernel:R",
         help="prune kernels, so that convolutions become grouped (default), or whole filters, so that they become "
-        "narrower; both, as divides a budget best, which needs --calibration; or filters at one ratio, then kernels at "
-        "another",
+        "narrower, or whole residual branches; all of them, as divides a budget best, which like branches needs "
+        "--calibration; or filters at one ratio, then kernels at another",
     )
     parser.add_argument(
         "--scope",

@@ -18,7 +18,7 @@ from fxprune.calibration.subject import Subject
 from fxprune.errors import PlanError
 from fxprune.planning.candidates import told
 from fxprune.planning.filters import FilterPlanner, judged_plans
-from fxprune.planning.joint import kernels_of_rest
+from fxprune.planning.joint import with_rest
 from fxprune.planning.kernels import judged_ways, planned, ways_to_spend
 from fxprune.planning.planner import serves_accuracy
 from fxprune.planning.requests import Request
@@ -51,7 +51,7 @@ class _Division:
         request, accurate = self.kernels, serves_accuracy(subject, self.kernels)
         if self.filters is None:
             return planned(subject, request, accurate)
-        return kernels_of_rest(subject, self.filters, lambda rest: planned(rest, request, accurate), request.progress)
+        return with_rest(subject, self.filters, lambda rest: planned(rest, request, accurate), request.progress)
 
 
 def plan_auto(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module | None]:
@@ -149,7 +149,7 @@ class _Trials:
             ways.append(next(iter(ways_to_spend(rest, _with_budget(self._kernels, cost, share / left)).values())))
             return planned(rest, ways[0], accurate=serves_accuracy(rest, ways[0]))
 
-        _, masked = kernels_of_rest(self._judge.fitted, filters, of_rest)
+        _, masked = with_rest(self._judge.fitted, filters, of_rest)
         assert masked is not None
         return _Division(filters, ways[0]), self._judge.agreement(masked)
 

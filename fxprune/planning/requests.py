@@ -31,6 +31,8 @@ GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 """What is removed: kernels, so that convolutions become grouped, or whole filters, so that they become narrower."""
 AUTO = "auto"
 """In place of a granularity: a budget is divided among filters and kernels."""
+BRANCH = "branch"
+"""The granularity of whole residual branches."""
 METHODS: tuple[str, ...] = get_args(Method)
 """How groups and kept kernels are chosen.
 
@@ -212,11 +214,11 @@ class Request:
         given = self.granularity
         names = list(given) if isinstance(given, Mapping) else [given]
         for name in names:
-            if name not in GRANULARITIES and given != AUTO:
-                close = near_matches(str(name), (*GRANULARITIES, AUTO))
+            if name not in GRANULARITIES and given not in (AUTO, BRANCH):
+                close = near_matches(str(name), (*GRANULARITIES, BRANCH, AUTO))
                 raise PlanError(
-                    f"granularity is {name!r}{close}; it must be 'kernel', 'filter', or map both to their ratios: "
-                    "granularity={'filter': 0.25, 'kernel': 0.5}; or 'auto', with a budget"
+                    f"granularity is {name!r}{close}; it must be 'kernel', 'filter', 'branch', or map the first two to "
+                    "their ratios: granularity={'filter': 0.25, 'kernel': 0.5}; or 'auto', with a budget"
                 )
         if isinstance(given, Mapping):
             self._check_both(names)
@@ -224,6 +226,9 @@ class Request:
             return
         if given == AUTO:
             self._check_auto()
+            return
+        if given == BRANCH:
+            self._check_branches()
             return
         foreign, other, them = (
             (_KERNELS_ONLY, "kernel", "filters") if given == "filter" else (_FILTERS_ONLY, "filter", "kernels")
@@ -253,6 +258,14 @@ class Request:
                     f"{name}={_short(value)} does not fit the network that removed filters leave; leave it out for "
                     "granularity='auto'"
                 )
+
+    def _check_branches(self) -> None:
+        """See that nothing is given that whole branches have not."""
+        for name in (*_KERNELS_ONLY, *_FILTERS_ONLY, "criterion", "variety", "snapshots"):
+            if (value := getattr(self, name)) != _DEFAULTS[name]:
+                raise PlanError(f"{name}={_short(value)} has no meaning for granularity='branch'; leave it out")
+        if self.latency is not None:
+            raise PlanError(f"latency={self.latency!r} is for kernels and filters; give branches macs= or a ratio")
 
     def _check_both(self, names: Sequence[str]) -> None:
         """See that a mapping from granularity to ratio is the only answer to how much goes."""
