@@ -180,8 +180,8 @@ def test_parameters_are_counted_where_they_are_the_budget(net: Net) -> None:
     ],
 )
 def test_refused(net: Net, asked: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"granularity": "branch", "ratio": 0.5, "calibration": images()} | asked
     with pytest.raises(PlanError, match=message):
-        arguments: dict[str, Any] = {"granularity": "branch", "ratio": 0.5, "calibration": images()} | asked
         fxprune.make_plan(net, **arguments)
 
 
