@@ -20,6 +20,7 @@ from fxprune.planning.candidates import told
 from fxprune.planning.filters import FilterPlanner, judged_plans
 from fxprune.planning.joint import with_rest
 from fxprune.planning.kernels import judged_ways, planned, ways_to_spend
+from fxprune.planning.latency_parts import measure_for
 from fxprune.planning.planner import serves_accuracy
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Cost
@@ -98,6 +99,8 @@ class _Trials:
         self.remarks: list[str] = []
         self.failures: list[str] = []
         self._subject = subject
+        if request.latency is not None and request.latency_table is None:
+            request = replace(request, latency_table=measure_for(subject, request))
         self._filters, self._kernels = request.parts()
         self._judge, self._planner = Judge(subject), FilterPlanner(subject)
         self._spread: str | None = None
@@ -111,7 +114,8 @@ class _Trials:
 
     def kernels_alone(self) -> tuple[_Division, Agreement | None]:
         """The best way to spend all on kernels. It is judged as it would be carried out, for filters are, too."""
-        ways = ways_to_spend(self._subject, self._kernels)
+        ways, remarks = ways_to_spend(self._subject, self._kernels)
+        self.remarks.extend(f"kernels alone, {remark}" for remark in remarks)
         way = next(iter(ways))
         if len(ways) > 1:
             agreements = judged_ways(self._judge, ways)
@@ -129,33 +133,43 @@ class _Trials:
         way = self._spread = best(agreements)
         if len(plans) > 1:
             self.remarks.append(told("filters alone, ways to spread them", agreements, way))
+        self.remarks.extend(f"filters alone, {remark}" for remark in plans[way].remarks)
         return _Division(filters=plans[way]), agreements[way]
 
     def both(self, part: float) -> tuple[_Division, Agreement | None]:
         """Filters for a part of the saving, spread as was best for all of it; kernels of what they leave for the
         rest, by the least damage.
         """
-        assert self._filters.budget is not None
-        cost, share = self._filters.budget
-        asked = _with_budget(self._filters, cost, 1 - part * (1 - share))
-        plans = self._planner.plans(replace(asked, round_to=math.lcm(asked.round_to, ROUND_TO)))
-        filters = plans[self._spread] if self._spread in plans else next(iter(plans.values()))
+        eased = {name: 1 - part * (1 - share) for name, share in self._filters.shares.items()}
+        asked = replace(self._filters.with_shares(eased), round_to=math.lcm(self._filters.round_to, ROUND_TO))
+        filters = next(iter(self._planner.plans(asked, self._spread).values()))
         ways: list[Request] = []
 
         def of_rest(rest: Subject) -> tuple[PrunePlan, nn.Module | None]:
-            left = _cost(rest, cost) / _cost(self._subject, cost)
-            if left <= share:
-                raise PlanError(f"the filters leave {left:.4g} of the {cost}, and nothing to do for kernels")
-            ways.append(next(iter(ways_to_spend(rest, _with_budget(self._kernels, cost, share / left)).values())))
+            ways.append(next(iter(ways_to_spend(rest, self._of_rest(rest, filters))[0].values())))
             return planned(rest, ways[0], accurate=serves_accuracy(rest, ways[0]))
 
         _, masked = with_rest(self._judge.fitted, filters, of_rest)
         assert masked is not None
         return _Division(filters, ways[0]), self._judge.agreement(masked)
 
+    def _of_rest(self, rest: Subject, filters: PrunePlan) -> Request:
+        """What the network that filters leave has to keep, so that the whole budget is kept.
 
-def _with_budget(request: Request, cost: Cost, share: float) -> Request:
-    return replace(request, macs=share) if cost == "macs" else replace(request, params=share)
+        Raises:
+            PlanError: the filters have kept it already.
+        """
+        left: dict[str, float] = {
+            cost: _cost(rest, cost) / _cost(self._subject, cost) for cost in self._kernels.budgets
+        }
+        if self._kernels.latency is not None:
+            left["latency"] = self._planner.share_of(filters)
+        shares = {name: share / left[name] for name, share in self._kernels.shares.items()}
+        if min(shares.values()) >= 1:
+            what = ", ".join(f"{share:.4g} of the {name}" for name, share in left.items())
+            raise PlanError(f"the filters leave {what}, and nothing to do for kernels")
+        open_ = self._kernels.with_shares({name: share for name, share in shares.items() if share < 1})
+        return replace(open_, latency_table=None)  # which is of the whole network
 
 
 def _cost(subject: Subject, cost: Cost) -> int:
