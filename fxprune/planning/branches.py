@@ -10,10 +10,10 @@ judged (`fxprune.calibration.judging`):
   for Efficient Neural Network Pruning", ECCV 2020, section 3.3, adaptive batch normalization).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,17 @@ from fxprune.calibration.judging import Judge, best
 from fxprune.calibration.subject import Subject
 from fxprune.channels.branches import residual_branches
 from fxprune.errors import PlanError
+from fxprune.exact.rewriting import rewrite
 from fxprune.graph.copying import copied
 from fxprune.planning.candidates import told
-from fxprune.planning.lossy import masked_by
+from fxprune.planning.filters import judged_plans
+from fxprune.planning.latency_budget import inputs_to_time
+from fxprune.planning.latency_meeting import Meeting, WholeNetwork
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.requests import Request
+from fxprune.planning.sensitivity import Cost
 from fxprune.plans import PrunePlan
+from fxprune.plans.masking import masked_copy
 
 SAMPLE = 128
 """Inputs on which branches are compared, at most."""
@@ -39,22 +44,7 @@ TRIED = 5
 WAYS = {"as they are": False, "normalized anew": True}
 """Ways to compare, with whether BatchNorm takes the statistics of the sample."""
 
-
-@dataclass(frozen=True)
-class Removable:
-    """The branches of a network that can go.
-
-    Attributes:
-        layers: of each, by name, in graph order: the module paths of its layers.
-        cost: what each costs, in the unit of the budget.
-        total: what the network costs.
-        refused: those that cannot go, with the reason.
-    """
-
-    layers: Mapping[str, tuple[str, ...]]
-    cost: Mapping[str, float]
-    total: float
-    refused: Mapping[str, str]
+Branches = tuple[str, ...]
 
 
 def plan_branches(subject: Subject, request: Request) -> PrunePlan:
@@ -64,118 +54,185 @@ def plan_branches(subject: Subject, request: Request) -> PrunePlan:
         PlanError: there are no calibration data or no branches, the result is to be the user's own module, or so much
             cannot be removed.
         CalibrationError: the calibration data do not fit the model.
+        AccelerationError: a latency is asked for, and the model cannot be accelerated.
     """
-    plans = branch_plans(subject, request)
+    plans = BranchPlanner(subject, request).plans(request)
     if len(plans) == 1:
         return next(iter(plans.values()))
-    judge = Judge(subject)
-    found = {way: judge.agreement(masked_by(judge.fitted, plan)) for way, plan in plans.items()}
+    found = judged_plans(Judge(subject), plans)
     way = best(found)
-    return replace(plans[way], remarks=(told("ways to choose branches", found, way),))
+    remark = told("ways to choose branches", found, way)
+    return replace(plans[way], remarks=(*plans[way].remarks, remark))
 
 
-def branch_plans(subject: Subject, request: Request) -> dict[str, PrunePlan]:
-    """Plans of branches by the way in which they were compared.
+class BranchPlanner:
+    """Plans of branches for one model, for several amounts; what a network without some of them gives is measured once.
+
+    Args:
+        subject: the model.
+        request: what layers are to be ignored, and what counts as cost.
 
     Raises:
         PlanError: see `plan_branches`.
-        CalibrationError: see there.
     """
-    if subject.batches is None:
-        raise PlanError("branches are compared on data; pass calibration= for granularity='branch'")
-    if subject.is_recorded:
-        raise PlanError(
-            "whole branches go from a graph only, the model's own forward computes them; pass output='graph', or "
-            "granularity='kernel' or 'filter'"
+
+    def __init__(self, subject: Subject, request: Request) -> None:
+        if subject.batches is None:
+            raise PlanError("branches are compared on data; pass calibration= for granularity='branch'")
+        if subject.is_recorded:
+            raise PlanError(
+                "whole branches go from a graph only, the model's own forward computes them; pass output='graph', or "
+                "granularity='kernel' or 'filter'"
+            )
+        self._subject = subject
+        self.layers = _removable(subject, request.patterns)
+        self._shares = {cost: _shares(subject, self.layers, cost) for cost in get_args(Cost)}
+        counted = tuple(request.budgets) or ("macs",)
+        worth = {name: sum(self._shares[cost][name] for cost in counted) for name in self.layers}
+        self._network: WholeNetwork | None = None
+        self._times: dict[frozenset[str], float] = {}
+        trials = _Trials(subject, request.progress)
+        self._orders = {
+            way: _Order(worth, trials.distances(renews)) for way, renews in WAYS.items() if trials.suit(renews)
+        }
+
+    def plans(self, request: Request, way: str | None = None) -> dict[str, PrunePlan]:
+        """Plans of branches by the way in which they were compared, or of one way alone.
+
+        Raises:
+            PlanError: so much cannot be removed.
+        """
+        found: dict[str, PrunePlan] = {}
+        for name, order in self._orders.items():
+            if way not in (None, name):
+                continue
+            gone, remarks = self._gone(request, order)
+            branches = {end: layers for end, layers in self.layers.items() if end in gone}
+            if all(branches.keys() != plan.branches.keys() for plan in found.values()):
+                ratio = {} if request.filter_ratio is None else request.filter_ratio
+                found[name] = PrunePlan(
+                    {}, {}, ratio, f"branch, {name}", "distance", request.seed, remarks=remarks, branches=branches
+                )
+        return found
+
+    def _gone(self, request: Request, order: "_Order") -> tuple[Branches, tuple[str, ...]]:
+        if not request.has_budget:
+            ratio = request.filter_ratio
+            if isinstance(ratio, Mapping):
+                raise PlanError("ratio maps patterns to shares, but branches go one by one; pass one ratio, or macs=")
+            assert ratio is not None
+            return order.first(round(ratio * len(self.layers))), ()
+        if request.latency is None:
+            return self._within(order, request.budgets), ()
+        macs = request.budgets.get("macs", 1.0)
+        meeting = Meeting[Branches](
+            request.latency,
+            choose=lambda share: self._within(order, {**request.budgets, "macs": min(share, macs)}),
+            predicted=lambda gone: 1 - sum(self._shares["macs"][name] for name in gone),
+            damage=len,
+            measure=lambda gone: self.share_without(gone, request),
         )
-    removable = removable_branches(subject, request)
-    trials = _Trials(subject, request.progress)
-    plans: dict[str, PrunePlan] = {}
-    for way, renews in WAYS.items():
-        if renews and not trials.has_statistics:
-            continue
-        chosen = _chosen(removable, request, trials.distances(renews))
-        branches = {name: layers for name, layers in removable.layers.items() if name in chosen}
-        if any(branches.keys() == plan.branches.keys() for plan in plans.values()):
-            continue
-        plans[way] = PrunePlan(
-            {},
-            {},
-            {} if request.filter_ratio is None else request.filter_ratio,
-            f"branch, {way}",
-            "distance",
-            request.seed,
-            branches=branches,
+        met = meeting.met()
+        return met.choice, (
+            f"latency: asked for {request.latency:.2f} of the best dense time in {request.runs_in}; without "
+            f"{len(met.choice)} branches it was {1.0 if met.reached is None else met.reached:.2f}",
         )
-    return plans
+
+    def share_without(self, gone: Collection[str], request: Request) -> float:
+        """The share of the dense time that the network takes without some branches, measured once.
+
+        Raises:
+            AccelerationError: the model cannot be accelerated.
+        """
+        key = frozenset(gone)
+        if key not in self._times:
+            inputs = inputs_to_time(self._subject, request)
+            if self._network is None:
+                self._network = WholeNetwork(self._subject.model, inputs, request.runs_in, request.progress)
+            plan = PrunePlan({}, branches={name: self.layers[name] for name in gone})
+            pruned = rewrite(masked_copy(self._subject.model, plan), plan, inputs)
+            self._times[key] = self._network.share_of(self._network.accelerated(pruned))
+        return self._times[key]
+
+    def _within(self, order: "_Order", budgets: Mapping[Cost, float]) -> Branches:
+        """The fewest branches, in order, without which all budgets are kept.
+
+        Raises:
+            PlanError: they are not, whatever goes.
+        """
+        for cost, share in budgets.items():
+            least = 1 - sum(self._shares[cost].values())
+            if least > share * (1 + 1e-9):
+                raise PlanError(
+                    f"{cost}={share:.4g} cannot be reached by branches alone: without all {len(self.layers)} that can "
+                    f"go {least:.4g} remain; ask for that or more, or use granularity='auto'"
+                )
+        count = 0
+        while any(
+            1 - sum(self._shares[cost][name] for name in order.first(count)) > share * (1 + 1e-9)
+            for cost, share in budgets.items()
+        ):
+            count += 1
+        return order.first(count)
 
 
-def removable_branches(subject: Subject, request: Request) -> Removable:
-    """The branches that can go, none of whose layers is to be ignored, and what they cost.
+class _Order:
+    """The branches in the order in which they go, found as far as it is asked for.
+
+    Args:
+        worth: what each saves.
+        distance: of the network without some of them from the dense one.
+    """
+
+    def __init__(self, worth: Mapping[str, float], distance: Callable[[Branches], float]) -> None:
+        self._worth, self._distance = worth, distance
+        self._gone: Branches = ()
+
+    def first(self, count: int) -> Branches:
+        """The first ones."""
+        while len(self._gone) < min(count, len(self._worth)):
+            self._gone = (*self._gone, self._next())
+        return self._gone[:count]
+
+    def _next(self) -> str:
+        """Of those that alone are missed least, the one whose loss adds least, for what it saves."""
+        alone = {name: self._distance((name,)) / max(saved, 1e-12) for name, saved in self._worth.items()}
+        tried = sorted(self._worth.keys() - set(self._gone), key=lambda name: (alone[name], name))[:TRIED]
+        now = self._distance(self._gone)
+        return min(tried, key=lambda name: (self._distance((*self._gone, name)) - now) / max(self._worth[name], 1e-12))
+
+
+def _removable(subject: Subject, ignored: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The branches that can go, none of whose layers is to be ignored, each with its layers.
 
     Raises:
         PlanError: there are none.
     """
     found, refused = residual_branches(subject.trace.module, subject.trace.values)
-    layers = {name: branch.modules for name, branch in found.items()}
     names = [name for name, _ in subject.layers.named_modules() if name]
-    kept = match_patterns("ignore", dict.fromkeys(request.patterns, True), names)
-    layers = {name: names for name, names in layers.items() if kept.keys().isdisjoint(names)}
-    if not layers:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(refused.items())[:3])
-        raise PlanError(
-            "no residual branch of the network can go as a whole"
-            + (f" ({reasons})" if reasons else ": nothing is added to what it was computed from")
-            + "; use granularity='kernel' or 'filter'"
-        )
-    if request.budget is not None and request.budget[0] == "params":
+    kept = match_patterns("ignore", dict.fromkeys(ignored, True), names)
+    layers = {name: branch.modules for name, branch in found.items() if kept.keys().isdisjoint(branch.modules)}
+    if layers:
+        return layers
+    reasons = "; ".join(f"{name}: {why}" for name, why in list(refused.items())[:3])
+    if found:
+        reasons = "layers of all of them are to be ignored"
+    raise PlanError(
+        f"no residual branch of the network can go as a whole "
+        f"({reasons or 'nothing is added to what it was computed from'}); use granularity='kernel' or 'filter'"
+    )
+
+
+def _shares(subject: Subject, branches: Mapping[str, tuple[str, ...]], cost: Cost) -> dict[str, float]:
+    """What each branch has of the MACs or parameters of the network."""
+    if cost == "params":
         modules = dict(subject.layers.named_modules())
-        cost = {name: float(sum(_parameters(modules[layer]) for layer in names)) for name, names in layers.items()}
-        total = float(sum(parameter.numel() for parameter in subject.trace.module.parameters()))
+        own = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+        total = sum(parameter.numel() for parameter in subject.trace.module.parameters())
     else:
-        macs = {name: float(count or 0) for name, (_, count) in subject.costs.items()}
-        cost = {name: sum(macs.get(layer, 0.0) for layer in names) for name, names in layers.items()}
-        total = sum(macs.values())
-    return Removable(layers, cost, total, refused)
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _chosen(removable: Removable, request: Request, distance: Callable[[Sequence[str]], float]) -> tuple[str, ...]:
-    """The branches to remove, in the order of their choice.
-
-    A ratio is a share of the branches. A budget is met from below, by no more than the last branch.
-    """
-    names, cost = list(removable.layers), removable.cost
-    if request.budget is None:
-        ratio = request.filter_ratio
-        if isinstance(ratio, Mapping):
-            raise PlanError("ratio maps patterns to shares, but branches go one by one; pass one ratio, or macs=")
-        assert ratio is not None
-        count, saving = min(len(names), round(ratio * len(names))), 0.0
-    else:
-        what, share = request.budget
-        count, saving = 0, (1 - share) * removable.total
-        if saving > sum(cost.values()):
-            least = 1 - sum(cost.values()) / removable.total
-            raise PlanError(
-                f"{what}={share:.4g} cannot be reached by branches alone: without all {len(names)} that can go "
-                f"{least:.4g} remain; ask for that or more, or use granularity='auto'"
-            )
-    alone = {name: distance((name,)) for name in names}
-    gone: list[str] = []
-    while len(gone) < count or sum(cost[name] for name in gone) < saving * (1 - 1e-9):
-        left = saving - sum(cost[name] for name in gone)
-        worth = {name: alone[name] / max(min(cost[name], left), 1.0) if saving else alone[name] for name in names}
-        open_ = sorted((name for name in names if name not in gone), key=worth.__getitem__)[:TRIED]
-        after = {name: distance((*gone, name)) for name in open_}
-        before = distance(gone)
-        gone.append(
-            min(open_, key=lambda name: (after[name] - before) / (max(min(cost[name], left), 1.0) if saving else 1.0))
-        )
-    return tuple(gone)
+        own = {name: macs or 0 for name, (_, macs) in subject.costs.items()}
+        total = sum(own.values())
+    return {name: sum(own.get(layer, 0) for layer in layers) / max(1, total) for name, layers in branches.items()}
 
 
 class _Trials:
@@ -189,21 +246,20 @@ class _Trials:
     def __init__(self, subject: Subject, progress: bool) -> None:
         assert subject.batches is not None
         self._subject, self._progress = subject, progress
-        self._sample = _sample(subject.batches)
+        self._sample = list(_sample(subject.batches))
         self._dense, self._network = copied(subject.model).eval(), copied(subject.model).eval()
-        self._known: dict[int, Any] = {}
+        self._given: dict[int, Any] = {}
 
-    @property
-    def has_statistics(self) -> bool:
-        """Whether each batch of the sample has more than one input."""
-        return all((samples_in(batch) or 1) > 1 for batch in self._sample)
+    def suit(self, renews: bool) -> bool:
+        """Whether the sample can be compared so: statistics need several inputs in a batch."""
+        return not renews or all((samples_in(batch) or 1) > 1 for batch in self._sample)
 
-    def distances(self, renews: bool) -> Callable[[Sequence[str]], float]:
+    def distances(self, renews: bool) -> Callable[[Branches], float]:
         """The function that gives them; `renews`: with the statistics of the sample in BatchNorm."""
         known: dict[frozenset[str], float] = {}
         bar = tqdm(desc="trying branches", unit="trial", disable=not self._progress)
 
-        def distance(gone: Sequence[str]) -> float:
+        def distance(gone: Branches) -> float:
             key = frozenset(gone)
             if key not in known:
                 known[key] = self._measured(key, renews)
@@ -218,17 +274,18 @@ class _Trials:
         return float("inf") if found is None else found.distance
 
     def _call(self, model: nn.Module, batch: Batch) -> Any:
-        if model is self._dense and id(batch) in self._known:
-            return self._known[id(batch)]
+        """What a model gives; the dense one is run once a batch."""
+        if model is self._dense and id(batch) in self._given:
+            return self._given[id(batch)]
         own = torch.utils._pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
         given = self._subject.example(own).call(model)
         if model is self._dense:
-            self._known[id(batch)] = given
+            self._given[id(batch)] = given
         return given
 
 
 @contextmanager
-def _without(network: nn.Module, gone: frozenset[str]) -> Any:
+def _without(network: nn.Module, gone: frozenset[str]) -> Iterator[None]:
     """Make branches constant for a while."""
     weights = [network.get_parameter(f"{name}.weight") for name in gone]
     kept = [weight.detach().clone() for weight in weights]
@@ -243,7 +300,7 @@ def _without(network: nn.Module, gone: frozenset[str]) -> Any:
 
 
 @contextmanager
-def _renewed(network: nn.Module | None) -> Any:
+def _renewed(network: nn.Module | None) -> Iterator[None]:
     """Let BatchNorm take the statistics of each batch for a while, and keep its own."""
     norms = [] if network is None else [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     state = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
@@ -258,17 +315,12 @@ def _renewed(network: nn.Module | None) -> Any:
                 norm.get_buffer(name).copy_(values)
 
 
-def _sample(batches: Sequence[Batch]) -> list[Batch]:
+def _sample(batches: Sequence[Batch]) -> Iterator[Batch]:
     """The first inputs, in batches as they are."""
-    found: list[Batch] = []
-    count = 0
+    left = SAMPLE
     for batch in batches:
         size = samples_in(batch)
-        if size is not None and count + size > SAMPLE:
-            batch = rows_of(batch, range(SAMPLE - count)) if count < SAMPLE else ()
-        if batch:
-            found.append(batch)
-        count += size or 1
-        if count >= SAMPLE:
-            break
-    return found
+        yield batch if size is None or size <= left else rows_of(batch, range(left))
+        left -= size or 1
+        if left <= 0:
+            return

@@ -239,6 +239,11 @@ class Request:
             usual["criterion"] = None
         yield replace(self, granularity="kernel", ratio=amounts["kernel"], **usual)
 
+    def of_branches(self) -> "Request":
+        """The same budget for whole branches."""
+        usual = {name: _DEFAULTS[name] for name in _NOT_OF_BRANCHES}
+        return replace(self, granularity="branch", **usual)
+
     # --- checks -------------------------------------------------------------------------------------------------------
 
     def _check_granularity(self) -> None:
@@ -286,11 +291,9 @@ class Request:
 
     def _check_branches(self) -> None:
         """See that nothing is given that whole branches have not."""
-        for name in (*_KERNELS_ONLY, *_FILTERS_ONLY, "criterion", "variety", "snapshots"):
+        for name in _NOT_OF_BRANCHES:
             if (value := getattr(self, name)) != _DEFAULTS[name]:
                 raise PlanError(f"{name}={_short(value)} has no meaning for granularity='branch'; leave it out")
-        if self.latency is not None:
-            raise PlanError(f"latency={self.latency!r} is for kernels and filters; give branches macs= or a ratio")
 
     def _check_both(self, names: Sequence[str]) -> None:
         """See that a mapping from granularity to ratio is the only answer to how much goes."""
@@ -404,6 +407,8 @@ _KERNELS_ONLY = ("sensitivity", "groups", "method", "form", "block", "share_grou
 """Fields that say how kernels are grouped."""
 _FILTERS_ONLY = ("scope", "round_to", "after")
 """Fields that say which filters go."""
+_NOT_OF_BRANCHES = (*_KERNELS_ONLY, *_FILTERS_ONLY, "criterion", "variety", "snapshots", "latency_table")
+"""Fields that have no meaning for whole branches."""
 _TABLES: tuple[tuple[str, type, str], ...] = (
     ("sensitivity", Sensitivity, "fxprune.measure_sensitivity"),
     ("latency_table", LatencyTable, "fxprune.measure_latency"),

@@ -19,7 +19,7 @@ from fxprune.planning import auto
 from fxprune.planning.requests import Request
 from fxprune.plans import PrunePlan
 
-NAMES = ["kernels alone", "filters alone", *auto.SPLITS]
+NAMES = ["kernels alone", "filters alone", *auto.SPLITS, "branches alone"]
 
 
 class Net(nn.Module):
@@ -86,10 +86,18 @@ def test_every_division_meets_the_budget_and_is_exact(net: Net, name: str, monke
     report, plan = fxprune.report(small), record_of(small).plan
     assert report.macs_dense is not None
     assert report.macs_pruned is not None
-    assert report.macs_pruned / report.macs_dense == pytest.approx(0.5, rel=0.01)
+    if name == "branches alone":  # the only one, and more than half of the network
+        assert report.macs_pruned / report.macs_dense < 0.45
+        assert plan.branches == {"outer": ("inner", "outer")}
+    else:
+        assert report.macs_pruned / report.macs_dense == pytest.approx(0.5, rel=0.01)
     assert f"{name} (taken)" in plan.remarks[0]  # control: whatever the judge says is done
-    assert bool(plan.layers) == (name != "filters alone")
-    assert bool(plan.removed) == (name != "kernels alone")
+    assert bool(plan.layers) == (name not in ("filters alone", "branches alone"))
+    assert bool(plan.removed) == (name not in ("kernels alone", "branches alone"))
+    assert any(
+        remark.startswith(f"{auto.BRANCHES_FIRST}: ") and "nothing to do for the rest" in remark
+        for remark in plan.remarks
+    )
     if name in auto.SPLITS:
         gone = fxprune.rewrite(fxprune.mask(net, filters := PrunePlan({}, removed=plan.removed)), filters, images(2))
         left = fxprune.report(gone).macs_pruned
