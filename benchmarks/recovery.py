@@ -157,7 +157,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--ratio", type=float, help="share of kernel groups, or filters, to prune")
     size.add_argument("--macs", type=float, metavar="SHARE", help="share of MACs to keep, instead of a ratio")
-    parser.add_argument("--granularity", choices=(*GRANULARITIES, BRANCH, AUTO), default="kernel", help="default: %(default)s")
+    parser.add_argument(
+        "--granularity", choices=(*GRANULARITIES, BRANCH, AUTO), default="kernel", help="default: %(default)s"
+    )
     parser.add_argument("--seconds", type=float, help="of recovery")
     parser.add_argument("--steps", type=values.count, help="of recovery")
     parser.add_argument("--augment", choices=AUGMENTATIONS)
