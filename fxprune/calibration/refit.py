@@ -15,8 +15,9 @@ Layer by layer in graph order, each by least squares in closed form, without lab
   treat the same loss by relaxation.)
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from torch import Tensor, fx
 
 from fxprune.calibration.batches import Batch
 from fxprune.calibration.following import Bounds, Following, follow
-from fxprune.calibration.least_squares import GroupedRidge, choose_ridge, columns_of
+from fxprune.calibration.held_out import choose_ridge
+from fxprune.calibration.least_squares import Problem, columns_of, problem_of, pull_of
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.samples import MAX_ROWS, Samples, draw
 from fxprune.graph.convolutions import kernels_of, layer_at
@@ -44,11 +46,13 @@ class LayerFit:
         rows: positions of the calibration data that were used.
         masked: mean squared error of the output with the dense weights, masked, relative to the variance of the target.
         refitted: the same with the weights of least squares, before a rectifier that follows allows to do better.
+        ridge: the pull toward the dense weights, relative to the mean square of what the layer reads.
     """
 
     rows: int
     masked: float
     refitted: float
+    ridge: float
 
 
 FITS = "fxprune_fits"
@@ -71,6 +75,7 @@ def reconstruct(
     follow: Follow = follow,
     seed: int = 0,
     rows: int = MAX_ROWS,
+    ridges: Mapping[str, float] = MappingProxyType({}),
     progress: bool = False,
 ) -> tuple[dict[str, GroupedKernels], dict[str, LayerFit]]:
     """Prune and refit convolutions and linear layers of a network one after the other, in graph order.
@@ -84,6 +89,7 @@ def reconstruct(
         follow: what comes after a convolution and is fitted with it; `Following()` makes plain least squares of it.
         seed: of the sampled positions.
         rows: about how many of these there are at most, see `draw`.
+        ridges: the pull toward the dense weights of layers where it is known, see `LayerFit`.
         progress: show a bar on stderr.
 
     Raises:
@@ -107,7 +113,7 @@ def reconstruct(
                 stays = kernels.mask().to(weight.device)
                 weight.mul_(stays.view(*stays.shape, *[1] * (weight.dim() - 2)))
                 continue
-            solution = solve(kernels_of(original), kernels, samples, following.bounds)
+            solution = solve(kernels_of(original), kernels, samples, following.bounds, ridges.get(name))
             fits[name] = solution.fit
             weight.copy_(solution.weight)
             if conv.bias is not None:
@@ -128,7 +134,9 @@ class Solution:
     fit: LayerFit
 
 
-def solve(weight: Tensor, kernels: GroupedKernels, samples: Samples, bounds: Bounds | None = None) -> Solution:
+def solve(
+    weight: Tensor, kernels: GroupedKernels, samples: Samples, bounds: Bounds | None = None, ridge: float | None = None
+) -> Solution:
     """Solve one layer.
 
     Args:
@@ -136,42 +144,60 @@ def solve(weight: Tensor, kernels: GroupedKernels, samples: Samples, bounds: Bou
         kernels: which kernels stay.
         samples: what the layer reads and should give.
         bounds: of the rectifier that reads the result.
+        ridge: the pull toward the dense weights if it is known, else the one that suits the samples.
     """
     prior = weight.detach().double().flatten(1)
     parts = columns_of(kernels.out_order, kernels.kept, weight[0, 0].numel(), weight.device)
-    cross = samples.cross()
-    problem = GroupedRidge(samples.gram(), parts, prior, choose_ridge(samples, parts, prior))
-    new, mean = problem.solve(cross), samples.target_mean
-    energy = float(samples.energy().sum())
-    masked = problem.error(problem.mask(prior), cross, energy)
-    refitted = problem.error(new, cross, energy)
-    if bounds is not None:
-        new, mean = _one_sided(problem, new, samples, bounds)
-    fit = LayerFit(len(samples.inputs), masked, refitted)
+    if ridge is None:
+        ridge = choose_ridge(samples, parts, prior)
+    pull = pull_of(samples.mean_square, ridge)
+    gram = samples.gram() if any(len(columns) <= samples.rows for _, columns in parts) else None
+    new, mean = torch.zeros_like(prior), samples.target_mean.clone()
+    energy = masked = refitted = 0.0
+    for outputs, columns in parts:  # one after the other: there is memory for the rows and the factor of one
+        problem = problem_of(samples, gram, (outputs, columns), prior, pull)
+        targets = samples.targets[:, outputs] - samples.target_mean[outputs].float()
+        best = problem.solve(targets)
+        energy += _energy(targets)
+        masked += _energy(targets - problem.answer(problem.prior()))
+        refitted += _energy(targets - problem.answer(best))
+        if bounds is not None:
+            best, mean[outputs] = _one_sided(problem, best, samples.of(outputs), bounds)
+        new[outputs[:, None], columns] = problem.weights(best)
+    masked, refitted = (error / energy if energy > 0 else 0.0 for error in (masked, refitted))
+    fit = LayerFit(samples.rows, masked, refitted, ridge)
     return Solution(new.view_as(weight), mean - new @ samples.input_mean, fit)
 
 
-def _one_sided(problem: GroupedRidge, weight: Tensor, samples: Samples, bounds: Bounds) -> tuple[Tensor, Tensor]:
-    """Minimize the error that a rectifier lets through. Returns weights `(O, D)` and the mean of the answer `(O,)`."""
+def _energy(values: Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))
+
+
+def _one_sided(problem: Problem, start: Tensor, samples: Samples, bounds: Bounds) -> tuple[Tensor, Tensor]:
+    """Minimize the error that a rectifier lets through, from the coefficients of least squares on. Returns the best
+    coefficients, and the mean of the answer `(o,)`.
+
+    The targets of each round are the answer and what it misses, so only the latter has to be solved for.
+    """
     low, high = bounds
     scale = torch.where(samples.scale == 0, 1, samples.scale)
     wanted = samples.targets * scale + samples.offset  # what the rectifier should read
-    best = ahead = weight, samples.target_mean
+    best = ahead = start, samples.target_mean
     momentum, before = 1.0, float("inf")
     for _ in range(ROUNDS):
-        answer = samples.inputs @ ahead[0].T.float() + ahead[1].float()
+        answer = problem.answer(ahead[0]) + ahead[1].float()
         reads = answer * scale + samples.offset
         forgiven = torch.where(wanted <= low, reads.clamp(max=low), wanted)
         forgiven = torch.where(wanted >= high, reads.clamp(min=high), forgiven)
-        targets = (forgiven - samples.offset) / scale
-        loss = float((targets - answer).square().sum(dtype=torch.float64))
-        mean = targets.mean(0, dtype=torch.float64) if samples.centered else samples.target_mean
-        new = problem.solve(samples.cross(targets)), mean
+        missing = (forgiven - reads) / scale
+        loss = _energy(missing)
         if loss > before * (1 - ENOUGH):
             if momentum == 1.0:
                 break
             momentum, ahead = 1.0, best  # overshot, or slow: once more without momentum
             continue
+        drift = missing.mean(0, dtype=torch.float64) * samples.centered
+        new = problem.step(ahead[0], missing - drift.float()), ahead[1] + drift
         step = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         rate = (momentum - 1) / step
         ahead = new[0] + rate * (new[0] - best[0]), new[1] + rate * (new[1] - best[1])

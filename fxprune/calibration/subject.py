@@ -36,6 +36,7 @@ class Subject:
         batches: the arguments of each calibration batch; None without data.
         trace: a `Recording` if the result is to be the user's own module.
         rows: about how many positions of the data each layer is fitted on at most.
+        ridges: the pull toward the dense weights of layers, where a refit is to take it from another, see `LayerFit`.
         counted: names of nodes of a recording whose channels have to stay, with the reason; planning finds them.
 
     Raises:
@@ -52,6 +53,7 @@ class Subject:
     ) -> None:
         self.model, self.batches, self.rows = model, None, MAX_ROWS
         self.counted: dict[str, str] = {}
+        self.ridges: Mapping[str, float] = {}
         self._names: tuple[str, ...] = ()
         check_is_model(model)
         check_model(model)
@@ -93,7 +95,7 @@ class Subject:
         """Another model with the same inputs."""
         other = object.__new__(Subject)
         other.model, other.examples, other.batches, other._names = model, self.examples, self.batches, self._names
-        other.trace, other.counted, other.rows = self.captured(model), {}, self.rows
+        other.trace, other.counted, other.rows, other.ridges = self.captured(model), {}, self.rows, self.ridges
         return other
 
     def calibrated_on(self, batches: list[Batch], rows: int) -> "Subject":
@@ -101,6 +103,15 @@ class Subject:
         other = object.__new__(Subject)
         vars(other).update({name: value for name, value in vars(self).items() if name != "network_batches"})
         other.batches, other.rows = batches, rows
+        return other
+
+    def refitted_as(self, masked: nn.Module) -> "Subject":
+        """The same model, to be refitted with the pulls that the refit of `masked` found: a number for each layer,
+        which takes long to find, and differs little on a part of the data.
+        """
+        other = object.__new__(Subject)
+        vars(other).update(vars(self))
+        other.ridges = {name: fit.ridge for name, fit in getattr(masked, FITS, {}).items()}
         return other
 
     def captured(self, model: nn.Module) -> Trace:
@@ -176,7 +187,15 @@ class Subject:
         assert self.network_batches is not None
         twin = self.runnable(masked).module
         kernels, fits = reconstruct(
-            self.network, twin, self.network_batches, layers, choose, seed=seed, rows=self.rows, progress=progress
+            self.network,
+            twin,
+            self.network_batches,
+            layers,
+            choose,
+            seed=seed,
+            rows=self.rows,
+            ridges=self.ridges,
+            progress=progress,
         )
         setattr(masked, FITS, fits)
         return kernels

@@ -202,7 +202,8 @@ def tell_agreement(subject: Subject, plan: PrunePlan, masked: nn.Module, *, prog
     if subject.batches is None or not (plan.layers or plan.removed or plan.branches):
         return None
     judge = Judge(subject)
-    twin = masked_by(judge.fitted, plan, progress=progress) if judge.held_out else copied(masked)
+    fitted = judge.fitted.refitted_as(masked)
+    twin = masked_by(fitted, plan, progress=progress) if judge.held_out else copied(masked)
     found = judge.agreement(twin)
     if found is not None:
         setattr(masked, AGREEMENT, found)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fxprune.calibration.batches import Batch, read_batches
 from fxprune.calibration.following import Bounds
-from fxprune.calibration.least_squares import GroupedRidge, columns_of
+from fxprune.calibration.least_squares import Part, columns_of, problem_of, pull_of
 from fxprune.calibration.refit import LayerFit, reconstruct, solve
-from fxprune.calibration.samples import Samples
+from fxprune.calibration.samples import Samples, mean_product
 from fxprune.graph.tracing import trace
 from fxprune.plans import GroupedKernels
 
@@ -60,7 +60,7 @@ def test_a_layer_is_solved_by_least_squares_of_each_group(centered: bool) -> Non
     weight, kernels = random_weight(), random_kernels(8, 6, 2, 3)
     samples = some_samples(weight, 3000, centered=centered)
     parts = columns_of(kernels.out_order, kernels.kept, 4, weight.device)
-    new = GroupedRidge(samples.gram(), parts, weight.flatten(1), 1e-9).solve(samples.cross())
+    new = solve(weight, kernels, samples, ridge=1e-9).weight.flatten(1)
     intercept = samples.target_mean - new @ samples.input_mean
     inputs = samples.inputs.double() + samples.input_mean
     for filters, columns in parts:
@@ -93,16 +93,49 @@ def test_the_pull_is_toward_the_dense_weights() -> None:
     prior = weight.flatten(1)
     parts = columns_of(kernels.out_order, kernels.kept, 4, weight.device)
     for ridge in (1e-3, 1.0):
-        problem = GroupedRidge(samples.gram(), parts, prior, ridge)
-        new = problem.solve(samples.cross())
+        solution = solve(weight, kernels, samples, ridge=ridge)
+        assert solution.fit.ridge == ridge
+        new = solution.weight.flatten(1)
         pull = ridge * samples.gram().diagonal().mean()
+        assert pull_of(samples.mean_square, ridge) == pytest.approx(float(pull))
         for filters, columns in parts:
             here = new[filters][:, columns]
             gradient = here @ samples.gram()[columns][:, columns] - samples.cross()[filters][:, columns]
             gradient += pull * (here - prior[filters][:, columns])
-            assert gradient.abs().max() < 1e-9
-    stiff = GroupedRidge(samples.gram(), parts, prior, 1e9).solve(samples.cross())
-    assert torch.allclose(stiff, problem.mask(prior), atol=1e-6)
+            assert gradient.abs().max() < 1e-6
+    stiff = solve(weight, kernels, samples, ridge=1e9).weight
+    assert torch.allclose(stiff, weight * kernels.mask()[:, :, None, None], atol=1e-6)
+
+
+def one_part(filters: int = 5, unknowns: int = 40) -> tuple[Tensor, Part]:
+    generator = torch.Generator().manual_seed(3)
+    prior = torch.randn(filters + 2, unknowns, generator=generator, dtype=torch.float64)
+    return prior, (torch.arange(filters) + 1, torch.randperm(unknowns, generator=generator)[: unknowns // 2])
+
+
+@pytest.mark.parametrize("rows", [12, 19, 20, 200])
+def test_fewer_rows_than_columns_are_solved_through_the_rows_with_equal_results(rows: int) -> None:
+    prior, part = one_part()
+    outputs, columns = part
+    samples = some_samples(prior[:, :, None, None], rows)
+    targets = (samples.targets - samples.target_mean.float())[:, outputs]
+    # By rows there is no need of the Gram matrix of the columns: that of zeros would give other weights.
+    gram = samples.gram() if rows >= len(columns) else torch.zeros(40, 40).double()
+    problem = problem_of(samples, gram, part, prior, 0.05)
+    best = problem.solve(targets)
+    assert best.shape == ((rows, 5) if rows < len(columns) else (5, len(columns)))
+    own, inputs = prior[outputs][:, columns], samples.inputs[:, columns].double()
+    system = inputs.T @ inputs / rows + 0.05 * torch.eye(len(columns)).double()
+    expected = torch.linalg.solve(system, inputs.T @ targets.double() / rows + 0.05 * own.T).T
+    assert torch.allclose(problem.weights(best), expected, atol=1e-4)
+    assert torch.allclose(problem.weights(problem.prior()), own, atol=1e-6)
+    assert torch.allclose(problem.answer(best), (inputs @ expected.T).float(), atol=1e-4)
+    # One step from anywhere, for the targets that it implies, is the solution for these.
+    missing = torch.randn(rows, 5)
+    step = problem.step(best, missing)
+    implied = inputs.T @ (problem.answer(best) + missing).double() / rows + 0.05 * own.T
+    assert torch.allclose(problem.weights(step), torch.linalg.solve(system, implied).T, atol=1e-3)
+    assert not torch.allclose(problem.weights(step), expected, atol=1e-2)
 
 
 def test_if_nothing_is_pruned_the_layer_stays_as_it_is() -> None:
@@ -236,7 +269,7 @@ def test_samples_that_never_vary_leave_a_finite_fit() -> None:
         zero, torch.zeros(24).double(), torch.zeros(10, 8), torch.zeros(8).double(), torch.ones(8), torch.zeros(1, 8)
     )
     solution = solve(weight, random_kernels(8, 6, 2, 3), samples, RELU)
-    assert solution.fit == LayerFit(10, 0.0, 0.0)
+    assert solution.fit == LayerFit(10, 0.0, 0.0, solution.fit.ridge)
     assert torch.isfinite(solution.weight).all()
 
 
@@ -354,8 +387,8 @@ def test_refit_lowers_the_error_of_the_output_on_data_held_out(seed: int) -> Non
 
 
 def test_a_refit_to_wrong_targets_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    cross = Samples.cross
-    monkeypatch.setattr(Samples, "cross", lambda self, targets=None: cross(self, targets).roll(1, 0))
+    used = "fxprune.calibration.least_squares.mean_product"
+    monkeypatch.setattr(used, lambda targets, rows: mean_product(targets.roll(1, 1), rows))
     model = network()
     masked, new, _ = refitted(model, images(64))
     held_out = images(64, seed=1000)
