@@ -145,7 +145,7 @@ def compile(
             verified; without, the first calibration batch serves, or else a usual image size is probed.
         calibration: a few hundred typical inputs: a tensor `(N, ...)`, a `DataLoader`, or any iterable of batches;
             labels are ignored. With it the kept weights are solved anew so that each layer gives what the dense one
-            gave (`fxprune.calibration.refit`), which is worth far more than any choice of groups. It is read once.
+            gave (`fxprune.calibration.refitting`), which is worth far more than any choice of groups. It is read once.
             A share is held out once more to see how well the result follows the dense network; the report tells.
         recover: after that train the kept weights on the calibration data until each block gives what the dense one
             gave, see `fxprune.recover`: True for its usual time (1500 steps, at most 180 seconds), a number of seconds,

@@ -6,6 +6,7 @@ rows, which is smaller and has the same solution: `w = w0 + u^T a / N` (Saunders
 Learning Algorithm in Dual Variables", ICML 1998).
 """
 
+from collections.abc import Sequence
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -17,6 +18,10 @@ from fxprune.calibration.samples import Samples, mean_product
 
 Part: TypeAlias = tuple[Tensor, Tensor]
 """Indices of the outputs of one group, and of the columns of the flattened weight that it keeps."""
+
+
+TOGETHER = 32
+"""Filters that are solved at a time at least, unless the layer has fewer."""
 
 
 def columns_of(out_order: ArrayLike, kept: ArrayLike, area: int, device: torch.device) -> list[Part]:
@@ -34,6 +39,19 @@ def columns_of(out_order: ArrayLike, kept: ArrayLike, area: int, device: torch.d
     return list(zip(filters, columns, strict=True))
 
 
+def parts_that_stay(stays: Tensor, area: int) -> list[Part]:
+    """The same from the kernels that stay, `(O, C)` bool: filters that read the same channels come together, and those
+    of which nothing stays are in no part.
+    """
+    kinds, kind = torch.unique(stays, dim=0, return_inverse=True)
+    taps = torch.arange(area, device=stays.device)
+    return [
+        ((kind == i).nonzero().flatten(), (channels.nonzero() * area + taps).flatten())
+        for i, channels in enumerate(kinds)
+        if channels.any()
+    ]
+
+
 def pull_of(mean_square: float, ridge: float) -> float:
     """The pull for a ridge that is relative to the mean square of the inputs; where they are all zero, the prior stays
     as it is.
@@ -41,10 +59,30 @@ def pull_of(mean_square: float, ridge: float) -> float:
     return ridge * mean_square if mean_square > 0 else 1.0
 
 
-class Problem(Protocol):
-    """Least squares of one group of `o` outputs over its `d` columns. What is being solved for, weights or what takes
-    their place, is called coefficients here; all is linear in them.
+def bundles(parts: Sequence[Part], rows: int) -> list[list[Part]]:
+    """Groups that are solved together: as many as make `TOGETHER` filters. Products with fewer spend their time on
+    reading the rows. A group with fewer rows than columns is solved alone.
     """
+    found: list[list[Part]] = []
+    for outputs, columns in parts:
+        last = sum(len(others) for others, _ in found[-1]) if found else TOGETHER
+        if last >= TOGETHER or rows < len(columns) or rows < len(found[-1][0][1]):
+            found.append([])
+        found[-1].append((outputs, columns))
+    return found
+
+
+class Problem(Protocol):
+    """Least squares of `o` outputs, each over the columns of its group. What is being solved for, weights or what takes
+    their place, is called coefficients here; all is linear in them.
+
+    Attributes:
+        outputs: `(o,)` their numbers.
+        columns: `(d,)` all columns that any of them has.
+    """
+
+    outputs: Tensor
+    columns: Tensor
 
     def prior(self) -> Tensor:
         """The coefficients of the weights toward which it is pulled."""
@@ -64,58 +102,75 @@ class Problem(Protocol):
         """The weights `(o, d)` float64."""
 
 
-def problem_of(samples: Samples, gram: Tensor | None, part: Part, prior: Tensor, pull: float) -> Problem:
-    """That of one group, in the form that is smaller.
+def problem_of(samples: Samples, gram: Tensor | None, parts: Sequence[Part], prior: Tensor, pull: float) -> Problem:
+    """That of a bundle of groups, in the form that is smaller.
 
     Args:
         samples: of the layer.
         gram: `(D, D)` float64 of all its inputs; None where every group has fewer rows than columns.
-        part: the outputs and columns of the group.
+        parts: the outputs and columns of each group.
         prior: `(O, D)` float64, the weights `w0` of the layer.
         pull: toward them.
     """
-    outputs, columns = part
-    own = prior[outputs[:, None], columns]
-    rows = samples.inputs if len(columns) == samples.inputs.shape[1] else samples.inputs[:, columns]
-    if samples.rows < len(columns):
-        return _ByRows(rows, own, pull)
+    if samples.rows < len(parts[0][1]):
+        return _ByRows(samples, parts[0], prior, pull)
     assert gram is not None
-    return _ByColumns(rows, gram[columns[:, None], columns], own, pull)
+    return _ByColumns(samples, gram, parts, prior, pull)
 
 
 class _ByColumns:
-    """Coefficients are the weights `(o, d)`."""
+    """Coefficients are the weights `(o, d)`, zero outside the columns of each group."""
 
-    def __init__(self, rows: Tensor, gram: Tensor, prior: Tensor, pull: float) -> None:
-        self._rows, self._prior, self._pull = rows, prior, pull
-        gram.diagonal().add_(pull)
-        self._factor = torch.linalg.cholesky(gram)
-        self._coarse = self._factor.float()
+    def __init__(self, samples: Samples, gram: Tensor, parts: Sequence[Part], prior: Tensor, pull: float) -> None:
+        self.outputs = torch.cat([outputs for outputs, _ in parts])
+        self.columns = torch.unique(torch.cat([columns for _, columns in parts])) if len(parts) > 1 else parts[0][1]
+        self._rows, self._pull = _rows_of(samples, self.columns), pull
+        place = torch.empty(prior.shape[1], dtype=torch.long, device=prior.device)
+        place[self.columns] = torch.arange(len(self.columns), device=prior.device)
+        self._prior = prior.new_zeros(len(self.outputs), len(self.columns))
+        self._groups = []
+        start = 0
+        for outputs, columns in parts:
+            system = gram[columns[:, None], columns]
+            system.diagonal().add_(pull)
+            factor = torch.linalg.cholesky(system)
+            own = torch.arange(start, start + len(outputs), device=prior.device)[:, None], place[columns]
+            self._prior[own] = prior[outputs[:, None], columns]
+            self._groups.append((own, factor, factor.float()))
+            start += len(outputs)
 
     def prior(self) -> Tensor:
         return self._prior
 
     def solve(self, targets: Tensor) -> Tensor:
         right = mean_product(targets, self._rows) + self._pull * self._prior
-        return torch.cholesky_solve(right.T, self._factor).T
+        solution = torch.zeros_like(right)
+        for own, factor, _ in self._groups:
+            solution[own] = torch.cholesky_solve(right[own].T, factor).T
+        return solution
 
     def answer(self, coefficients: Tensor) -> Tensor:
         return self._rows @ coefficients.T.float()
 
     def step(self, coefficients: Tensor, missing: Tensor) -> Tensor:
-        right = mean_product(missing, self._rows) - self._pull * (coefficients - self._prior)
-        return coefficients + torch.cholesky_solve(right.T.float(), self._coarse).T
+        right = (mean_product(missing, self._rows) - self._pull * (coefficients - self._prior)).float()
+        solution = coefficients.clone()
+        for own, _, coarse in self._groups:
+            solution[own] += torch.cholesky_solve(right[own].T, coarse).T
+        return solution
 
     def weights(self, coefficients: Tensor) -> Tensor:
         return coefficients
 
 
 class _ByRows:
-    """Coefficients are what each row counts, `(N, o)`."""
+    """Coefficients are what each row counts, `(N, o)`. There is one group."""
 
-    def __init__(self, rows: Tensor, prior: Tensor, pull: float) -> None:
-        self._rows, self._prior, self._pull = rows, prior, pull
-        self._start = rows @ prior.T.float()
+    def __init__(self, samples: Samples, part: Part, prior: Tensor, pull: float) -> None:
+        self.outputs, self.columns = part
+        rows, own = _rows_of(samples, self.columns), prior[self.outputs[:, None], self.columns]
+        self._rows, self._prior, self._pull = rows, own, pull
+        self._start = rows @ own.T.float()
         self._kernel = rows @ rows.T / len(rows)
         system = self._kernel.double()
         system.diagonal().add_(pull)
@@ -137,3 +192,10 @@ class _ByRows:
 
     def weights(self, coefficients: Tensor) -> Tensor:
         return self._prior + (coefficients.T.float() @ self._rows / len(self._rows)).double()
+
+
+def _rows_of(samples: Samples, columns: Tensor) -> Tensor:
+    """Some columns of the inputs."""
+    inputs = samples.inputs
+    everything = torch.arange(inputs.shape[1], device=columns.device)
+    return inputs if torch.equal(columns, everything) else inputs[:, columns]

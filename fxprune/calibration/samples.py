@@ -201,10 +201,11 @@ def draw(
     Raises:
         CalibrationError: the layer reads or gives values that are not finite.
     """
-    norm = None if following.norm is None else pairs[0][0].network.module.get_submodule(following.norm)
     weight = kernels_of(layer)
-    scale, shift = affine(norm, len(weight), weight.device)
+    (dense_scale, dense_shift), (scale, shift) = (affine_of(following, s, len(weight), weight.device) for s in pairs[0])
     scale = torch.where(scale.abs() > SILENT * scale.abs().max(), scale, 0)
+    # What the pruned layer has to give for its BatchNorm, if that is another one now, to give what the dense one gives.
+    rate, more = (torch.where(scale == 0, same, x / scale) for same, x in ((1, dense_scale), (0, dense_shift - shift)))
     generator = torch.Generator().manual_seed(seed)
     outputs = [dense.value(node) for dense, _ in pairs]
     shapes = [output.shape for output in outputs]
@@ -225,7 +226,7 @@ def draw(
         own = tuple(index % size for index, size in zip(place, _grid(layer, output.shape), strict=True))
         (source,) = dense.network.nodes[node].all_input_nodes
         read.append(_read(layer, pruned.value(source.name), own))
-        target = _pick(layer, output, own)
+        target = _pick(layer, output, own) * rate + more
         if following.other is not None:
             now, then = (
                 _pick(layer, torch.as_tensor(sample.value(following.other), device=output.device).expand(shape), place)
@@ -304,6 +305,15 @@ def affine(norm: nn.Module | None, filters: int, device: torch.device) -> tuple[
         shift = -norm.running_mean * scale
         shift = shift if norm.bias is None else shift + norm.bias
     return scale.float(), shift.float()
+
+
+def affine_of(following: Following, sample: Sample, filters: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and shift `(O,)` float32 of the BatchNorm behind a layer in one of the networks."""
+    if following.frozen is not None:
+        scale, shift = (sample.value(node).flatten().float() for node in following.frozen)
+        return scale, shift
+    norm = None if following.norm is None else sample.network.module.get_submodule(following.norm)
+    return affine(norm, filters, device)
 
 
 def _read(layer: Layer, value: Tensor, place: tuple[Tensor, ...]) -> Tensor:

@@ -11,11 +11,14 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct
 from fxprune.calibration.batches import rows_of, samples_in
+from fxprune.calibration.least_squares import Part, parts_that_stay
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.recovery import RECOVERED, Recovery, recover
+from fxprune.calibration.refitting import refit_layers
 from fxprune.calibration.samples import MAX_ROWS
 from fxprune.channels.capture import capture, recorded
 from fxprune.errors import CalibrationError, TraceError
+from fxprune.graph.convolutions import Layer, kernels_of
 from fxprune.graph.costs import layer_costs
 from fxprune.graph.examples import Example, Inputs, as_examples, in_order, positional_parameters
 from fxprune.graph.modes import in_evaluation
@@ -199,6 +202,23 @@ class Subject:
         )
         setattr(masked, FITS, fits)
         return kernels
+
+    def refit(self, masked: nn.Module, stays: Mapping[str, Tensor], seed: int, progress: bool) -> None:
+        """Solve layers of `masked`, a copy of the model that may have been trained, anew in place: their kernels that
+        stay, `(O, C)` bool.
+        """
+        assert self.network_batches is not None
+
+        def kept(name: str, layer: Layer, samples: object) -> list[Part]:
+            weight = kernels_of(layer)
+            return parts_that_stay(stays[name].to(weight.device), weight[0, 0].numel())
+
+        with torch.inference_mode(False), in_evaluation(masked):
+            twin = self.runnable(masked).module
+            fits = refit_layers(
+                self.network, twin, self.network_batches, stays, kept, seed=seed, rows=self.rows, progress=progress
+            )
+        setattr(masked, FITS, fits)
 
     def recover(
         self, masked: nn.Module, kept: Mapping[str, Tensor], recovery: Recovery, seed: int, progress: bool

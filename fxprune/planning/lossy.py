@@ -1,7 +1,7 @@
 """The one step that changes the function: what a plan drops becomes zero, and what stays is refitted."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from fxprune.graph.recording import Recording
 from fxprune.graph.tracing import check_is_model
 from fxprune.graph.values import CarriedValues
 from fxprune.passes import RemoveBranches, RemoveChannels
-from fxprune.plans import GroupedKernels, PrunePlan
+from fxprune.plans import GroupedKernels, PrunePlan, RemovedChannels
 from fxprune.plans.eligibility import obstacle_of, parameters_of_several_modules, refittable_linears
 from fxprune.plans.fields import check_seed
 from fxprune.plans.masking import (
@@ -140,12 +140,82 @@ def recover(
     return recovered_by(subject, masked, plan, recovery, seed=seed, progress=progress)
 
 
-def recovered_by(
-    subject: Subject, masked: nn.Module, plan: PrunePlan, recovery: Recovery, *, seed: int = 0, progress: bool = False
+def refit(
+    model: nn.Module,
+    masked: nn.Module,
+    plan: PrunePlan,
+    calibration: Calibration,
+    *,
+    example_inputs: Inputs | None = None,
+    progress: bool = False,
 ) -> nn.Module:
-    """The same for a model whose trace and calibration data are known."""
-    if subject.batches is None:
-        raise CalibrationError("recovery learns from calibration data; pass calibration=, or leave recover out")
+    """Return a copy of `masked` whose layers are refitted once more, as they are now: after training, recovery, or a
+    change of the data. `mask` with calibration data has done it once.
+
+        masked = fxprune.recover(model, masked, plan, images)
+        masked = fxprune.refit(model, masked, plan, more_images)
+
+    Layer by layer the kernels that stay are solved so that what the next layer reads is what it reads in `model`; the
+    BatchNorm that follows counts as it is now in each of both, and the pull is toward the present weights. Outputs of
+    `model` are the only target: what training has found better than the dense network is given up as far as the data
+    speak against it. What `plan` drops stays zero.
+
+    Args:
+        model: the dense model, which the result is to follow. It is not changed.
+        masked: what `mask` or `recover` made of it, or training under a `Sparsifier`. It is not changed.
+        plan: what is pruned in `masked`.
+        calibration: see `compile`.
+        example_inputs: see `mask`.
+        progress: show a bar on stderr.
+
+    Raises:
+        PlanError: the plan was made for another model, or `masked` is not pruned by it.
+        CalibrationError: the calibration data are malformed, or do not fit the model.
+        TraceError: a model cannot be traced.
+    """
+    check_is_model(model)
+    check_is_plan(plan)
+    plan.check(model)
+    subject = Subject(model, example_inputs, calibration, "auto")
+    result, kept = _copy_pruned_by(masked, plan)
+    layers: dict[str, Layer] = {**convolutions(result), **refittable_linears(subject.layers, subject.trace)}
+    reading = {*_readers(layers, plan), *_behind_branches(subject, plan)}
+    stays = {
+        name: _kernels_that_stay(name, layer, plan)
+        for name, layer in layers.items()
+        if name in plan.layers or name in reading
+    }
+    subject.refit(result, stays, plan.seed, progress)
+    zero_pruned(result, kept)  # the fit gives the removed filters a bias again
+    vars(result).pop(AGREEMENT, None)  # it was of what it was before
+    return result
+
+
+def _kernels_that_stay(name: str, layer: Layer, plan: PrunePlan) -> torch.Tensor:
+    """`(O, C)` bool, what is left of a layer."""
+    filters, channels = kernels_of(layer).shape[:2]
+    removed = plan.removed.get(name, RemovedChannels())
+    rows, columns = remaining(filters, removed.outputs), remaining(channels, removed.inputs)
+    stays = torch.zeros(filters, channels, dtype=torch.bool)
+    stays[rows[:, None], columns] = plan.layers[name].mask() if name in plan.layers else True
+    return stays
+
+
+def _readers(layers: Mapping[str, Layer], plan: PrunePlan) -> list[str]:
+    """The layers that read channels which `plan` removes, and can be solved without these."""
+    return [
+        name
+        for name, layer in layers.items()
+        if getattr(layer, "groups", 1) == 1 and name in plan.removed and plan.removed[name].inputs
+    ]
+
+
+def _copy_pruned_by(masked: nn.Module, plan: PrunePlan) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A copy of a masked model, and what stays of its parameters.
+
+    Raises:
+        PlanError: it is not pruned by the plan.
+    """
     kept = kept_entries(masked, plan)
     with torch.inference_mode(False):
         result = copied(masked)
@@ -155,6 +225,16 @@ def recovered_by(
         raise PlanError(
             f"{changed}: the plan drops entries that are not zero; pass what fxprune.mask gave for this plan"
         )
+    return result, kept
+
+
+def recovered_by(
+    subject: Subject, masked: nn.Module, plan: PrunePlan, recovery: Recovery, *, seed: int = 0, progress: bool = False
+) -> nn.Module:
+    """The same for a model whose trace and calibration data are known."""
+    if subject.batches is None:
+        raise CalibrationError("recovery learns from calibration data; pass calibration=, or leave recover out")
+    result, kept = _copy_pruned_by(masked, plan)
     subject.recover(result, kept, recovery, seed, progress)
     return result
 
@@ -215,18 +295,13 @@ def tell_agreement(subject: Subject, plan: PrunePlan, masked: nn.Module, *, prog
 def refit_readers(subject: Subject, masked: nn.Module, plan: PrunePlan, *, progress: bool = False) -> None:
     """Refit, in place, the layers that read channels which `plan` removes: their other weights make up for them."""
     layers: dict[str, Layer] = {**convolutions(masked), **refittable_linears(subject.layers, subject.trace)}
-    readers = [
-        name
-        for name, layer in layers.items()
-        if getattr(layer, "groups", 1) == 1 and name in plan.removed and plan.removed[name].inputs
-    ]
 
     def choose(name: str, layer: Layer, samples: object) -> GroupedKernels:
         filters, channels = kernels_of(layer).shape[:2]
         kept = tuple(remaining(channels, plan.removed[name].inputs).tolist())
         return GroupedKernels(tuple(range(filters)), (kept,), channels, 0.0)
 
-    subject.reconstruct(masked, readers, choose, plan.seed, progress)
+    subject.reconstruct(masked, _readers(layers, plan), choose, plan.seed, progress)
     zero_pruned(masked, entries_without_removed(masked, plan))  # the fit gives the removed filters a value again
 
 
@@ -234,6 +309,13 @@ def refit_behind_branches(subject: Subject, masked: nn.Module, plan: PrunePlan, 
     """Refit, in place, all layers behind the first branch that `plan` removes, toward what they gave in the dense
     network; those that feed a sum so that the sum comes out right, see `fxprune.calibration.refit`.
     """
+    subject.reconstruct(masked, _behind_branches(subject, plan), keep_all, plan.seed, progress)
+
+
+def _behind_branches(subject: Subject, plan: PrunePlan) -> list[str]:
+    """The layers behind the first branch that `plan` removes that can be solved anew."""
+    if not plan.branches:
+        return []
     gone = {name for names in plan.branches.values() for name in names}
     shared = parameters_of_several_modules(subject.layers)
     layers: dict[str, Layer] = {
@@ -243,10 +325,8 @@ def refit_behind_branches(subject: Subject, masked: nn.Module, plan: PrunePlan, 
     }
     layers |= refittable_linears(subject.layers, subject.trace)
     called = [str(node.target) for node in subject.trace.module.graph.nodes if node.op == "call_module"]
-    behind = called[min(map(called.index, plan.branches)) :]
-    subject.reconstruct(
-        masked, [name for name in behind if name in layers and name not in gone], keep_all, plan.seed, progress
-    )
+    behind = dict.fromkeys(called[min(map(called.index, plan.branches)) :])
+    return [name for name in behind if name in layers and name not in gone]
 
 
 def keep_all(name: str, layer: Layer, samples: object) -> GroupedKernels:
