@@ -24,8 +24,6 @@ from fxprune.graph.tracing import check_is_model
 from fxprune.inference.acceleration import acceleration_report
 from fxprune.planning.hints import refuse_unknown
 from fxprune.planning.kernels import sensitivity_of
-from fxprune.planning.latency_budget import check_target
-from fxprune.planning.latency_meeting import WholeNetwork
 from fxprune.planning.latency_parts import measure_for
 from fxprune.planning.latency_table import LatencyTable
 from fxprune.planning.lossy import masked_by, recovered_by, tell_agreement
@@ -33,6 +31,7 @@ from fxprune.planning.making import noted_as_baked, plan_for
 from fxprune.planning.patterns import Ignored, ignored_patterns
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Sensitivity
+from fxprune.planning.whole_network import WholeNetwork, check_target
 from fxprune.plans import PrunePlan
 from fxprune.plans.shapes import Groups
 from fxprune.vocabulary import (
@@ -235,8 +234,7 @@ def compile(
         verify_models(pruned, masked, list(subject.examples))
     if target is None:
         return pruned
-    assert subject.example_inputs is not None
-    network = WholeNetwork(subject.model, subject.example_inputs, request.runs_in, progress)
+    network = WholeNetwork.of(subject, request)
     result = network.accelerated(pruned)
     if latency is not None:
         reached = network.share_of(result)

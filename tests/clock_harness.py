@@ -76,9 +76,9 @@ class Clock:
         return {name: Timing((whole[name] * self.seconds(call),)) for name, call in variants.items()}
 
 
-def wind(patch: pytest.MonkeyPatch, cache: Path) -> Clock:
+def wind(patch: pytest.MonkeyPatch, cache: Path, clock: Clock | None = None) -> Clock:
     """A clock in place of the real one."""
-    clock = Clock()
+    clock = clock or Clock()
     patch.setenv("FXPRUNE_CACHE", str(cache))
     patch.setattr(latency_measure, "LANES", {})
     for module in (forms, layer_times):

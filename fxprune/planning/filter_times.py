@@ -10,11 +10,11 @@ from fxprune.channels.units import ChannelUnits, Chosen
 from fxprune.criteria.variety import Array
 from fxprune.errors import PlanError
 from fxprune.exact.rewriting import rewrite
-from fxprune.planning.latency_budget import inputs_to_time
 from fxprune.planning.latency_measure import Wanted, measure_layers
-from fxprune.planning.latency_meeting import Meeting, WholeNetwork
+from fxprune.planning.latency_meeting import Meeting
 from fxprune.planning.requests import Request
 from fxprune.planning.selection import choose_units, shares_left
+from fxprune.planning.whole_network import WholeNetwork
 from fxprune.plans import PrunePlan
 from fxprune.plans.masking import masked_copy
 
@@ -37,13 +37,10 @@ class FilterTimes:
     """
 
     def __init__(self, subject: Subject, request: Request, units: ChannelUnits) -> None:
-        self._model, self._inputs = subject.model, inputs_to_time(subject, request)
-        self.table = request.latency_table or measure_layers(
-            self._model, self._inputs, Wanted(units=units), runtime=request.runs_in, progress=request.progress
-        )
-        self.table.check(self._model, self._inputs, request.runs_in)
+        self._network = WholeNetwork.of(subject, request)
+        self.table = request.latency_table or measure_layers(self._network, Wanted(units=units))
+        self.table.check(self._network.model, self._network.inputs, request.runs_in)
         self.by_width = self.table.by_width(tuple(units.layers))
-        self._network = WholeNetwork(self._model, self._inputs, request.runs_in, request.progress)
         self._pace = 1.0
 
     def prices(self, units: ChannelUnits) -> Array:
@@ -112,5 +109,5 @@ class FilterTimes:
                 "what filters leave has to be timed anew before kernels of it can be planned, and the table is of "
                 f"another machine ({self.table.place()})"
             )
-        pruned: Any = rewrite(masked_copy(self._model, plan), plan, self._inputs)
+        pruned: Any = rewrite(masked_copy(self._network.model, plan), plan, self._network.inputs)
         return self._network.share_of(self._network.accelerated(pruned))

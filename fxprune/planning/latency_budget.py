@@ -7,27 +7,24 @@ corrected (`latency_meeting`).
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from glob import escape
-from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from fxprune.calibration.subject import Subject
-from fxprune.errors import AccelerationError, PlanError
+from fxprune.errors import PlanError
 from fxprune.exact.rewriting import rewrite
 from fxprune.graph.convolutions import convolutions
-from fxprune.inference.runtimes.contest import check_runtime
 from fxprune.methods import Matrix, cocluster
 from fxprune.planning.latency_measure import GROUP_COUNTS, Wanted, measure_layers
-from fxprune.planning.latency_meeting import Meeting, WholeNetwork
+from fxprune.planning.latency_meeting import Meeting
 from fxprune.planning.latency_table import LatencyOption, LatencyTable, Limit
 from fxprune.planning.lossy import mask
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.planner import Planner, prunable_shapes
 from fxprune.planning.requests import PUBLISHED, Request
 from fxprune.planning.sensitivity import Sensitivity
-from fxprune.plans.shapes import TARGETS
+from fxprune.planning.whole_network import WholeNetwork
 
 
 def meet_latency(
@@ -46,11 +43,10 @@ def meet_latency(
         AccelerationError: the model cannot be accelerated.
     """
     assert request.latency is not None
-    model, inputs = subject.model, inputs_to_time(subject, request)
+    network = WholeNetwork.of(subject, request)
+    model, inputs = network.model, network.inputs
     counts = group_counts(subject, request)
-    table = request.latency_table or measure_layers(
-        model, inputs, Wanted(counts), runtime=request.runs_in, progress=request.progress
-    )
+    table = request.latency_table or measure_layers(network, Wanted(counts))
     table.check(model, inputs, request.runs_in)
     form = "overlap" if request.method in PUBLISHED else request.form
     open_ = table.among(counts, form)
@@ -63,7 +59,6 @@ def meet_latency(
         seed=request.seed,
         progress=request.progress,
     )
-    network = WholeNetwork(model, inputs, request.runs_in, request.progress)
 
     def share_of(choice: Mapping[str, LatencyOption]) -> float:
         ratios, groups = as_patterns(open_, choice)
@@ -88,17 +83,6 @@ def meet_latency(
     return planned, met.told(request.latency, table)
 
 
-def inputs_to_time(subject: Subject, request: Request) -> tuple[Any, ...]:
-    """Arguments of forward to time a model with.
-
-    Raises:
-        AccelerationError: there are none, or the model cannot be accelerated in that way.
-    """
-    check_target(subject.model, request.target, subject.example_inputs is not None, request.runs_in)
-    assert subject.example_inputs is not None
-    return subject.example_inputs
-
-
 def _limits(request: Request, sensitivity: Sensitivity) -> list[Limit]:
     """The budgets beside the time."""
     return [
@@ -116,29 +100,6 @@ def group_counts(subject: Subject, request: Request) -> dict[str, tuple[int, ...
     wanted = match_patterns("groups", asked, convs) if isinstance(asked, Mapping) else dict.fromkeys(convs, asked)
     shapes = prunable_shapes(subject, request)
     return {name: GROUP_COUNTS if wanted.get(name, "auto") == "auto" else (s.groups,) for name, s in shapes.items()}
-
-
-def check_target(model: nn.Module, target: str | None, has_inputs: bool, runtime: str) -> None:
-    """See that a model can be accelerated for `target` in a runtime before hours of planning.
-
-    Raises:
-        AccelerationError: there are no inputs to time it on, it is elsewhere, or the runtime is not installed or takes
-            no such model.
-    """
-    if target not in TARGETS:
-        return  # None: the device where the model is
-    if not has_inputs:
-        raise AccelerationError(
-            f"target={target!r} needs example_inputs to time the model on; pass them, or leave target out"
-        )
-    found = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
-    if found - {target}:
-        raise AccelerationError(
-            f"target={target!r}, but the model is on {', '.join(sorted(found))}; move model and example_inputs to "
-            f"{target} first, or plan with make_plan(target={target!r}) and accelerate there"
-        )
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    check_runtime(runtime, torch.device(target), dtype)
 
 
 def damages(model: nn.Module, table: LatencyTable, sensitivity: Sensitivity, seed: int = 0) -> dict[str, list[float]]:

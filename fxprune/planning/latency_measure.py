@@ -16,7 +16,7 @@ from fxprune.channels.units import STAYS, ChannelUnits
 from fxprune.environment import environment
 from fxprune.graph.editing import calls
 from fxprune.graph.fused import FusedConv2d
-from fxprune.inference.acceleration import accelerate, acceleration_report
+from fxprune.inference.acceleration import acceleration_report
 from fxprune.inference.engines import Engine
 from fxprune.inference.forms import operand_shapes
 from fxprune.inference.fused_graph import fused_graph
@@ -27,8 +27,8 @@ from fxprune.inference.stopwatch import Stopwatch
 from fxprune.planning.latency_grid import LayerGrid, widths
 from fxprune.planning.latency_table import LatencyOption, LatencyTable, LayerLatency, setting
 from fxprune.planning.layer_times import InRuntime, InTorch, Timekeeper, Variant, check_timed, timed
+from fxprune.planning.whole_network import WholeNetwork
 from fxprune.plans.shapes import BLOCKS, Shape, choose_shape
-from fxprune.vocabulary import RuntimeName
 
 # What is timed: these ratios, and of a number of groups n also 1 - 1/n, the partition form. More groups than 8 leave
 # few layers that are wide enough to gain.
@@ -70,14 +70,7 @@ class Wanted:
 
 
 @torch.no_grad()
-def measure_layers(
-    model: nn.Module,
-    inputs: tuple[Any, ...],
-    wanted: Wanted,
-    *,
-    runtime: RuntimeName = "torch",
-    progress: bool = False,
-) -> LatencyTable:
+def measure_layers(network: WholeNetwork, wanted: Wanted) -> LatencyTable:
     """Time the dense network and every option of every convolution, each in its fastest form.
 
     A time depends on shapes, not on numbers: the pruned layers get random weights and random kept channels. In
@@ -85,19 +78,16 @@ def measure_layers(
     few other gathers.
 
     Args:
-        model: dense, on the device to measure.
-        inputs: arguments of forward, of the sizes to measure.
+        network: dense, on the device to measure, in PyTorch or a runtime that reads ONNX.
         wanted: what is timed.
-        runtime: what runs it: PyTorch, or a runtime that reads ONNX.
-        progress: show bars on stderr.
 
     Raises:
         PlanError: layers cannot be timed in the runtime.
         AccelerationError: see `fxprune.accelerate`.
     """
+    model, inputs, runtime = network.model, network.inputs, network.runtime
     check_timed(runtime)
-    network = accelerate(model, inputs, runtime=runtime, progress=progress)
-    dense = acceleration_report(network)
+    dense = acceleration_report(network.dense)
     graph, _ = fused_graph(model, inputs)
     shapes = operand_shapes(graph, inputs)
     stopwatch = Stopwatch(torch.device(dense.device))
@@ -110,16 +100,16 @@ def measure_layers(
     )
     sites = [_Site(name, conv, shapes[node.name]) for node, conv, name in _sites(graph, wanted.names)]
     found: dict[str, _Times] = {name: _Times() for name in keepers}
-    for site in tqdm(sites, desc="timing", unit="conv", disable=not progress):
+    for site in tqdm(sites, desc="timing", unit="conv", disable=not network.progress):
         for memory_format, times in site.times(wanted, keepers, stopwatch).items():
             found[memory_format].add(times)
     stopwatch.save()
     whole = dense.seconds[dense.chosen]
     if sites and isinstance(other, OnnxBased):
-        whole = _whole_by_layers(network, inputs, InRuntime(other), sites, stopwatch)
+        whole = _whole_by_layers(network.dense, inputs, InRuntime(other), sites, stopwatch)
     elif sites:
-        assert isinstance(network, fx.GraphModule)
-        whole = found[dense.memory_format].dense / (1 - _rest_share(network, inputs, wanted.names))
+        assert isinstance(network.dense, fx.GraphModule)
+        whole = found[dense.memory_format].dense / (1 - _rest_share(network.dense, inputs, wanted.names))
     device, dtype, input_shapes = setting(model, inputs)
     tables = []
     for name, times in found.items():

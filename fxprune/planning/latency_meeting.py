@@ -4,16 +4,10 @@ is not quite the time of the network, so a choice is made, measured, and made an
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
-
-from torch import fx, nn
+from typing import Generic, TypeVar
 
 from fxprune.errors import PlanError
-from fxprune.inference.acceleration import accelerate
-from fxprune.inference.duel import share_of_time
-from fxprune.inference.runtimes import RuntimeModel, TorchModel
 from fxprune.planning.latency_table import TOLERANCE, LatencyTable
-from fxprune.vocabulary import RuntimeName
 
 T = TypeVar("T")
 
@@ -113,32 +107,3 @@ class Met(Generic[T]):
             f"latency: asked for {share:.2f} of the best dense time in {table.runtime}; {self.predicted:.2f} by the "
             f"times of single layers, {measured}"
         )
-
-
-class WholeNetwork:
-    """The dense network, beside which pruned ones are timed.
-
-    Args:
-        model: dense.
-        inputs: arguments of forward.
-        runtime: what runs it.
-        progress: show bars on stderr.
-    """
-
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], runtime: RuntimeName, progress: bool = False) -> None:
-        self.model, self.inputs, self.runtime, self.progress = model, inputs, runtime, progress
-        self._dense: nn.Module | None = None
-
-    def accelerated(self, model: nn.Module) -> fx.GraphModule | RuntimeModel | TorchModel:
-        """A network in its fastest form."""
-        return accelerate(model, self.inputs, runtime=self.runtime, progress=self.progress)
-
-    def share_of(self, fast: nn.Module) -> float:
-        """The share of the dense time that a pruned network takes.
-
-        Args:
-            fast: accelerated.
-        """
-        if self._dense is None:
-            self._dense = self.accelerated(self.model)
-        return share_of_time(fast, self._dense, self.inputs)

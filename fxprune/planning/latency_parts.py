@@ -2,10 +2,11 @@
 
 from fxprune.calibration.subject import Subject
 from fxprune.planning.filters import removable_of
-from fxprune.planning.latency_budget import group_counts, inputs_to_time
+from fxprune.planning.latency_budget import group_counts
 from fxprune.planning.latency_measure import Wanted, measure_layers
 from fxprune.planning.latency_table import LatencyTable
 from fxprune.planning.requests import Request
+from fxprune.planning.whole_network import WholeNetwork
 
 
 def measure_for(subject: Subject, request: Request) -> LatencyTable:
@@ -19,10 +20,10 @@ def measure_for(subject: Subject, request: Request) -> LatencyTable:
         PlanError: nothing can be planned.
         AccelerationError: the model cannot be accelerated.
     """
-    inputs = inputs_to_time(subject, request)
+    network = WholeNetwork.of(subject, request)
     parts = {part.granularity: part for part in request.parts()}
     wanted = Wanted(
         counts=group_counts(subject, parts["kernel"]) if "kernel" in parts else {},
         units=removable_of(subject, parts["filter"].patterns).units if "filter" in parts else None,
     )
-    return measure_layers(subject.model, inputs, wanted, runtime=request.runs_in, progress=request.progress)
+    return measure_layers(network, wanted)
