@@ -87,7 +87,8 @@ def compile(
     the result shares no memory with it.
 
     Args:
-        model: any module that runs, on any device, in any floating-point type.
+        model: any module that runs, on any device, in any floating-point type. In whatever mode it is: layers are
+            planned, refitted and judged in evaluation mode, and the result is left in the mode of the model.
 
         *How much goes.* A ratio, or one or more budgets (`macs`, `params`, `latency`), all of which are kept; ratio 0.5
         if none is given.
