@@ -8,7 +8,7 @@ PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
 SETUP := requirements-dev.txt setup.cfg pyproject.toml
 
-.PHONY: help demo install test test-all test-wild check docs bench clean
+.PHONY: help demo install test test-all test-road test-wild check docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -24,6 +24,9 @@ test: .venv/.installed-dev ## run the tests that a change must pass
 
 test-all: .venv/.installed-dev ## run every test, slow ones too
 	$(BIN)/python -m pytest -m "not huge and not wild" --hypothesis-profile=thorough $(PYTEST_ARGS)
+
+test-road: .venv/.installed-dev ## build a wheel, install it, follow README and docs with it
+	$(BIN)/python -m pytest -m road tests/road
 
 test-wild: .venv-wild/.installed ## compile the networks of other libraries, which it installs into .venv-wild
 	.venv-wild/bin/python -m pytest -m wild $(PYTEST_ARGS) tests/wild

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare", description=__doc__.partition("\n\n")[0].lstrip("r")
     )
-    parser.add_argument("--model", required=True, help=MODEL_HELP)
+    parser.add_argument("--model", help=MODEL_HELP)
     command_compare.add_options(parser)
     parser.set_defaults(error=parser.error)
     return run_as("benchmarks.compare", command_compare.run, parser.parse_args(arguments))

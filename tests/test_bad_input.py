@@ -288,6 +288,54 @@ def test_a_refused_model_that_changed_would_be_seen() -> None:
 # --- example inputs -------------------------------------------------------------------------------------------------
 
 
+def unbatched() -> nn.Sequential:
+    """Runs on one image without its batch, as convolutions do."""
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval()
+
+
+def strict() -> nn.Sequential:
+    """Does not."""
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval()
+
+
+@pytest.mark.parametrize("build", [unbatched, strict])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, x: fxprune.compile(model, 0.5, example_inputs=x),
+        lambda model, x: fxprune.compile(model, 0.5, example_inputs=x, output="module"),
+        lambda model, x: fxprune.compile(model, 0.5, example_inputs=x, granularity="filter"),
+        fxprune.analyze,
+        fxprune.accelerate,
+        lambda model, x: fxprune.verify(model, model, x),
+    ],
+)
+def test_an_image_without_its_batch(build: Callable[[], nn.Module], use: Callable[..., Any]) -> None:
+    with pytest.raises(TraceError, match=r"shape \(3, 12, 12\), .* forget the batch dimension\? Pass x.unsqueeze\(0\)"):
+        use(build(), torch.randn(3, 12, 12))
+
+
+class Spectrogram(nn.Module):
+    """Takes `(N, H, W)` and adds the channels itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layers(x.unsqueeze(1))
+        return y
+
+
+def test_control_three_axes_may_be_a_batch() -> None:
+    """With as many channels as images, even; and one that does not run is told what it says itself."""
+    model, x = Spectrogram().eval(), torch.randn(1, 12, 12)
+    assert fxprune.compile(model, 0.5, example_inputs=x)(x).shape == (1, 16, 8, 8)
+    with pytest.raises(TraceError, match="does not run on example inputs of shape") as caught:
+        fxprune.compile(strict(), 0.5, example_inputs=torch.randn(5, 12, 12))
+    assert "batch dimension" not in str(caught.value), "with a batch it does not run either"
+
+
 def test_example_inputs_that_do_not_run() -> None:
     refuse(
         net(), TraceError, r"does not run on example inputs of shape \(2, 4, 8, 8\)", example_inputs=image()[:, [0] * 4]

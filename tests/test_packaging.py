@@ -10,6 +10,7 @@ import pytest
 
 import fxprune
 from fxprune import cli
+from fxprune.comparison.experiments import recipe_names
 from fxprune.comparison.extras import EXTRAS
 from fxprune.inference.kernels import native
 
@@ -41,9 +42,12 @@ def test_files_that_are_not_python_are_packaged(setup: configparser.RawConfigPar
     patterns = [pattern.strip() for pattern in setup["options.package_data"]["fxprune"].split(",")]
     package = ROOT / "fxprune"
     found = {str(path.relative_to(package)) for pattern in patterns for path in package.glob(pattern)}
-    others = {str(path.relative_to(package)) for path in package.rglob("*") if path.suffix in (".cpp", ".h", ".typed")}
+    kinds = (".cpp", ".h", ".typed", ".toml")
+    others = {str(path.relative_to(package)) for path in package.rglob("*") if path.suffix in kinds}
     assert found == others
-    assert {"py.typed", *(f"inference/kernels/{name}" for name in native.SOURCES + native.HEADERS)} == found
+    recipes = {f"comparison/recipes/{name}.toml" for name in recipe_names()}
+    kernels = {f"inference/kernels/{name}" for name in native.SOURCES + native.HEADERS}
+    assert {"py.typed", *recipes, *kernels} == found
 
 
 def test_passes_is_a_relative_link() -> None:

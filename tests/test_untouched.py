@@ -28,6 +28,27 @@ def each_step(model: nn.Module, x: tuple[Tensor, ...]) -> None:
     assert equal(snapshot(masked), before)
 
 
+@pytest.mark.parametrize("asked", [{"macs": 0.6}, {"ratio": 0.5, "granularity": "filter"}])
+def test_the_mode_of_the_model_decides_nothing_but_that_of_the_result(asked: dict[str, Any]) -> None:
+    model = randomize(
+        nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.Conv2d(32, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(16, 5),
+        )
+    )  # fmt: skip
+    images = torch.randn(32, 3, 12, 12)
+    results = {}
+    for mode in (True, False):
+        before = snapshot(model.train(mode))
+        results[mode] = fxprune.compile(model, calibration=images, **asked)
+        assert equal(snapshot(model), before)
+        assert {part.training for part in results[mode].modules()} == {mode}
+    training, evaluation = (results[mode].state_dict() for mode in (True, False))
+    assert training.keys() == evaluation.keys()
+    assert all(torch.equal(training[name], evaluation[name]) for name in training)
+    assert not torch.equal(results[True](images), results[False](images)), "control: the modes differ"
+
+
 @pytest.mark.filterwarnings("ignore::fxprune.NothingRewrittenWarning")
 @pytest.mark.parametrize("case", one_in(5, CASES))
 def test_the_zoo_is_untouched(case: Case) -> None:

@@ -9,14 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxprune.graph.editing import call_sites, called_module
+from fxprune.graph.editing import BATCH_NORMS, call_sites, called_module, is_addition
 from fxprune.graph.memory import Memory
 
 Bounds = tuple[float, float]
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-_ADDITIONS = frozenset((operator.add, operator.iadd, torch.add))
 _RECTIFIERS: dict[object, Bounds] = {
     nn.ReLU: (0.0, math.inf),
     F.relu: (0.0, math.inf),
@@ -187,14 +184,6 @@ def _is_product(node: fx.Node) -> bool:
     """Whether a node multiplies two values and does nothing else."""
     named = node.op == "call_method" and node.target == "mul"
     return (named or node.target in (operator.mul, torch.mul)) and len(node.args) == 2 and not node.kwargs
-
-
-def is_addition(node: fx.Node) -> bool:
-    """Whether a node adds two values and does nothing else."""
-    named = node.op == "call_method" and node.target in ("add", "add_")
-    return (named or (node.op == "call_function" and node.target in _ADDITIONS)) and (
-        len(node.args) == 2 and not node.kwargs
-    )
 
 
 def _rectifier(gm: fx.GraphModule, node: fx.Node | None) -> Bounds | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from fxprune.cli import values
-from fxprune.cli.options import DATA_HELP, MODEL_HELP, add_recipe_options, device_of, recipe_of, refuse
+from fxprune.cli.options import DATA_HELP, MODEL_HELP, add_training_options, device_of, refuse, training_of
 from fxprune.cli.output import Subparsers
 from fxprune.vocabulary import FormChoice, Granularity, PruningSchedule, Scope
 
@@ -65,12 +65,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on from DIR/checkpoint.pt if it is there")
     add("--checkpoint-every", type=values.count, metavar="STEPS", help="save within epochs too")
     add("--validation", type=int, metavar="N", help="training images to hold back (default: 5000, of the digits 200)")
+    add(
+        "--keep-epochs",
+        type=values.span,
+        default=range(0),
+        metavar="FIRST-LAST",
+        help="write the weights after these epochs as DIR/epoch_N.pt, for --snapshots",
+    )
     add("--test-each-epoch", action="store_true", help="record the test accuracy of every epoch; it chooses nothing")
     add("--seed", type=int, default=0, help="of weights, plan, order and augmentation (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--threads", type=values.count, help="of torch (default: its own choice)")
     _add_pruning(parser.add_argument_group("pruning (default: none)"))
-    add_recipe_options(parser)
+    add_training_options(parser)
 
 
 def _add_pruning(group: argparse._ArgumentGroup) -> None:
@@ -147,7 +154,7 @@ def request_of(options: argparse.Namespace) -> TrainingRequest:
         model=options.model,
         data=options.data,
         output=options.output,
-        recipe=recipe_of(options),
+        recipe=training_of(options),
         weights=options.weights,
         pruning=pruning,
         validation=usual_validation(options.data) if options.validation is None else options.validation,
@@ -158,6 +165,7 @@ def request_of(options: argparse.Namespace) -> TrainingRequest:
         test_each_epoch=options.test_each_epoch,
         checkpoint_every=options.checkpoint_every,
         resume=options.resume,
+        keep_epochs=options.keep_epochs,
         progress=sys.stderr.isatty(),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
@@ -16,6 +16,7 @@ from fxprune.vocabulary import (
     FormChoice,
     Method,
     RateSchedule,
+    RuntimeName,
     Scope,
     Target,
     VarietyName,
@@ -24,37 +25,40 @@ from fxprune.vocabulary import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-MODEL_HELP = "a torchvision model, a timm model (timm:NAME), resnet20 and its like for CIFAR-10, or module:callable"
+MODEL_HELP = (
+    "a torchvision model, a timm model (timm:NAME), resnet20 and its like for CIFAR-10, or module:callable; "
+    "NAME?classes=N for so many classes"
+)
 FILE_HELP = "a file that `fxprune compile -o` wrote"
 DATA_HELP = "cifar10:DIR, cifar100:DIR, caltech101:DIR, folder:DIR, digits or MODULE:CALLABLE; photos with ?size=PIXELS"
 
 
 def add_pruning_options(parser: argparse.ArgumentParser) -> None:
     """Add what `fxprune.make_plan` can be asked."""
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
+    parser.add_argument(
         "--ratio", type=float, help="share of kernel groups, or filters, to prune from each convolution (0.5)"
     )
-    size.add_argument(
+    parser.add_argument(
         "--macs",
         type=float,
         metavar="SHARE",
-        help="instead: share of multiply-accumulates to keep, in (0, 1]; sensitive layers are pruned less",
+        help="instead: share of multiply-accumulates to keep, in (0, 1]; sensitive layers are pruned less. Budgets can "
+        "be combined",
     )
-    size.add_argument("--params", type=float, metavar="SHARE", help="instead: share of parameters to keep, in (0, 1]")
-    size.add_argument(
+    parser.add_argument("--params", type=float, metavar="SHARE", help="share of parameters to keep, in (0, 1]")
+    parser.add_argument(
         "--latency",
         type=float,
         metavar="SHARE",
-        help="instead: share of the time of the best dense form that may remain on --target, in (0, 1]",
+        help="share of the time of the best dense form that may remain on --target, or in --runtime, in (0, 1]",
     )
     parser.add_argument(
         "--granularity",
         type=values.granularity,
-        metavar="kernel|filter|auto|filter:R,kernel:R",
+        metavar="kernel|filter|branch|auto|filter:R,kernel:R",
         help="prune kernels, so that convolutions become grouped (default), or whole filters, so that they become "
-        "narrower; both, as divides a budget best, which needs --calibration; or filters at one ratio, then kernels at "
-        "another",
+        "narrower, or whole residual branches; all of them, as divides a budget best, which like branches needs "
+        "--calibration; or filters at one ratio, then kernels at another",
     )
     parser.add_argument(
         "--scope",
@@ -72,6 +76,12 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
         help="keep input channels in aligned blocks of N, for wide loads (default: 8 for target cuda, else 1)",
     )
     parser.add_argument("--target", choices=get_args(Target), help="kind of device to plan groups and blocks for")
+    parser.add_argument(
+        "--runtime",
+        choices=get_args(RuntimeName),
+        help="what will compute the network: --latency is then of the best dense form in it (torch, onnxruntime, "
+        "openvino)",
+    )
     parser.add_argument(
         "--share-groups",
         action=argparse.BooleanOptionalAction,
@@ -133,21 +143,20 @@ def add_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    """Add how to train, in a group of its own."""
-    add = parser.add_argument_group("recipe (default: the fine-tuning of TMI-GKP)").add_argument
-    add("--epochs", type=int, required=True)
-    add("--lr", type=float, default=Recipe.lr, help="largest learning rate (default: %(default)s)")
-    add("--batch", type=int, default=Recipe.batch, help="images of one step, over all processes (default: %(default)s)")
-    add("--momentum", type=float, default=Recipe.momentum, help="default: %(default)s")
-    add("--weight-decay", type=float, default=Recipe.weight_decay, help="default: %(default)s")
-    add("--nesterov", action="store_true")
-    add("--schedule", choices=get_args(RateSchedule), default=Recipe.schedule, help="default: %(default)s")
-    add("--warmup", type=int, default=Recipe.warmup, metavar="EPOCHS", help="default: %(default)s")
-    add("--label-smoothing", type=float, default=Recipe.label_smoothing, help="default: %(default)s")
-    none = (Recipe.distill_weight, Recipe.distill_temperature)
+def add_training_options(parser: argparse.ArgumentParser, epochs_needed: bool = True) -> None:
+    """Add how to train, in a group of its own. What is not given is None, for `training_of`."""
+    add = parser.add_argument_group("training (default: the fine-tuning of TMI-GKP)").add_argument
+    add("--epochs", type=int, required=epochs_needed)
+    add("--lr", type=float, help=f"largest learning rate (default: {Recipe.lr})")
+    add("--batch", type=int, help=f"images of one step, over all processes (default: {Recipe.batch})")
+    add("--momentum", type=float, help=f"default: {Recipe.momentum}")
+    add("--weight-decay", type=float, help=f"default: {Recipe.weight_decay}")
+    add("--nesterov", action="store_true", default=None)
+    add("--schedule", choices=get_args(RateSchedule), help=f"default: {Recipe.schedule}")
+    add("--warmup", type=int, metavar="EPOCHS", help=f"default: {Recipe.warmup}")
+    add("--label-smoothing", type=float, help=f"default: {Recipe.label_smoothing}")
     add(
-        "--distill", type=values.distillation, default=none, metavar="WEIGHT:TEMPERATURE",
+        "--distill", type=values.distillation, metavar="WEIGHT:TEMPERATURE",
         help="learn from the dense network too, such as 0.5:4",
     )  # fmt: skip
     add("--amp", choices=get_args(Amp), help="compute forward in this type (default: float32)")
@@ -205,22 +214,23 @@ def size_of(model: nn.Module, options: argparse.Namespace) -> tuple[int, ...]:
 
 def pruning_of(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `fxprune.make_plan`; what was not asked for is left to its defaults."""
-    sizes = ("ratio", "macs", "params", "latency", "groups", "form", "block", "target", "share_groups")
+    sizes = ("ratio", "macs", "params", "latency", "groups", "form", "block", "target", "runtime", "share_groups")
     names = (*sizes, "granularity", "scope", "round_to", "method", "criterion", "variety", "snapshots", "ignore")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     return given | {"seed": options.seed, "progress": shows_progress(options)}
 
 
-def recipe_of(options: argparse.Namespace) -> Recipe:
-    """How to train.
+def training_of(options: argparse.Namespace, usual: Recipe | None = None) -> Recipe:
+    """How to train: as was asked for, and else as usual, or as `Recipe` says.
 
     Raises:
         RecipeError: a value is out of its range.
     """
     names = [name for name in (field.name for field in fields(Recipe)) if not name.startswith("distill_")]
-    weight, temperature = options.distill
-    given = {name: getattr(options, name) for name in names}
-    return Recipe(**given, distill_weight=weight, distill_temperature=temperature)
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.distill is not None:
+        given["distill_weight"], given["distill_temperature"] = options.distill
+    return Recipe(**given) if usual is None else replace(usual, **given)
 
 
 def device_of(options: argparse.Namespace) -> str:

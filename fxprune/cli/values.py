@@ -58,6 +58,15 @@ def count(text: str) -> int:
     return int(text)
 
 
+def span(text: str) -> range:
+    """Whole numbers from a first to a last one: `35-70`, or one alone."""
+    first, dash, last = text.partition("-")
+    last = last if dash else first
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no span; give a first and a last number, as in 35-70")
+    return range(int(first), int(last) + 1)
+
+
 def seeds(text: str) -> list[int]:
     """Seeds with commas between."""
     parts = text.split(",")

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxprune
+from fxprune.comparison.dense_training import with_dense
+from fxprune.comparison.duration import in_words, training_seconds
 from fxprune.comparison.extras import ComparisonError
 from fxprune.comparison.latency import Row, measure, tuned_cudnn
 from fxprune.comparison.layer_calls import count_macs
 from fxprune.comparison.methods import DENSE, METHODS, Case, Pruned
 from fxprune.comparison.plots import draw_fronts
-from fxprune.comparison.points import Point, Run, points_of, table
+from fxprune.comparison.points import Point, Run, beside_published, points_of, table
 from fxprune.comparison.requests import ComparisonRequest
 from fxprune.comparison.rivals import Network, dense_network
 from fxprune.environment import environment
@@ -244,12 +246,20 @@ def compare(request: ComparisonRequest, complain: Callable[[str], object], progr
         FxpruneError: the model, the images and the settings do not go together, or a file is damaged.
         OSError: a file cannot be read or written.
     """
+    request = with_dense(request)
     settings, folder = request.settings(), request.runs_folder
     folder.mkdir(parents=True, exist_ok=True)
     runs = read_runs(folder, settings)
     failed: dict[str, str] = {}
     todo = [entry for entry in entries(request.methods, request.shares, request.seeds) if entry not in runs]
     setting = _setting(request) if todo else None
+    if setting is not None:
+        each = training_seconds(setting.model, setting.data, request.recipe, request.train_images, request.device)
+        print(
+            f"{len(todo)} runs to do; fine-tuning takes {in_words(each * len(todo))} here if it goes on as now, to "
+            "which planning and evaluation come",
+            flush=True,
+        )
     planned: dict[tuple[str, float], tuple[Pruned, float]] = {}
     for entry in tqdm(todo, unit="run", disable=not progress):
         assert setting is not None
@@ -270,7 +280,7 @@ def compare(request: ComparisonRequest, complain: Callable[[str], object], progr
         _write(folder / f"{entry.name}.json", record)
         print(f"accuracy {found.before:.2%}, after fine-tuning {found.after:.2%}", flush=True)
     if runs:
-        report_on(request.output, settings, list(runs.values()), failed, complain)
+        report_on(request, settings, list(runs.values()), failed, complain)
     return failed
 
 
@@ -287,6 +297,7 @@ def time_done(
         CheckpointError: no run is done, or a file is damaged.
         FxpruneError, OSError: see `compare`.
     """
+    request = with_dense(request)
     settings, folder = request.settings(), request.runs_folder
     folder.mkdir(parents=True, exist_ok=True)
     runs = list(read_runs(folder, settings).values())
@@ -295,7 +306,7 @@ def time_done(
     latency: dict[str, Any] = {"environment": environment(), "rounds": rounds}
     latency["rows"] = time_networks(_setting(request), runs, batches, rounds, progress)
     _write(request.output / "latency.json", latency)
-    report_on(request.output, settings, runs, {}, complain)
+    report_on(request, settings, runs, {}, complain)
 
 
 def entries(methods: Sequence[str], shares: Sequence[float], seeds: Sequence[int]) -> list[Entry]:
@@ -330,16 +341,19 @@ def read_runs(folder: Path, settings: Mapping[str, Any]) -> dict[Entry, Run]:
 
 
 def report_on(
-    output: Path,
+    request: ComparisonRequest,
     settings: Mapping[str, Any],
     runs: Sequence[Run],
     failed: Mapping[str, str],
     complain: Callable[[str], object],
 ) -> list[Point]:
     """Write record, table and pictures of all that is known, and print the table."""
+    output, experiment = request.output, request.experiment
     latency = _read_latency(output / "latency.json")
     points = points_of(runs, latency["rows"] if latency else ())
+    differences = request.differences()
     record = {
+        "recipe": None if experiment is None else experiment.to_dict() | {"differences": list(differences)},
         "settings": settings,
         "points": [asdict(point) for point in points],
         "runs": [asdict(found) for found in runs],
@@ -347,7 +361,7 @@ def report_on(
         "latency": latency,
     }
     _write(output / "comparison.json", record)
-    text = table(points)
+    text = table(points) if experiment is None else beside_published(points, experiment, differences)
     write_text(output / "comparison.md", text)
     seeds, epochs = len({found.seed for found in runs}), settings["epochs"]
     try:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fxprune.comparison.experiments import Experiment, Published
 from fxprune.comparison.methods import DENSE, METHODS
 
 CONFIDENCE = 0.95
@@ -128,13 +129,24 @@ def points_of(runs: Sequence[Run], latency: Sequence[Mapping[str, Any]] = ()) ->
     return points
 
 
-def table(points: Sequence[Point]) -> str:
-    """The points in Markdown. Accuracies are percentages, intervals are in brackets after ±."""
+PUBLISHED = "published: before", "after", "lost"
+"""Heads of the columns of what a paper reports."""
+
+
+def table(points: Sequence[Point], published: Sequence[Published] = ()) -> str:
+    """The points in Markdown. Accuracies are percentages, intervals are in brackets after ±.
+
+    Args:
+        points: a line for each.
+        published: what stands beside them.
+    """
     batches = sorted({batch for point in points for batch in point.relative})
     heads = ["method", "MACs", "parameters", "before", "after fine-tuning", "lost against dense"]
+    beside = [[found for found in published if found.is_of(point.method, point.share)] for point in points]
+    heads += PUBLISHED if any(beside) else ()
     heads += [f"time, batch {batch}" for batch in batches]
     lines = [_row(heads), "|---" * len(heads) + "|"]
-    for point in points:
+    for point, found in zip(points, beside, strict=True):
         near = point.method == DENSE.name or abs(point.macs_share / point.share - 1) <= NEAR
         cells = [
             point.label,
@@ -144,12 +156,45 @@ def table(points: Sequence[Point]) -> str:
             _percent(point.after),
             "" if point.lost is None or point.method == DENSE.name else _percent(point.lost),
         ]
+        if any(beside):
+            cells += _published_cells(found[0]) if found else [""] * len(PUBLISHED)
         cells += [
             f"{point.relative[batch]:.2f} ({point.seconds[batch] * 1e3:.2f} ms)" if batch in point.relative else ""
             for batch in batches
         ]
         lines.append(_row(cells))
     return "\n".join(lines) + "\n"
+
+
+def beside_published(points: Sequence[Point], experiment: Experiment, differences: Sequence[str]) -> str:
+    """The table of a recipe in Markdown: what was published beside what was measured, and below what else was
+    published, where it is said, and what is not as in the paper.
+
+    Args:
+        points: what was measured.
+        experiment: the recipe.
+        differences: what was done otherwise than it says.
+    """
+    lines = [f"{experiment.title}. {experiment.paper}.", "", table(points, experiment.published)]
+    if experiment.published:
+        lines += [_row(["published", "MACs", "dense", "before", "after", "source"]), "|---" * 6 + "|"]
+        for found in experiment.published:
+            label = found.label or METHODS[found.method or ""].label
+            shown = [_figure(found.dense), _figure(found.before), _figure(found.after), found.source]
+            lines.append(_row([label, f"{found.share:.3f}", *shown]))
+    else:
+        lines.append("No figures of the paper are known.")
+    said = [*(f"Otherwise than in the recipe: {line}." for line in differences), *experiment.notes]
+    return "\n".join([*lines, "", *(f"{number}. {line}" for number, line in enumerate(said, 1))]) + "\n"
+
+
+def _published_cells(found: Published) -> list[str]:
+    lost = None if found.dense is None or found.after is None else found.dense - found.after
+    return [_figure(found.before), _figure(found.after), "" if found.method == DENSE.name else _figure(lost)]
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -1,15 +1,17 @@
 """What a comparison is asked for, in time or in accuracy: frozen, checked, and put down beside what was found."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fxprune.comparison.experiments import SETTINGS, DenseTraining, Experiment
 from fxprune.comparison.extras import ComparisonError, is_installed, require
 from fxprune.comparison.methods import DENSE, METHODS
 from fxprune.comparison.runtimes import RUNTIMES
+from fxprune.models import is_published
 from fxprune.plans.shapes import Groups
 from fxprune.training.checkpoints import fingerprint
 from fxprune.training.recipe import Recipe
@@ -100,7 +102,9 @@ class ComparisonRequest:
         data: images for `open_data`.
         output: the folder for runs, record and pictures.
         recipe: of fine-tuning.
-        weights: state dict of the model; random without.
+        weights: state dict of the model, or the name of published ones; random without.
+        dense: how the model is trained before, which takes the place of the weights.
+        experiment: the recipe of a paper that this follows, to say what was published and what is otherwise.
         methods: names in `METHODS`.
         shares: of the MACs that remain.
         seeds: a run of each method and share for each.
@@ -122,6 +126,8 @@ class ComparisonRequest:
     output: Path
     recipe: Recipe
     weights: Path | None = None
+    dense: DenseTraining | None = None
+    experiment: Experiment | None = None
     methods: Sequence[str] = (DENSE.name,)
     shares: Sequence[float] = (0.57, 0.4)
     seeds: Sequence[int] = (0, 1, 2)
@@ -141,6 +147,11 @@ class ComparisonRequest:
             raise ComparisonError("--evaluate validation: there are no such images with --validation 0")
 
     @property
+    def dense_folder(self) -> Path:
+        """Where the dense network is, if it is trained here."""
+        return self.output / "dense"
+
+    @property
     def runs_folder(self) -> Path:
         """Where the runs that are done are."""
         return self.output / "runs"
@@ -151,7 +162,7 @@ class ComparisonRequest:
         """
         return {
             "model": self.model,
-            "weights": fingerprint(self.weights) if self.weights else None,
+            "weights": self._weights(),
             "data": self.data.partition(":")[0],
             "validation": self.validation,
             "evaluate": self.evaluate,
@@ -165,6 +176,33 @@ class ComparisonRequest:
             "device": self.device,
         }
 
+    def differences(self) -> tuple[str, ...]:
+        """What is done otherwise than the recipe of the paper says, a sentence each; see `Experiment.differences`."""
+        if self.experiment is None:
+            return ()
+        names = {entry.name for entry in fields(self)} & set(SETTINGS)
+        done = {name: getattr(self, name) for name in names - {"weights", "data"}}
+        done = {name: tuple(value) if isinstance(value, list) else value for name, value in done.items()}
+        done["data"] = self.data.partition(":")[0]
+        if self.dense is None:
+            done["weights"] = None if self.weights is None else self.weights.name
+        return self.experiment.differences(done, self.recipe, self.dense)
+
+    def _weights(self) -> str | None:
+        if self.weights is None or is_published(self.weights):
+            return None if self.weights is None else str(self.weights)
+        return fingerprint(self.weights)
+
+
+def possible_methods(names: Iterable[str], snapshots: bool) -> list[str]:
+    """Those of the methods that can be run here: the packages that they need are installed, and snapshots are there."""
+    methods = [METHODS[name] for name in names]
+    return [
+        method.name
+        for method in methods
+        if (snapshots or not method.snapshots) and (not method.package or is_installed(method.package))
+    ]
+
 
 def choose_methods(names: str, snapshots: bool) -> list[str]:
     """The methods of these names, or of `"all"` those that can be run here.
@@ -173,11 +211,7 @@ def choose_methods(names: str, snapshots: bool) -> list[str]:
         ComparisonError: there is no such method, or it needs snapshots or a package that is not installed.
     """
     if names == "all":
-        return [
-            name
-            for name, method in METHODS.items()
-            if (snapshots or not method.snapshots) and (not method.package or is_installed(method.package))
-        ]
+        return possible_methods(METHODS, snapshots)
     chosen = list(dict.fromkeys(names.split(",")))
     for name in chosen:
         if name not in METHODS:

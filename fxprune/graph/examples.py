@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from fxprune.errors import TraceError, near_matches
 from fxprune.graph.containers import convert_tensors, tensors_in
+from fxprune.graph.copying import copied
 
 Inputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -103,6 +105,7 @@ def _example(given: Inputs | Example, model: nn.Module) -> Example:
         args, kwargs = (given,) if isinstance(given, Tensor) else tuple(given), {}
     example = Example(args, kwargs)
     _check_fits(example, model)
+    _check_batched(example, model)
     if any(tensor.grad_fn is not None for tensor in example.tensors):
         return convert_tensors(example, Tensor.detach)
     return example
@@ -124,6 +127,45 @@ def _check_fits(example: Example, model: nn.Module) -> None:
             f"{type(model).__name__}.forward needs {', '.join(missing)}, "
             f"but example_inputs has {values} values; give one for each"
         )
+
+
+SPATIAL = ((nn.Conv1d, 1), (nn.Conv2d, 2), (nn.Conv3d, 3))
+"""Convolutions, which take one image without a batch too, and their number of spatial axes."""
+
+
+def _check_batched(example: Example, model: nn.Module) -> None:
+    """See that a single tensor is no image without its batch axis. Only where it might be one is the model run, and
+    then a copy: a model may well take `(N, H, W)` and add the channels itself.
+
+    Raises:
+        TraceError: a convolution would see an image without its batch.
+    """
+    if len(example.args) != 1 or example.kwargs or not isinstance(example.args[0], Tensor):
+        return
+    x = example.args[0]
+    single = {count + 1 for layer in model.modules() for kind, count in SPATIAL if isinstance(layer, kind)}
+    if x.is_meta or x.dim() not in single:
+        return
+    copy = copied(model).eval()
+    seen: list[bool] = []
+    for layer in copy.modules():
+        for kind, count in SPATIAL:
+            if isinstance(layer, kind):
+                layer.register_forward_pre_hook(lambda _, given, n=count + 1: seen.append(given[0].dim() == n))
+    if any(seen) if _runs(copy, x) else _runs(copy, x.unsqueeze(0)):
+        raise TraceError(
+            f"example_inputs has shape {tuple(x.shape)}, and {type(model).__name__} takes batches; did you forget the "
+            "batch dimension? Pass x.unsqueeze(0)"
+        )
+
+
+def _runs(model: nn.Module, x: Tensor) -> bool:
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=()):
+            model(x)
+    except Exception:  # any operator of any model
+        return False
+    return True
 
 
 def positional_parameters(model: nn.Module) -> list[inspect.Parameter]:

@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def load_model(name: str, weights: str | Path | None = None, seed: int = 0) -> n
     Args:
         name: a torchvision model (`resnet50`); one of `OWN_MODELS` (`resnet20`); a timm model if timm is installed
             (`timm:resnest14d`, or `resnest14d` alone where nobody else has that name); or `module:callable` or
-            `path/to/file.py:callable`, called without arguments.
+            `path/to/file.py:callable`, called without arguments. `NAME?classes=N` tells so many classes apart in place
+            of the model's own number.
         weights: a file with a state dict, of safetensors or loaded with `weights_only=True`, as training scripts leave
             it: under `state_dict`, `model` or averaged under `state_dict_ema`, with the prefix `module.` of
             `nn.DataParallel` or `_orig_mod.` of `torch.compile`. Or the name of published weights, `"DEFAULT"` or one
@@ -90,20 +92,45 @@ def example_inputs(size: Sequence[int], seed: int = 0) -> tuple[Tensor]:
     return (torch.randn(tuple(size), generator=torch.Generator().manual_seed(seed)),)
 
 
+def without_options(name: str) -> str:
+    """The name of a model without what it was asked to be: `resnet18` of `resnet18?classes=101`."""
+    return name.partition("?")[0]
+
+
+def _options_of(name: str) -> dict[str, Any]:
+    """Arguments of a model that stand behind its name.
+
+    Raises:
+        ModelNameError: they are no number of classes.
+    """
+    _, mark, text = name.partition("?")
+    match = re.fullmatch(r"classes=([1-9]\d*)", text)
+    if mark and match is None:
+        raise ModelNameError(
+            f"{name}: only ?classes=N may stand behind the name of a model, as in resnet18?classes=101"
+        )
+    return {} if match is None else {"num_classes": int(match[1])}
+
+
 def _builder(name: str, weights: str | None = None) -> Callable[[], Any]:
+    given, name = _options_of(name), without_options(name)
     source, colon, rest = name.partition(":")
+    if given and weights is not None and source != "timm":
+        raise ModelNameError(f"{name}: its published weights are for its own classes; leave ?classes= or them out")
     if source == "timm" and colon:
-        return _timm_builder(rest, weights)
+        return _timm_builder(rest, weights, given)
     if (colon or name in OWN_MODELS) and weights is not None:
         raise ModelNameError(f"{name}: has no published weights {weights}; give a file: --weights FILE")
     if colon:
+        if given:
+            raise ModelNameError(f"{name}: a function of your own is called without arguments; leave ?classes= out")
         return _callable_builder(name, source, rest)
     if name in torchvision.models.list_models():
-        return lambda: torchvision.models.get_model(name, **_torchvision_options(name, weights))
+        return lambda: torchvision.models.get_model(name, **_torchvision_options(name, weights), **given)
     if name in OWN_MODELS:
-        return OWN_MODELS[name]
+        return partial(OWN_MODELS[name], **given)
     if _timm_names(name):
-        return _timm_builder(name, weights)
+        return _timm_builder(name, weights, given)
     raise ModelNameError(f"{name}: no such model{_did_you_mean(name)}; see torchvision.models.list_models()")
 
 
@@ -135,7 +162,7 @@ def _timm_names(pattern: str) -> list[str]:
     return list(timm.list_models(pattern))
 
 
-def _timm_builder(name: str, weights: str | None) -> Callable[[], Any]:
+def _timm_builder(name: str, weights: str | None, given: dict[str, Any]) -> Callable[[], Any]:
     if importlib.util.find_spec("timm") is None:
         raise ModelNameError(f"timm:{name}: timm is not installed; pip install timm")
     if not _timm_names(name):
@@ -144,7 +171,7 @@ def _timm_builder(name: str, weights: str | None) -> Callable[[], Any]:
 
     if weights not in (None, "DEFAULT"):
         raise ModelNameError(f"timm:{name}: has no weights {weights}; in timm they are part of the name, or DEFAULT")
-    return lambda: timm.create_model(name, pretrained=weights is not None)
+    return lambda: timm.create_model(name, pretrained=weights is not None, **given)
 
 
 def _callable_builder(name: str, module_name: str, attribute: str) -> Callable[[], Any]:

@@ -1,8 +1,8 @@
-"""Networks for CIFAR-10: narrow residual ones, and two wide ones.
+"""Networks for CIFAR-10 and CIFAR-100: narrow residual ones, and two wide ones.
 
-ResNet-20, 32, 56: He et al., Deep Residual Learning for Image Recognition (2016), section 4.2, with shortcut option A:
-where the size halves, every second pixel is taken and the new channels are zero. Published weights differ in where
-those go.
+ResNet-20, 32, 56, 110: He et al., Deep Residual Learning for Image Recognition (2016), section 4.2, with shortcut
+option A: where the size halves, every second pixel is taken and the new channels are zero. Published weights differ in
+where those go.
 
 VGG-16 and ResNet-18 are ImageNet networks in the form in which papers on pruning train them on CIFAR-10.
 
@@ -44,11 +44,11 @@ class CifarBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A residual network of `depth = 6n + 2` layers for `(N, 3, 32, 32)` images; returns logits `(N, 10)`."""
+    """A residual network of `depth = 6n + 2` layers for `(N, 3, 32, 32)` images; returns logits `(N, num_classes)`."""
 
     default_cfg: ClassVar[dict[str, Any]] = CONFIG
 
-    def __init__(self, depth: int, zeros: Zeros = "around") -> None:
+    def __init__(self, depth: int, zeros: Zeros = "around", num_classes: int = 10) -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"depth {depth}: must be 6n + 2, as in 20, 32, 56")
@@ -58,7 +58,7 @@ class CifarResNet(nn.Module):
         self.layer1 = _stage(blocks, 16, 16, 1, zeros)
         self.layer2 = _stage(blocks, 16, 32, 2, zeros)
         self.layer3 = _stage(blocks, 32, 64, 2, zeros)
-        self.linear = nn.Linear(64, 10)
+        self.linear = nn.Linear(64, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
@@ -72,7 +72,7 @@ def _stage(blocks: int, in_channels: int, out_channels: int, stride: int, zeros:
 
 
 class CifarVGG16(nn.Module):
-    """VGG-16 for `(N, 3, 32, 32)` images; returns logits `(N, 10)`.
+    """VGG-16 for `(N, 3, 32, 32)` images; returns logits `(N, num_classes)`.
 
     The 13 convolutions of Simonyan & Zisserman (2015), table 1 D, each with BatchNorm in place of a bias, and one
     linear layer. Li et al., Pruning Filters for Efficient ConvNets (2017), section 4.1, have a second linear layer.
@@ -80,7 +80,7 @@ class CifarVGG16(nn.Module):
 
     default_cfg: ClassVar[dict[str, Any]] = CONFIG
 
-    def __init__(self) -> None:
+    def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3
@@ -91,21 +91,21 @@ class CifarVGG16(nn.Module):
                 channels = width
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(channels, 10)
+        self.classifier = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.features(x).flatten(1))
         return logits
 
 
-def cifar_resnet18() -> nn.Module:
-    """ResNet-18 for `(N, 3, 32, 32)` images; returns logits `(N, 10)`.
+def cifar_resnet18(num_classes: int = 10) -> nn.Module:
+    """ResNet-18 for `(N, 3, 32, 32)` images; returns logits `(N, num_classes)`.
 
     That of torchvision, but the first convolution is 3x3 of stride 1 and nothing is pooled behind it.
     """
     from torchvision.models import resnet18
 
-    model: nn.Module = resnet18(num_classes=10)
+    model: nn.Module = resnet18(num_classes=num_classes)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as all others there
     model.maxpool = nn.Identity()
@@ -113,10 +113,11 @@ def cifar_resnet18() -> nn.Module:
     return model
 
 
-CIFAR_MODELS: dict[str, Callable[[], nn.Module]] = {
+CIFAR_MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": partial(CifarResNet, 20),
     "resnet32": partial(CifarResNet, 32),
     "resnet56": partial(CifarResNet, 56),
+    "resnet110": partial(CifarResNet, 110),
     "resnet20_zeros_after": partial(CifarResNet, 20, "after"),
     "cifar_vgg16": CifarVGG16,
     "cifar_resnet18": cifar_resnet18,

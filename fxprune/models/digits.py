@@ -13,14 +13,14 @@ WIDTHS = (16, 32, 48)
 
 
 class DigitsResNet(nn.Module):
-    """A residual network of 8 layers and 54,042 parameters for `(N, 1, 8, 8)` images; returns logits `(N, 10)`.
+    """A residual network of 8 layers for `(N, 1, 8, 8)` images; returns logits `(N, num_classes)`.
 
-    The networks of He et al. (2016), section 4.2, with one block a stage.
+    It has 54,042 parameters. The networks of He et al. (2016), section 4.2, with one block a stage.
     """
 
     default_cfg: ClassVar[dict[str, Any]] = {"input_size": (1, 8, 8)}
 
-    def __init__(self) -> None:
+    def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
         first, second, third = WIDTHS
         self.conv1 = nn.Conv2d(1, first, 3, padding=1, bias=False)
@@ -28,7 +28,7 @@ class DigitsResNet(nn.Module):
         self.layer1 = CifarBlock(first, first, 1, "around")
         self.layer2 = CifarBlock(first, second, 2, "around")
         self.layer3 = CifarBlock(second, third, 2, "around")
-        self.linear = nn.Linear(third, 10)
+        self.linear = nn.Linear(third, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
@@ -36,5 +36,5 @@ class DigitsResNet(nn.Module):
         return logits
 
 
-DIGITS_MODELS: dict[str, Callable[[], nn.Module]] = {"digits_resnet": DigitsResNet}
+DIGITS_MODELS: dict[str, Callable[..., nn.Module]] = {"digits_resnet": DigitsResNet}
 """What builds each, by its name for `load_model`."""

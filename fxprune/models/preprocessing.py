@@ -127,6 +127,7 @@ def _of_torchvision(name: str, weights: Path | None) -> Preprocessing | None:
     """What torchvision says of published weights: of those that are named or whose file this is, else of the first."""
     import torchvision
 
+    name = name.partition("?")[0]
     if name not in torchvision.models.list_models():
         return None
     published = list(torchvision.models.get_model_weights(name))

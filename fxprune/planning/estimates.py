@@ -51,20 +51,22 @@ def foreseen(subject: Subject, request: Request, *, compiles: bool = False) -> d
     if subject.batches is None or any(macs is None for _, macs in subject.costs.values()):
         return {}
     work = _Work.of(subject)
-    budget = request.budget
-    share = 1 - request.ratio if isinstance(request.ratio, float) else (budget[1] if budget else 1 - DEFAULT_RATIO)
+    ratio = request.ratio if isinstance(request.ratio, float) else DEFAULT_RATIO
+    share = min(request.shares.values(), default=1 - ratio)
     judged = WAYS * work.refit(share, ROWS)
     counts: dict[str, float] = {}
     if request.granularity == "kernel":
-        if (budget is not None or request.latency is not None) and request.sensitivity is None:
+        if request.has_budget and request.sensitivity is None:
             counts[SENSITIVITY] = work.sensitivity()
-        if budget is not None:
+        if request.has_budget and request.latency is None:
             counts[JUDGING] = judged
         counts[PLAN] = work.plan(share)
     elif request.granularity == AUTO:
         counts = {SENSITIVITY: 3 * work.sensitivity(), JUDGING: 3 * judged, PLAN: work.plan(share)}
     else:
-        counts = {SENSITIVITY: work.sensitivity(), JUDGING: judged if budget is not None else 0.0}
+        counts = {SENSITIVITY: work.sensitivity(), JUDGING: judged if request.has_budget else 0.0}
+        if not isinstance(request.granularity, str):  # kernels of what filters leave
+            counts[PLAN] = work.plan(share)
         if compiles:
             counts[REFIT] = work.refit(share)
     if compiles and request.recovery is None:

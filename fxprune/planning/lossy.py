@@ -20,16 +20,24 @@ from fxprune.exact.pipeline import run
 from fxprune.graph.baking import baked
 from fxprune.graph.convolutions import Layer, convolutions, kernels_of, oriented
 from fxprune.graph.copying import copied, own_tensors
+from fxprune.graph.editing import Pass
 from fxprune.graph.examples import Inputs
 from fxprune.graph.recording import Recording
 from fxprune.graph.tracing import check_is_model
 from fxprune.graph.values import CarriedValues
-from fxprune.passes import RemoveChannels
+from fxprune.passes import RemoveBranches, RemoveChannels
 from fxprune.planning.estimates import REFIT, TELLING, foreseen_refit
 from fxprune.plans import GroupedKernels, PrunePlan, RemovedChannels
-from fxprune.plans.eligibility import refittable_linears
+from fxprune.plans.eligibility import obstacle_of, parameters_of_several_modules, refittable_linears
 from fxprune.plans.fields import check_seed
-from fxprune.plans.masking import entries_without_removed, kept_entries, masked_copy, remaining, zero_pruned
+from fxprune.plans.masking import (
+    entries_without_branches,
+    entries_without_removed,
+    kept_entries,
+    masked_copy,
+    remaining,
+    zero_pruned,
+)
 from fxprune.plans.plan import check_is_plan
 from fxprune.vocabulary import AugmentName
 
@@ -175,7 +183,7 @@ def refit(
     subject = Subject(model, example_inputs, calibration, "auto")
     result, kept = _copy_pruned_by(masked, plan)
     layers: dict[str, Layer] = {**convolutions(result), **refittable_linears(subject.layers, subject.trace)}
-    reading = _readers(layers, plan)
+    reading = {*_readers(layers, plan), *_behind_branches(subject, plan)}
     stays = {
         name: _kernels_that_stay(name, layer, plan)
         for name, layer in layers.items()
@@ -242,11 +250,20 @@ def recovered_by(
 def masked_by(subject: Subject, plan: PrunePlan, *, progress: bool = False) -> nn.Module:
     """The same for a model whose trace and calibration data, if there are any, are known.
 
-    What whole channels leave behind is refitted first, then the kernels of the network without them.
+    What whole branches leave is refitted first, then what whole channels leave of that, then the kernels of the rest.
     """
     model = subject.model
     if subject.batches is None:
         return masked_copy(model, plan)
+    if plan.branches:
+        masked = copied(model)
+        zero_pruned(masked, entries_without_branches(model, plan))
+        refit_behind_branches(subject, masked, plan, progress=progress)
+        rest = replace(plan, branches={})
+        if rest.layers or rest.removed:
+            left = subject.of(without_removed(subject, masked, replace(plan, removed={})))
+            put_back(masked, masked_by(left, rest, progress=progress), rest)
+        return masked
     if not plan.removed:
         masked = masked_copy(model, plan)
         if plan.layers:
@@ -270,7 +287,7 @@ def tell_agreement(subject: Subject, plan: PrunePlan, masked: nn.Module, *, prog
     Warns:
         PoorAgreementWarning: below 90 %.
     """
-    if subject.batches is None or not (plan.layers or plan.removed):
+    if subject.batches is None or not (plan.layers or plan.removed or plan.branches):
         return None
     judge = Judge(subject)
     fitted = judge.fitted.refitted_as(masked)
@@ -297,15 +314,53 @@ def refit_readers(subject: Subject, masked: nn.Module, plan: PrunePlan, *, progr
     zero_pruned(masked, entries_without_removed(masked, plan))  # the fit gives the removed filters a value again
 
 
+def refit_behind_branches(subject: Subject, masked: nn.Module, plan: PrunePlan, *, progress: bool = False) -> None:
+    """Refit, in place, all layers behind the first branch that `plan` removes, toward what they gave in the dense
+    network; those that feed a sum so that the sum comes out right, see `fxprune.calibration.refit`.
+    """
+    subject.reconstruct(masked, _behind_branches(subject, plan), keep_all, plan.seed, progress)
+
+
+def _behind_branches(subject: Subject, plan: PrunePlan) -> list[str]:
+    """The layers behind the first branch that `plan` removes that can be solved anew."""
+    if not plan.branches:
+        return []
+    gone = {name for names in plan.branches.values() for name in names}
+    shared = parameters_of_several_modules(subject.layers)
+    layers: dict[str, Layer] = {
+        name: conv
+        for name, conv in convolutions(subject.layers).items()
+        if name not in subject.obstacles and not obstacle_of(conv, shared)
+    }
+    layers |= refittable_linears(subject.layers, subject.trace)
+    called = [str(node.target) for node in subject.trace.module.graph.nodes if node.op == "call_module"]
+    behind = dict.fromkeys(called[min(map(called.index, plan.branches)) :])
+    return [name for name in behind if name in layers and name not in gone]
+
+
+def keep_all(name: str, layer: Layer, samples: object) -> GroupedKernels:
+    """A layer that is solved anew as it is: one group of all its kernels."""
+    filters, channels = kernels_of(layer).shape[:2]
+    return GroupedKernels(tuple(range(filters)), (tuple(range(channels)),), channels, 0.0)
+
+
 def without_removed(subject: Subject, masked: nn.Module, plan: PrunePlan) -> nn.Module:
-    """The network without the channels that `plan` removes, its convolutions still dense: a graph, or the user's own
-    module.
+    """The network without the branches and channels that `plan` removes, its convolutions still dense: a graph, or the
+    user's own module.
+
+    Raises:
+        PlanError: branches are to go from the user's own module.
     """
     traced = subject.captured(masked)
     if isinstance(traced, Recording):
+        if plan.branches:
+            raise PlanError(
+                "a branch cannot go from the model's own module, whose forward computes it; pass output='graph'"
+            )
         return narrow(masked, plan, traced)[0]
     values = CarriedValues(traced.inputs, traced.values)
-    run(traced.module, (RemoveChannels(plan, values),), traced.inputs)
+    passes: list[Pass] = [RemoveBranches(plan, values)] if plan.branches else []
+    run(traced.module, (*passes, *([RemoveChannels(plan, values)] if plan.removed else [])), traced.inputs)
     own_tensors(traced.module, masked)
     return traced.module
 

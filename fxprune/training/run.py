@@ -6,13 +6,13 @@ test images are looked at in the end.
 
 After each epoch the folder has `checkpoint.pt`, from which a resumed run goes on as if nothing had happened, and
 `log.json`. In the end it has `model.pt`, a state dict (of the best epoch: `best.pt`), and of a pruned network
-`plan.json`, and `compiled.pt` for `fxprune.load`.
+`plan.json`, and `compiled.pt` for `fxprune.load`; and `epoch_N.pt` of the epochs that are to be kept.
 """
 
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -127,6 +127,8 @@ class TrainingRequest:
         test_each_epoch: record the test accuracy of every epoch; it chooses nothing.
         checkpoint_every: save after so many steps of an epoch too.
         resume: go on from the checkpoint of the folder, if it is there.
+        keep_epochs: after these the weights are written to `epoch_N.pt` too, as ticket scores want them; see
+            `snapshot_file`.
         progress: show bars on stderr.
     """
 
@@ -144,6 +146,7 @@ class TrainingRequest:
     test_each_epoch: bool = False
     checkpoint_every: int | None = None
     resume: bool = False
+    keep_epochs: Sequence[int] = ()
     progress: bool = False
 
     def settings(self) -> dict[str, Any]:
@@ -162,6 +165,11 @@ class TrainingRequest:
             "test_each_epoch": self.test_each_epoch,
             "seed": self.seed,
         }
+
+
+def snapshot_file(folder: Path, epoch: int) -> Path:
+    """Where a run puts its weights after an epoch that it keeps."""
+    return folder / f"epoch_{epoch}.pt"
 
 
 @dataclass(frozen=True)
@@ -233,6 +241,10 @@ def _train(request: TrainingRequest, group: Group, stopping: Callable[[], bool])
     }
 
     def keep() -> None:
+        epoch = trainer.progress.epoch
+        if epoch in request.keep_epochs and not trainer.progress.step:
+            state = _plain(trainer.model.state_dict())
+            write_file(snapshot_file(folder, epoch), lambda path: torch.save(state, path))
         content = {"settings": settings, "plan": plan, "trainer": trainer.state_dict()}
         save_checkpoint(folder / "checkpoint.pt", content)
         _write_log(folder, log, trainer)

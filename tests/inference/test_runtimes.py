@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from alone_harness import SUFFIX, run_alone
 from equality import randomize
 from torch import Tensor, fx, nn
 
@@ -424,27 +425,6 @@ def test_dense_is_returned_where_pruning_does_not_pay(name: GraphRuntime, monkey
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
-ALONE = """
-import sys
-sys.modules["torch"] = sys.modules["fxprune"] = None
-import numpy
-import {module}
-x = numpy.load("x.npy")
-{run}
-numpy.save("y.npy", y)
-try:
-    import torch
-except ImportError:
-    print("alone", y.shape)
-"""
-RUN = {
-    "onnxruntime": (
-        "model.onnx",
-        'y, = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"]).run(None, {"x": x})',
-    ),
-    "openvino": ("model.xml", 'y = openvino.Core().compile_model("model.xml", "CPU")(x)[0]'),
-}
-
 
 @each_that_reads_onnx
 def test_a_users_road(name: GraphRuntime, tmp_path: Path) -> None:
@@ -452,20 +432,12 @@ def test_a_users_road(name: GraphRuntime, tmp_path: Path) -> None:
     slow = fxprune.compile(net(), 0.5, form="overlap", example_inputs=image(), calibration=image(16, seed=3))
     model = accelerate(slow, image(), runtime=name)
     assert isinstance(model, RuntimeModel)
-    file, run = RUN[name]
-    for written in model.save(tmp_path / file):
+    file = tmp_path / f"model{SUFFIX[name]}"
+    for written in model.save(file):
         assert written.is_file()
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({file, file.replace("xml", "bin")})
-    if name == "openvino":
-        run = run.replace('"CPU"', '"CPU", {"INFERENCE_PRECISION_HINT": "f32"}')
-    import numpy as np
-
-    np.save(tmp_path / "x.npy", image(3, seed=5).numpy())
-    program = ALONE.format(module=name, run=run)
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "alone (3, 5)"
-    y = torch.from_numpy(np.load(tmp_path / "y.npy"))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == ([".bin", ".xml"] if name == "openvino" else [".onnx"])
+    y = torch.from_numpy(run_alone(name, file, image(3, seed=5).numpy()))
+    assert y.shape == (3, 5)
     torch.testing.assert_close(y, slow(image(3, seed=5)).detach(), rtol=1e-4, atol=1e-4)
 
 

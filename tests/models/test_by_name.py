@@ -91,6 +91,31 @@ def test_own_names(name: str) -> None:
     assert model(torch.zeros(size)).shape == (2, 10)
 
 
+@pytest.mark.parametrize("name", [*OWN_MODELS, "resnet18", "timm:resnet10t"])
+def test_a_model_for_so_many_classes(name: str) -> None:
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    with torch.device("meta"):
+        assert list(load_model(f"{name}?classes=7").parameters())[-1].shape == (7,)
+        assert list(load_model(name).parameters())[-1].shape != (7,), "control"
+
+
+@pytest.mark.parametrize(
+    "name, weights, said",
+    [
+        ("resnet18?classes=0", None, r"only \?classes=N may stand behind the name"),
+        ("resnet18?width=2", None, r"only \?classes=N may stand behind the name"),
+        ("resnet18?", None, r"only \?classes=N may stand behind the name"),
+        ("resnet18?classes=7", "DEFAULT", "published weights are for its own classes"),
+        ("torchvision.models:resnet18?classes=7", None, "called without arguments; leave"),
+        ("resnet81?classes=7", None, "resnet81: no such model; did you mean resnet18"),
+    ],
+)
+def test_what_may_stand_behind_a_name(name: str, weights: str | None, said: str) -> None:
+    with pytest.raises(ModelNameError, match=said):
+        load_model(name, weights)
+
+
 def test_no_own_name_hides_another() -> None:
     assert not OWN_MODELS.keys() & set(torchvision.models.list_models())
     timm = pytest.importorskip("timm")

@@ -10,9 +10,9 @@ from fxprune.models import cifar
 from fxprune.models.digits import DigitsResNet
 
 
-@pytest.mark.parametrize("depth", [20, 32, 56])
+@pytest.mark.parametrize("depth", [20, 32, 56, 110])
 def test_cifar_networks_have_the_published_sizes(depth: int) -> None:
-    millions = {20: 0.27, 32: 0.46, 56: 0.85}  # He et al. 2016, table 6
+    millions = {20: 0.27, 32: 0.46, 56: 0.85, 110: 1.73}  # He et al. 2016, table 6
     model = cifar.CifarResNet(depth)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions[depth]
     assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)

@@ -96,6 +96,17 @@ def test_it_writes_networks_that_belong_together(whole: Path) -> None:
     assert str(whole.parent) not in (whole / "log.json").read_text()
 
 
+def test_weights_of_some_epochs_are_kept(tmp_path: Path, whole: Path) -> None:
+    assert train.main([*arguments(tmp_path, "--keep-epochs", "0-1")]) == 0
+    assert {path.name for path in tmp_path.glob("epoch_*")} == {"epoch_0.pt", "epoch_1.pt"}
+    assert equal(weights(tmp_path, "epoch_0.pt"), load_model("test_train_cli:small", None, 0).state_dict())
+    assert not equal(weights(tmp_path, "epoch_1.pt"), weights(tmp_path, "epoch_0.pt"))
+    assert not equal(weights(tmp_path, "epoch_1.pt"), weights(tmp_path)), "there were two epochs"
+    for wrong in ("1-0", "first", "1-2-3"):
+        with pytest.raises(SystemExit, match="2"):
+            train.main(arguments(tmp_path / "other", "--keep-epochs", wrong))
+
+
 def test_its_networks_are_where_the_next_run_begins(whole: Path, tmp_path: Path) -> None:
     more = ["--weights", str(whole / "model.pt"), "--plan", str(whole / "plan.json"), "--epochs", "0"]
     assert train.main([*arguments(tmp_path / "next"), *more]) == 0

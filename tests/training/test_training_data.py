@@ -1,6 +1,5 @@
 """Training data: every image once an epoch, the same whoever asks for it, and faults that are named."""
 
-import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import sklearn.model_selection
 import torch
 import torchvision
+from datasets_harness import accept_small, write_batches, write_hundred, write_photo
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -33,12 +33,6 @@ def held(count: int = 40) -> Data:
     pictures = Held(pixels, torch.arange(count) % 4, 4, white=255, shift=2, flip=True)
     training = torch.arange(count).flip(0)[: count - 8]
     return Data("held", PLAIN, pictures, training, torch.arange(8), pictures, seed=3, augment=True)
-
-
-def write_photo(path: Path, colour: int, width: int = 40, height: int = 30) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ramp = np.linspace(0, 60, width)[None, :, None] + np.linspace(0, 90, height)[:, None, None]
-    Image.fromarray((ramp + np.array([colour, 20, 90])).astype(np.uint8)).save(path)
 
 
 @pytest.fixture
@@ -250,23 +244,11 @@ def test_cifar(cifar: Path) -> None:
     assert torch.equal(usual.plain_batch(positions)[0], CIFAR10(plain))
 
 
-def write_batches(folder: Path) -> None:
-    """What the authors of CIFAR-10 distribute, with 20 images a file; the label is the first pixel's red."""
-    batches = folder / "cifar-10-batches-py"
-    batches.mkdir()
-    for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
-        pixels = np.full((20, 3072), number, dtype=np.uint8)
-        pixels[:, 0] = np.arange(20) % 10
-        (batches / name).write_bytes(pickle.dumps({"data": pixels, "labels": (np.arange(20) % 10).tolist()}))
-    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-
-
 def test_cifar_as_its_authors_distribute_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_batches(tmp_path)
     with pytest.raises(DataError, match=r"cifar-10-batches-py: incomplete or damaged; unpack cifar-10-python\.tar\.gz"):
         open_data(f"cifar10:{tmp_path}", validation=0)  # these are not the files of its authors
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
-    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *arguments: True)
+    accept_small(monkeypatch)
     data = open_data(f"cifar10:{tmp_path}", validation=10, augment=False, normalize=PLAIN)
     assert (data.train_count, data.validation_count, data.test_count) == (90, 10, 20)
     images, labels = data.training_batch(torch.arange(90), 0)
@@ -277,26 +259,13 @@ def test_cifar_as_its_authors_distribute_it(tmp_path: Path, monkeypatch: pytest.
     assert set((test[:, 1] * 255).round().flatten().tolist()) == {5}
 
 
-def write_hundred(folder: Path) -> None:
-    """What the authors of CIFAR-100 distribute, with 200 images to train with and 100 to test with."""
-    place = folder / "cifar-100-python"
-    place.mkdir()
-    for name, count in (("train", 200), ("test", 100)):
-        labels = (np.arange(count) % 100).tolist()
-        pixels = np.repeat(np.array(labels, dtype=np.uint8)[:, None], 3072, 1)
-        record = {"data": pixels, "fine_labels": labels, "coarse_labels": [0] * count}
-        (place / name).write_bytes(pickle.dumps(record))
-    (place / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(number) for number in range(100)]}))
-
-
 def test_cifar_100_has_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no folder cifar-100-python; unpack cifar-100-python\.tar\.gz"):
         open_data(f"cifar100:{tmp_path}", validation=0)
     write_hundred(tmp_path)
     with pytest.raises(DataError, match="cifar-100-python: incomplete or damaged"):
         open_data(f"cifar100:{tmp_path}", validation=0)
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
-    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *arguments: True)
+    accept_small(monkeypatch)
     data = open_data(f"cifar100:{tmp_path}", validation=100, augment=False, normalize=PLAIN)
     assert (data.name, data.classes, data.train_count, data.test_count) == ("cifar100", 100, 100, 100)
     images, labels = data.training_batch(torch.arange(100), 0)
