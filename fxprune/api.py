@@ -22,7 +22,7 @@ from fxprune.graph.baking import baked
 from fxprune.graph.examples import Inputs, as_examples
 from fxprune.graph.tracing import check_is_model
 from fxprune.inference.acceleration import acceleration_report
-from fxprune.planning.estimates import PLAN, REFIT, foreseen
+from fxprune.planning.estimates import PLAN, REFIT
 from fxprune.planning.hints import refuse_unknown
 from fxprune.planning.kernels import sensitivity_of
 from fxprune.planning.latency_parts import measure_for
@@ -217,8 +217,7 @@ def compile(
     check_target(model, target, example_inputs is not None or calibration is not None, request.runs_in)
     model, computed = baked(model) if bake else (model, ())
     subject = Subject(model, example_inputs, calibration, output if target is None else "graph")
-    subject.announce(foreseen(subject, request, compiles=True), progress)
-    plan, masked = plan_for(subject, request)
+    plan, masked = plan_for(subject, request, alone=False)
     plan = noted_as_baked(plan, computed)
     if masked is None:
         subject.begin(PLAN if request.granularity == AUTO else REFIT)
@@ -300,10 +299,7 @@ def make_plan(
     check_output(output)
     model, computed = baked(model) if bake else (model, ())
     subject = Subject(model, example_inputs, calibration, output if request.target is None else "graph")
-    subject.announce(foreseen(subject, request), progress)
-    plan, _ = plan_for(subject, request)
-    subject.finish()
-    return noted_as_baked(plan, computed)
+    return noted_as_baked(plan_for(subject, request)[0], computed)
 
 
 def measure_latency(

@@ -7,6 +7,7 @@ from torch import nn
 from fxprune.calibration.subject import Subject
 from fxprune.planning.auto import plan_auto
 from fxprune.planning.branches import plan_branches
+from fxprune.planning.estimates import foreseen
 from fxprune.planning.filters import plan_filters
 from fxprune.planning.joint import with_rest
 from fxprune.planning.kernels import plan_kernels
@@ -14,14 +15,27 @@ from fxprune.planning.requests import AUTO, BRANCH, Request
 from fxprune.plans import PrunePlan
 
 
-def plan_for(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module | None]:
-    """The plan, and the masked model if it was refitted on the way.
+def plan_for(subject: Subject, request: Request, *, alone: bool = True) -> tuple[PrunePlan, nn.Module | None]:
+    """The plan, and the masked model if it was refitted on the way. What it will take is said beforehand.
+
+    Args:
+        subject: the model.
+        request: what is asked for.
+        alone: whether the plan is all that is wanted; else the run goes on as `compile` does.
 
     Raises:
         PlanError: nothing can be planned as asked for.
         AccelerationError: a latency is asked for, and the model cannot be accelerated.
         CalibrationError: the calibration data do not fit the model.
     """
+    subject.announce(foreseen(subject, request, compiles=not alone), request.progress)
+    found = _plan_for(subject, request)
+    if alone:
+        subject.finish()
+    return found
+
+
+def _plan_for(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module | None]:
     if request.granularity == AUTO:
         return plan_auto(subject, request)
     if request.granularity == BRANCH:
