@@ -77,6 +77,13 @@ def test_each_method_leaves_the_share_and_the_dense_network_alone(name: str, mon
     share = count_macs(network, given.example) / count_macs(given.model, given.example)
     assert share == pytest.approx(0.6, rel=0.025)  # 16 channels in 8 groups: a step is one sixteenth
     assert all(torch.equal(before[key], tensor) for key, tensor in given.model.state_dict().items())
+    if pruned.plan is not None:
+        removed, grouped = bool(pruned.plan.removed), bool(pruned.plan.layers)
+        if name.startswith("auto"):
+            assert removed or grouped
+        else:
+            assert removed == (name in FILTERS)
+            assert grouped == (name == "combined" or name not in FILTERS)
 
 
 @pytest.mark.parametrize("name", BRANCHES)
@@ -101,13 +108,6 @@ def test_branches_leave_no_more_than_the_share(name: str, monkeypatch: pytest.Mo
     assert len(pruned.plan.branches) == 1
     share = count_macs(accuracy._rewritten(pruned, given), given.example) / count_macs(given.model, given.example)
     assert 0.6 < share <= 0.75
-    if pruned.plan is not None:
-        removed, grouped = bool(pruned.plan.removed), bool(pruned.plan.layers)
-        if name.startswith("auto"):
-            assert removed or grouped
-        else:
-            assert removed == (name in FILTERS)
-            assert grouped == (name == "combined" or name not in FILTERS)
 
 
 def test_refitted_networks_are_nearer_to_the_dense_one() -> None:
