@@ -22,6 +22,7 @@ from fxprune.graph.baking import baked
 from fxprune.graph.examples import Inputs, as_examples
 from fxprune.graph.tracing import check_is_model
 from fxprune.inference.acceleration import acceleration_report
+from fxprune.planning.estimates import PLAN, REFIT, foreseen
 from fxprune.planning.hints import refuse_unknown
 from fxprune.planning.kernels import sensitivity_of
 from fxprune.planning.latency_parts import measure_for
@@ -29,7 +30,7 @@ from fxprune.planning.latency_table import LatencyTable
 from fxprune.planning.lossy import masked_by, recovered_by, tell_agreement
 from fxprune.planning.making import noted_as_baked, plan_for
 from fxprune.planning.patterns import Ignored, ignored_patterns
-from fxprune.planning.requests import Request
+from fxprune.planning.requests import AUTO, Request
 from fxprune.planning.sensitivity import Sensitivity
 from fxprune.planning.whole_network import WholeNetwork, check_target
 from fxprune.plans import PrunePlan
@@ -216,9 +217,11 @@ def compile(
     check_target(model, target, example_inputs is not None or calibration is not None, request.runs_in)
     model, computed = baked(model) if bake else (model, ())
     subject = Subject(model, example_inputs, calibration, output if target is None else "graph")
+    subject.announce(foreseen(subject, request, compiles=True), progress)
     plan, masked = plan_for(subject, request)
     plan = noted_as_baked(plan, computed)
     if masked is None:
+        subject.begin(PLAN if request.granularity == AUTO else REFIT)
         masked = masked_by(subject, plan, progress=progress)
     pruned = _rewritten(subject, plan, masked, fold_batch_norm)
     if (followed := record_of(pruned).plan) != plan:  # some layers of the user's own module have to stay dense
@@ -230,6 +233,7 @@ def compile(
     else:
         record = record_of(pruned)
         agreement = tell_agreement(subject, plan, masked, progress=progress)
+        subject.finish()
         keep_record(pruned, replace(record, report=replace(record.report, agreement=agreement)))
     if verify or (verify is None and subject.examples):
         verify_models(pruned, masked, list(subject.examples))
@@ -296,7 +300,10 @@ def make_plan(
     check_output(output)
     model, computed = baked(model) if bake else (model, ())
     subject = Subject(model, example_inputs, calibration, output if request.target is None else "graph")
-    return noted_as_baked(plan_for(subject, request)[0], computed)
+    subject.announce(foreseen(subject, request), progress)
+    plan, _ = plan_for(subject, request)
+    subject.finish()
+    return noted_as_baked(plan, computed)
 
 
 def measure_latency(

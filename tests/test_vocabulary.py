@@ -45,7 +45,7 @@ def test_a_choice_of_a_form_is_a_form_or_auto() -> None:
 
 
 def test_a_choice_is_the_names_and_one_more() -> None:
-    assert set(get_args(vocabulary.GranularityChoice)) == {"auto", *get_args(vocabulary.Granularity)}
+    assert set(get_args(vocabulary.GranularityChoice)) == {"auto", "branch", *get_args(vocabulary.Granularity)}
     assert set(get_args(vocabulary.CriterionChoice)) == {"reconstruction", *get_args(vocabulary.CriterionName)}
 
 

@@ -1,12 +1,13 @@
 """Calibration data: a few batches of inputs without labels, read once."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from fxprune.calibration.mapped import is_mapped, mapped
 from fxprune.errors import CalibrationError
 from fxprune.graph.containers import convert_tensors, tensors_in
 
@@ -15,12 +16,17 @@ Batch: TypeAlias = tuple[Any, ...]
 
 PICTURES = ("pixel_values", "image", "images", "img", "imgs")
 """What loaders call the entry of a batch that forward reads, whatever forward calls it (Hugging Face, MONAI)."""
+MEMORY = 4 * 2**30
+"""Bytes of batches from loaders and generators that are kept in memory."""
 BATCH_SIZE = 32
 """Images at a time where the calibration data is one tensor."""
 
 
 def read_batches(calibration: Calibration, arguments: int = 1, names: Sequence[str] = ()) -> list[Batch]:
     """Read calibration data to its end.
+
+    Networks pass over the data several times, so all of it is kept: what was in memory stays there, and what a loader
+    or generator gives beyond `MEMORY` bytes goes to temporary files (`fxprune.calibration.mapped`).
 
     Args:
         calibration: a tensor `(N, ...)`, which is split into batches, or any iterable of batches, such as a
@@ -31,7 +37,7 @@ def read_batches(calibration: Calibration, arguments: int = 1, names: Sequence[s
         names: theirs, in order; a mapping needs them.
 
     Returns:
-        The arguments of each batch. Tensors are those of `calibration`, not copies.
+        The arguments of each batch. Tensors are those of `calibration`, not copies, but for those in files.
 
     Raises:
         CalibrationError: there is no batch, a batch is empty, has too few arguments or no tensor, or holds NaN or
@@ -49,7 +55,8 @@ def read_batches(calibration: Calibration, arguments: int = 1, names: Sequence[s
         )
     # Drawing from a loader advances the global generator, even where nothing is shuffled.
     with torch.random.fork_rng(devices=[]):
-        batches = [_arguments(f"calibration batch {i}", batch, arguments, names) for i, batch in enumerate(calibration)]
+        read = (_arguments(f"calibration batch {i}", batch, arguments, names) for i, batch in enumerate(calibration))
+        batches = list(read if isinstance(calibration, Sequence) else _within_memory(read))
     if not batches:
         raise CalibrationError("calibration holds no batch; pass at least one (an iterator can be read only once)")
     return batches
@@ -62,8 +69,25 @@ def samples_in(batch: Batch) -> int | None:
 
 
 def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
-    """Some samples of a batch, by number."""
-    return convert_tensors(batch, lambda tensor: tensor[list(rows)])
+    """Some samples of a batch, by number; in a file if the batch is."""
+
+    def picked(tensor: Tensor) -> Tensor:
+        some = tensor[list(rows)]
+        return mapped(some) if is_mapped(tensor) else some
+
+    return convert_tensors(batch, picked)
+
+
+def _within_memory(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same, in files from `MEMORY` bytes on."""
+    held = 0
+    for batch in batches:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(batch))
+        if held + size > MEMORY:
+            batch = convert_tensors(batch, mapped)
+        else:
+            held += size
+        yield batch
 
 
 def _renamed(batch: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any]:

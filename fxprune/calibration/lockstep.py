@@ -5,11 +5,9 @@ for each layer would take time quadratic in the depth, so the values that later 
 batches between two pauses. They are held in memory up to a limit and in temporary files beyond it.
 """
 
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from fxprune.calibration.batches import Batch
+from fxprune.calibration.mapped import is_mapped, mapped
+from fxprune.calibration.stages import Run
 from fxprune.errors import CalibrationError
 from fxprune.graph.memory import Memory, is_mutating
 
@@ -76,7 +76,7 @@ class Lockstep:
         pruned: a trace of the same model with other weights; they may change while the networks are paused. If it is
             `dense` itself, that one network is run once.
         batches: arguments of forward. They are not changed.
-        progress: show a bar on stderr.
+        progress: show a bar on stderr; or the run of which this is one pass.
         memory_limit: see `MEMORY_LIMIT`.
 
     Raises:
@@ -89,7 +89,7 @@ class Lockstep:
         pruned: fx.GraphModule,
         batches: Sequence[Batch],
         *,
-        progress: bool = False,
+        progress: bool | Run = False,
         memory_limit: int = MEMORY_LIMIT,
     ) -> None:
         self._networks = Network(dense), Network(pruned)
@@ -105,14 +105,18 @@ class Lockstep:
             first = Sample(self._networks[0])
             self.samples.append((first, first if pruned is dense else Sample(self._networks[1])))
         placeholders = [node for node in self._graph if node.op == "placeholder"]
+        written = {node for node in placeholders if self._memory.changes(node, node, [self._graph[-1]])}
         for batch, pair in zip(batches, self.samples, strict=True):
             for sample in _distinct(pair):
-                # Each has its own copy: a network may write into its input.
                 for node, argument in zip(placeholders, batch, strict=False):
-                    sample.values[sample.network.nodes[node.name]] = _copy(argument, sample.network.device)
+                    sample.values[sample.network.nodes[node.name]] = _on(
+                        argument, sample.network.device, own=node in written
+                    )
         self._limit = memory_limit
         self._resident = sum(sample.resident() for pair in self.samples for sample in _distinct(pair))
-        self._progress = tqdm(total=len(self._graph), desc="calibrating", unit="node", disable=not progress)
+        self._run = progress if isinstance(progress, Run) else None
+        shown = progress is True
+        self._progress = tqdm(total=len(self._graph), desc="calibrating", unit="node", disable=not shown)
         self._folder = tempfile.TemporaryDirectory(prefix="fxprune-", ignore_cleanup_errors=True)
 
     def __enter__(self) -> "Lockstep":
@@ -125,6 +129,11 @@ class Lockstep:
         """Forget all values and remove the temporary folder."""
         self.samples.clear()
         self._progress.close()
+        if self._run is not None:
+            if error is None:
+                self._run.advance(1 - self._position / len(self._graph))
+            else:
+                self._run.close()
         self._folder.cleanup()
 
     def pause_before(self, name: str) -> Sequence[tuple[Sample, Sample]]:
@@ -138,6 +147,8 @@ class Lockstep:
             for sample in _distinct(pair):
                 self._advance(sample, stop, number)
         self._progress.update(stop - self._position)
+        if self._run is not None:
+            self._run.advance((stop - self._position) / len(self._graph))
         self._position = stop
         return self.samples
 
@@ -191,42 +202,30 @@ class Lockstep:
         original = self._networks[0].nodes[node.name]
         if self._memory.changes(original, original, [self._graph[-1]]):
             return value
-        with tempfile.NamedTemporaryFile(dir=self._folder.name, delete=False) as file:
-            path = Path(file.name)
-            _reserve(file.fileno(), path.parent, value.numel() * value.element_size())
-        kept = torch.from_file(str(path), shared=True, size=value.numel(), dtype=value.dtype)
-        path.unlink()  # the mapping keeps the contents until the tensor goes
-        # The same order in memory: operators may round otherwise in another one.
-        return kept.as_strided(value.shape, torch.empty_like(value, device="meta").stride()).copy_(value)
+        return mapped(value, self._folder.name)
 
 
 def _distinct(pair: tuple[Sample, Sample]) -> Sequence[Sample]:
     return pair[:1] if pair[0] is pair[1] else pair
 
 
-def _copy(argument: Any, device: torch.device) -> Any:
-    return tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf, argument)
+def _on(argument: Any, device: torch.device, own: bool) -> Any:
+    """An argument as a network takes it: a copy of its own where it writes into it, else itself, if it is there."""
 
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(device, copy=True) if own else leaf if is_mapped(leaf) else leaf.to(device)
 
-def _reserve(file: int, folder: Path, size: int) -> None:
-    """See that the disk can hold the file: writing to the mapping of one that it cannot hold kills the process."""
-    if not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(file, 0, size)
-    except OSError as error:
-        raise CalibrationError(
-            f"{folder} cannot hold {size} more bytes of intermediate values: {error.strerror}; calibrate with fewer "
-            "images, or set TMPDIR to a folder on a larger disk"
-        ) from error
+    return tree_map(moved, argument)
 
 
 def _load(value: Any, device: torch.device) -> Any:
     """Bring a tensor that was put into a file back to the device; all others are there."""
-    return value.to(device) if isinstance(value, Tensor) and value.untyped_storage().filename is not None else value
+    return value.to(device) if isinstance(value, Tensor) and is_mapped(value) else value
 
 
 def _bytes(value: Any) -> int:
     """Memory of a value; none if it is mapped to a file."""
     tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors if t.untyped_storage().filename is None)
+    return sum(t.numel() * t.element_size() for t in tensors if not is_mapped(t))

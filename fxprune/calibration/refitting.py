@@ -29,6 +29,7 @@ from fxprune.calibration.held_out import choose_ridge
 from fxprune.calibration.least_squares import Part, Problem, bundles, columns_of, problem_of, pull_of
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.samples import MAX_ROWS, Samples, draw
+from fxprune.calibration.stages import Run
 from fxprune.graph.convolutions import Layer, kernels_of, layer_at
 from fxprune.graph.editing import call_sites
 from fxprune.plans import GroupedKernels
@@ -79,7 +80,7 @@ def reconstruct(
     seed: int = 0,
     rows: int = MAX_ROWS,
     ridges: Mapping[str, float] = MappingProxyType({}),
-    progress: bool = False,
+    progress: bool | Run = False,
 ) -> tuple[dict[str, GroupedKernels], dict[str, LayerFit]]:
     """Prune and refit convolutions and linear layers of a network one after the other, in graph order.
 
@@ -112,7 +113,7 @@ def refit_layers(
     seed: int = 0,
     rows: int = MAX_ROWS,
     ridges: Mapping[str, float] = MappingProxyType({}),
-    progress: bool = False,
+    progress: bool | Run = False,
 ) -> dict[str, LayerFit]:
     """Refit convolutions and linear layers of a network one after the other, in graph order.
 

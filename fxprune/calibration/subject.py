@@ -16,6 +16,7 @@ from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.recovery import RECOVERED, Recovery, recover
 from fxprune.calibration.refitting import refit_layers
 from fxprune.calibration.samples import MAX_ROWS
+from fxprune.calibration.stages import Run
 from fxprune.channels.capture import capture, recorded
 from fxprune.errors import CalibrationError, TraceError
 from fxprune.graph.convolutions import Layer, kernels_of
@@ -40,6 +41,7 @@ class Subject:
         trace: a `Recording` if the result is to be the user's own module.
         rows: about how many positions of the data each layer is fitted on at most.
         ridges: the pull toward the dense weights of layers, where a refit is to take it from another, see `LayerFit`.
+        run: what it is used for, if that was announced: how far it has come is told there.
         counted: names of nodes of a recording whose channels have to stay, with the reason; planning finds them.
 
     Raises:
@@ -57,6 +59,7 @@ class Subject:
         self.model, self.batches, self.rows = model, None, MAX_ROWS
         self.counted: dict[str, str] = {}
         self.ridges: Mapping[str, float] = {}
+        self.run: Run | None = None
         self._names: tuple[str, ...] = ()
         check_is_model(model)
         check_model(model)
@@ -99,6 +102,7 @@ class Subject:
         other = object.__new__(Subject)
         other.model, other.examples, other.batches, other._names = model, self.examples, self.batches, self._names
         other.trace, other.counted, other.rows, other.ridges = self.captured(model), {}, self.rows, self.ridges
+        other.run = self.run
         return other
 
     def calibrated_on(self, batches: list[Batch], rows: int) -> "Subject":
@@ -116,6 +120,22 @@ class Subject:
         vars(other).update(vars(self))
         other.ridges = {name: fit.ridge for name, fit in getattr(masked, FITS, {}).items()}
         return other
+
+    def announce(self, seconds: Mapping[str, float], progress: bool) -> None:
+        """Say what a run will take, if anything is known of it, see `Run`."""
+        if seconds:
+            self.run = Run(seconds, progress)
+
+    def finish(self) -> None:
+        """The run is over."""
+        if self.run is not None:
+            self.run.finish()
+            self.run = None
+
+    def begin(self, stage: str, passes: int = 1) -> None:
+        """A stage of the run begins, see `Run.begin`."""
+        if self.run is not None:
+            self.run.begin(stage, passes)
 
     def captured(self, model: nn.Module) -> Trace:
         """Capture another model of the same structure in the same way."""
@@ -198,7 +218,7 @@ class Subject:
             seed=seed,
             rows=self.rows,
             ridges=self.ridges,
-            progress=progress,
+            progress=self.run or progress,
         )
         setattr(masked, FITS, fits)
         return kernels
@@ -216,7 +236,14 @@ class Subject:
         with torch.inference_mode(False), in_evaluation(masked):
             twin = self.runnable(masked).module
             fits = refit_layers(
-                self.network, twin, self.network_batches, stays, kept, seed=seed, rows=self.rows, progress=progress
+                self.network,
+                twin,
+                self.network_batches,
+                stays,
+                kept,
+                seed=seed,
+                rows=self.rows,
+                progress=self.run or progress,
             )
         setattr(masked, FITS, fits)
 

@@ -12,6 +12,7 @@ from fxprune.calibration.following import Bounds, Following, end_of, follow
 from fxprune.calibration.joins import Join, joins_after, share_of_own
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.samples import MAX_ROWS, Samples, draw
+from fxprune.calibration.stages import Run
 from fxprune.graph.convolutions import Layer, conv_at, layer_at
 from fxprune.graph.editing import call_sites
 
@@ -19,7 +20,12 @@ T = TypeVar("T")
 
 
 def survey(
-    dense: fx.GraphModule, batches: Sequence[Batch], layers: Collection[str], *, seed: int = 0, progress: bool = False
+    dense: fx.GraphModule,
+    batches: Sequence[Batch],
+    layers: Collection[str],
+    *,
+    seed: int = 0,
+    progress: bool | Run = False,
 ) -> Iterator[tuple[str, Samples]]:
     """Sample convolutions, each where it is called first, in graph order; additions behind them are left out.
 
@@ -50,7 +56,7 @@ def measured(
     *,
     seed: int = 0,
     rows: int = MAX_ROWS,
-    progress: bool = False,
+    progress: bool | Run = False,
 ) -> dict[str, tuple[T, float]]:
     """Measure layers, each where it is called first, with what is added behind them where that is known.
 

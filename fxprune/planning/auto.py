@@ -19,6 +19,7 @@ from fxprune.calibration.subject import Subject
 from fxprune.errors import PlanError
 from fxprune.planning.branches import BranchPlanner
 from fxprune.planning.candidates import told
+from fxprune.planning.estimates import PLAN
 from fxprune.planning.filters import FilterPlanner, judged_plans
 from fxprune.planning.joint import with_rest
 from fxprune.planning.kernels import judged_ways, planned, ways_to_spend
@@ -83,6 +84,7 @@ def plan_auto(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module 
         raise PlanError("granularity='auto': " + "; ".join(trials.failures))
     agreements = {name: agreement for name, (_, agreement) in trials.found.items()}
     taken = best(agreements)
+    subject.begin(PLAN)
     plan, masked = trials.found[taken][0].carried_out(subject)
     remark = told("one budget over all that can go", agreements, taken)
     return replace(plan, remarks=(remark, *trials.remarks, *trials.failures)), masked

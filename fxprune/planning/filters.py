@@ -20,6 +20,7 @@ from fxprune.errors import PlanError
 from fxprune.exact.narrowing import CountedError
 from fxprune.graph.convolutions import conv_at, convolutions
 from fxprune.planning.candidates import between, told, uniform
+from fxprune.planning.estimates import JUDGING, SENSITIVITY
 from fxprune.planning.filter_times import FilterTimes
 from fxprune.planning.lossy import masked_by, without_removed
 from fxprune.planning.patterns import match_patterns
@@ -49,6 +50,7 @@ def plan_filters(subject: Subject, request: Request) -> PrunePlan:
 
 def judged_plans(judge: Judge, plans: Mapping[str, PrunePlan]) -> dict[str, Agreement | None]:
     """What comes of plans of filters, refitted without the inputs on which they are judged."""
+    judge.fitted.begin(JUDGING, len(plans))
     return {way: judge.agreement(masked_by(judge.fitted, plan)) for way, plan in plans.items()}
 
 
@@ -122,6 +124,7 @@ class FilterPlanner:
         """The sensitivity of the units, measured anew only where these are others than before."""
         units = removable.units
         if self._readers is None:
+            self._subject.begin(SENSITIVITY)
             self._readers = measure_readers(self._subject, units, request.seed, request.progress)
         key = b"".join(part.tobytes() for part in (removable.unit_of, gone))
         if self._sensitivity is None or self._sensitivity[0] != key:

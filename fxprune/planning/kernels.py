@@ -12,6 +12,7 @@ from fxprune.calibration.subject import Subject
 from fxprune.channels.writers import common_writers
 from fxprune.graph.copying import copied
 from fxprune.planning.candidates import candidates, told
+from fxprune.planning.estimates import JUDGING, PLAN, SENSITIVITY
 from fxprune.planning.latency_budget import meet_latency
 from fxprune.planning.planner import Planner, prunable_shapes, serves_accuracy
 from fxprune.planning.requests import Request
@@ -27,6 +28,7 @@ def plan_kernels(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Modu
         CalibrationError: the calibration data do not fit the model.
     """
     if not request.has_budget:
+        subject.begin(PLAN)
         return planned(subject, request)
     ways, remarks = ways_to_spend(subject, request)
     accurate = serves_accuracy(subject, request)
@@ -35,6 +37,7 @@ def plan_kernels(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Modu
         found = judged_ways(Judge(subject), ways)
         way = best(found)
         remarks = (told("ways to spend the budget", found, way), *remarks)
+    subject.begin(PLAN)
     plan, masked = planned(subject, ways[way], accurate=accurate)
     return replace(plan, remarks=remarks), masked
 
@@ -62,6 +65,7 @@ def judged_ways(judge: Judge, ways: Mapping[str, Request]) -> dict[str, Agreemen
     kernels are chosen in a cheaper way.
     """
     found = {}
+    judge.fitted.begin(JUDGING, len(ways))
     for way, request in ways.items():
         if request.method_for(calibrated=True) == "reconstruction":
             request = replace(request, method="cocluster", criterion="activation")
@@ -91,7 +95,7 @@ def planned(subject: Subject, request: Request, accurate: bool = False) -> tuple
     if subject.batches is None:
         return planner.from_weights(request.progress), None
     if planner.sharing:
-        seed, progress, batches = request.seed, request.progress, subject.network_batches or []
+        seed, progress, batches = request.seed, request.progress and not subject.run, subject.network_batches or []
         for name, samples in survey(subject.network, batches, planner.sharing, seed=seed, progress=progress):
             planner.survey(name, samples)
     masked = copied(subject.model)
@@ -115,6 +119,7 @@ def sensitivity_of(subject: Subject, request: Request) -> Sensitivity:
     if request.sensitivity is not None:
         return request.sensitivity.among(subject.layers, groups)
     graph = subject.trace.module if subject.batches is None else subject.network
+    subject.begin(SENSITIVITY)
     return measure(
         graph,
         groups,
@@ -122,5 +127,5 @@ def sensitivity_of(subject: Subject, request: Request) -> Sensitivity:
         subject.network_batches,
         seed=request.seed,
         rows=subject.rows,
-        progress=request.progress,
+        progress=subject.run or request.progress,
     )

@@ -26,6 +26,7 @@ from fxprune.graph.recording import Recording
 from fxprune.graph.tracing import check_is_model
 from fxprune.graph.values import CarriedValues
 from fxprune.passes import RemoveBranches, RemoveChannels
+from fxprune.planning.estimates import REFIT, TELLING, foreseen_refit
 from fxprune.plans import GroupedKernels, PrunePlan, RemovedChannels
 from fxprune.plans.eligibility import obstacle_of, parameters_of_several_modules, refittable_linears
 from fxprune.plans.fields import check_seed
@@ -77,8 +78,11 @@ def mask(
     if calibration is None:
         return masked_copy(model, plan)
     subject = Subject(model, example_inputs, calibration, "auto")
+    subject.announce(foreseen_refit(subject), progress)
+    subject.begin(REFIT)
     masked = masked_by(subject, plan, progress=progress)
     tell_agreement(subject, plan, masked, progress=progress)
+    subject.finish()
     return masked
 
 
@@ -185,7 +189,10 @@ def refit(
         for name, layer in layers.items()
         if name in plan.layers or name in reading
     }
+    subject.announce(foreseen_refit(subject, agreement=False), progress)
+    subject.begin(REFIT)
     subject.refit(result, stays, plan.seed, progress)
+    subject.finish()
     zero_pruned(result, kept)  # the fit gives the removed filters a bias again
     vars(result).pop(AGREEMENT, None)  # it was of what it was before
     return result
@@ -235,6 +242,7 @@ def recovered_by(
     if subject.batches is None:
         raise CalibrationError("recovery learns from calibration data; pass calibration=, or leave recover out")
     result, kept = _copy_pruned_by(masked, plan)
+    subject.finish()  # recovery has a bar of its own, with the held-out loss
     subject.recover(result, kept, recovery, seed, progress)
     return result
 
@@ -283,6 +291,7 @@ def tell_agreement(subject: Subject, plan: PrunePlan, masked: nn.Module, *, prog
         return None
     judge = Judge(subject)
     fitted = judge.fitted.refitted_as(masked)
+    fitted.begin(TELLING)
     twin = masked_by(fitted, plan, progress=progress) if judge.held_out else copied(masked)
     found = judge.agreement(twin)
     if found is not None:

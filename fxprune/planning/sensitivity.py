@@ -28,6 +28,7 @@ from fxprune.calibration.batches import Batch
 from fxprune.calibration.damage import LEAST_SIGNAL, damage_path, loss_of
 from fxprune.calibration.following import Bounds
 from fxprune.calibration.samples import MAX_ROWS, Samples
+from fxprune.calibration.stages import Run
 from fxprune.calibration.survey import measured
 from fxprune.errors import PlanError
 from fxprune.graph.convolutions import Layer, conv_at, convolutions, kernels_of
@@ -276,7 +277,7 @@ def measure(
     *,
     seed: int = 0,
     rows: int = MAX_ROWS,
-    progress: bool = False,
+    progress: bool | Run = False,
 ) -> Sensitivity:
     """Measure the sensitivity of convolutions, each with the rest of the network dense.
 
@@ -313,7 +314,12 @@ def measure(
 
 
 def _from_data(
-    dense: fx.GraphModule, groups: Mapping[str, int], batches: Sequence[Batch], seed: int, rows: int, progress: bool
+    dense: fx.GraphModule,
+    groups: Mapping[str, int],
+    batches: Sequence[Batch],
+    seed: int,
+    rows: int,
+    progress: bool | Run,
 ) -> dict[str, tuple[float, ...]]:
     def path(name: str, conv: Layer, samples: Samples, bounds: Bounds | None) -> Matrix:
         return damage_path(kernels_of(conv), samples, groups[name], seed, bounds)
@@ -323,7 +329,7 @@ def _from_data(
 
 
 def _from_weights(
-    dense: fx.GraphModule, groups: Mapping[str, int], seed: int, progress: bool
+    dense: fx.GraphModule, groups: Mapping[str, int], seed: int, progress: bool | Run
 ) -> dict[str, tuple[float, ...]]:
     damages = {}
     for name in tqdm(groups, desc="measuring", unit="conv", disable=not progress):

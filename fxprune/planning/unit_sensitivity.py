@@ -93,7 +93,13 @@ def measure_readers(
         return (Reader if name in free else StiffReader).of(layer, samples, bounds)
 
     found = measured(
-        subject.network, subject.network_batches, names, reader, seed=seed, rows=subject.rows, progress=progress
+        subject.network,
+        subject.network_batches,
+        names,
+        reader,
+        seed=seed,
+        rows=subject.rows,
+        progress=subject.run or progress,
     )
     return {name: reader.weighed(share) for name, (reader, share) in found.items()}
 

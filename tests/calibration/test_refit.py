@@ -149,7 +149,11 @@ def test_groups_that_are_solved_together_get_what_each_gets_alone(
     together = solve(weight, parts, samples, bounds)
     monkeypatch.setattr(fxprune.calibration.least_squares, "TOGETHER", 1)
     alone = solve(weight, parts, samples, bounds)
-    assert torch.allclose(together.weight, alone.weight, atol=1e-4 if bounds is None else 0.05)
+    if bounds is None:
+        assert torch.allclose(together.weight, alone.weight, atol=1e-4)
+    else:  # each stops where it gains little more
+        losses = [let_through(samples, found.weight, found.intercept, bounds) for found in (together, alone)]
+        assert losses[0] == pytest.approx(losses[1], rel=0.02)
     assert together.fit.refitted == pytest.approx(alone.fit.refitted, rel=1e-4)
     assert [len(bundle) for bundle in bundles(parts, 900)] == [1] * 4
     monkeypatch.setattr(fxprune.calibration.least_squares, "TOGETHER", 6)

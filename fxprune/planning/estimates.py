@@ -1,0 +1,167 @@
+"""About how long planning and refit will take: operations that the layers ask for, at a speed that is measured here.
+
+Operations are those of the products and factors that a pass over the layers computes (`fxprune.calibration`); how far
+they are from the speed of a plain product, with all that is not counted, was fitted once to
+`benchmarks/results/planning_cost.json`. Other load on the machine, disks and narrow layers make it longer: it is said
+as "about".
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fxprune.calibration.batches import samples_in
+from fxprune.calibration.judging import ROWS
+from fxprune.calibration.recovery import SECONDS
+from fxprune.calibration.samples import rows_for
+from fxprune.calibration.subject import Subject
+from fxprune.graph.convolutions import convolutions, kernels_of
+from fxprune.planning.requests import AUTO, DEFAULT_RATIO, Request
+
+ROUNDS = 14
+"""Rounds of the one-sided problem of a layer, as measured."""
+WAYS = 3
+"""Plans that are judged, at most, to spend a budget."""
+SLOWER = 1.6
+"""By how much the work is slower than products of the same number of operations."""
+CONVOLUTION = 2.0
+"""The same for the forward passes."""
+SIZE = 768
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Outputs, unknowns of each, and positions in all images."""
+
+    outputs: int
+    unknowns: int
+    positions: float
+
+
+def foreseen(subject: Subject, request: Request, *, compiles: bool = False) -> dict[str, float]:
+    """Seconds of each stage, in their order; none without calibration data, or where MACs are not known.
+
+    Args:
+        subject: the model.
+        request: what is asked for.
+        compiles: whether what `compile` does after planning is counted.
+    """
+    if subject.batches is None or any(macs is None for _, macs in subject.costs.values()):
+        return {}
+    work = _Work.of(subject)
+    ratio = request.ratio if isinstance(request.ratio, float) else DEFAULT_RATIO
+    share = min(request.shares.values(), default=1 - ratio)
+    judged = WAYS * work.refit(share, ROWS)
+    counts: dict[str, float] = {}
+    if request.granularity == "kernel":
+        if request.has_budget and request.sensitivity is None:
+            counts[SENSITIVITY] = work.sensitivity()
+        if request.has_budget and request.latency is None:
+            counts[JUDGING] = judged
+        counts[PLAN] = work.plan(share)
+    elif request.granularity == AUTO:
+        counts = {SENSITIVITY: 3 * work.sensitivity(), JUDGING: 3 * judged, PLAN: work.plan(share)}
+    else:
+        counts = {SENSITIVITY: work.sensitivity(), JUDGING: judged if request.has_budget else 0.0}
+        if not isinstance(request.granularity, str):  # kernels of what filters leave
+            counts[PLAN] = work.plan(share)
+        if compiles:
+            counts[REFIT] = work.refit(share)
+    if compiles and request.recovery is None:
+        counts[TELLING] = work.refit(share, ROWS)
+    seconds = _timed(counts)
+    if compiles and request.recovery is not None:
+        seconds[RECOVERY] = request.recovery.seconds or SECONDS
+    return seconds
+
+
+def foreseen_refit(subject: Subject, *, agreement: bool = True) -> dict[str, float]:
+    """The same for `mask` and `refit`."""
+    if subject.batches is None or any(macs is None for _, macs in subject.costs.values()):
+        return {}
+    work = _Work.of(subject)
+    counts = {REFIT: work.refit(1 - DEFAULT_RATIO)}
+    return _timed(counts | ({TELLING: work.refit(1 - DEFAULT_RATIO, ROWS)} if agreement else {}))
+
+
+SENSITIVITY, JUDGING, PLAN, REFIT, TELLING, RECOVERY = (
+    "sensitivity",
+    "judging",
+    "plan",
+    "refit",
+    "agreement",
+    "recovery",
+)
+"""The stages: measuring layers, plans that are judged, plan with its refit, refit, judging the result, and training."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Multiplications of passes over the layers of a network, forward passes included."""
+
+    layers: tuple[_Layer, ...]
+    forward: float
+
+    @classmethod
+    def of(cls, subject: Subject) -> "_Work":
+        assert subject.batches is not None
+        images = sum(samples_in(batch) or 1 for batch in subject.batches)
+        return cls(tuple(_layers(subject, images)), images * sum(macs or 0 for _, macs in subject.costs.values()))
+
+    def refit(self, share: float, rows: int | None = None) -> float:
+        """Both networks pass, and each layer is solved with a share of its columns."""
+        total = 2 * CONVOLUTION * self.forward
+        for layer in self.layers:
+            count, kept = self._rows(layer, rows), share * layer.unknowns
+            if count < kept:
+                total += count**2 * kept + count**3 + 2 * ROUNDS * count**2 * layer.outputs
+            else:
+                total += count * layer.unknowns**2 / 2 + 2 * ROUNDS * count * kept * layer.outputs
+                total += kept**3 + ROUNDS * kept**2 * layer.outputs
+        return total
+
+    def plan(self, share: float) -> float:
+        """The same, and kernels are chosen."""
+        return self.refit(share) + sum(4 * layer.unknowns**3 for layer in self.layers)
+
+    def sensitivity(self) -> float:
+        """One network passes, and each layer is fitted on one half for several numbers of channels."""
+        total = CONVOLUTION * self.forward
+        for layer in self.layers:
+            total += self._rows(layer) * layer.unknowns**2 / 2 + 8 * layer.unknowns**3
+            total += 3 * layer.unknowns**2 * layer.outputs
+        return total
+
+    @staticmethod
+    def _rows(layer: _Layer, rows: int | None = None) -> float:
+        most = rows_for(layer.unknowns) if rows is None else rows_for(layer.unknowns, rows)
+        return min(most, layer.positions)
+
+
+def _layers(subject: Subject, images: int) -> Iterator[_Layer]:
+    for name, conv in convolutions(subject.layers).items():
+        _, macs = subject.costs.get(name, (0, 0))
+        weight = kernels_of(conv)
+        if conv.groups == 1 and macs:
+            yield _Layer(len(weight), weight[0].numel(), images * macs / weight.numel())
+
+
+def _timed(counts: Mapping[str, float]) -> dict[str, float]:
+    """Seconds from numbers of multiplications."""
+    speed = _speed()
+    return {stage: SLOWER * count / speed for stage, count in counts.items() if count}
+
+
+def _speed() -> float:
+    """Multiplications each second in a product of float32 matrices, with the threads that torch has: some
+    milliseconds are spent on it.
+    """
+    left, right = torch.ones(SIZE, SIZE), torch.ones(SIZE, SIZE)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        best = min(best, time.perf_counter() - start)
+    return SIZE**3 / best
