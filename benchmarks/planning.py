@@ -23,7 +23,7 @@ from benchmarks._images import Images
 from benchmarks.accuracy import add_options, build, open_sources, settings_of
 from fxprune.calibration.batches import read_batches
 from fxprune.calibration.following import Following
-from fxprune.calibration.refit import reconstruct
+from fxprune.calibration.refitting import reconstruct
 from fxprune.cli import values
 from fxprune.environment import environment
 from fxprune.files import write_json

@@ -33,7 +33,7 @@ from fxprune.files import write_json, write_whole
 from fxprune.planning.lossy import masked_by
 from fxprune.planning.making import plan_for
 from fxprune.planning.patterns import left_out
-from fxprune.planning.requests import AUTO, GRANULARITIES, Request
+from fxprune.planning.requests import AUTO, BRANCH, GRANULARITIES, Request
 from fxprune.training.data.pictures import Normalization
 
 
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     images, source = open_disjoint(options.data, options.calibration, options.calibration_images, seed)
     calibration = normalize(source.pixels())
     asked = {name: getattr(options, name) for name in ("ratio", "macs", "granularity")}
-    if options.granularity != "filter":
+    if options.granularity not in ("filter", BRANCH):
         asked |= {"groups": options.groups, "form": options.form}
     request = Request(**asked, ignore=left_out(model, options.only), seed=seed)
     plan, masked = start(model, calibration, request, options.refits and options.refits / f"{options.name}-{seed}.pt")
@@ -157,7 +157,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--ratio", type=float, help="share of kernel groups, or filters, to prune")
     size.add_argument("--macs", type=float, metavar="SHARE", help="share of MACs to keep, instead of a ratio")
-    parser.add_argument("--granularity", choices=(*GRANULARITIES, AUTO), default="kernel", help="default: %(default)s")
+    parser.add_argument(
+        "--granularity", choices=(*GRANULARITIES, BRANCH, AUTO), default="kernel", help="default: %(default)s"
+    )
     parser.add_argument("--seconds", type=float, help="of recovery")
     parser.add_argument("--steps", type=values.count, help="of recovery")
     parser.add_argument("--augment", choices=AUGMENTATIONS)

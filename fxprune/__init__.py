@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from fxprune.inference.reporting import AccelerationReport
     from fxprune.inference.runtimes.int8 import quantize
     from fxprune.planning.latency_table import LatencyTable
-    from fxprune.planning.lossy import mask, recover
+    from fxprune.planning.lossy import mask, recover, refit
     from fxprune.planning.sensitivity import Sensitivity
     from fxprune.plans import GroupedKernels, PrunePlan
     from fxprune.training.sparsification import Sparsifier, hold, sparsify
@@ -84,6 +84,7 @@ __all__ = [
     "quantize",
     "random_ticket",
     "recover",
+    "refit",
     "report",
     "rewind",
     "rewrite",
@@ -116,6 +117,7 @@ _HOMES = {
     "LatencyTable": "fxprune.planning.latency_table",
     "mask": "fxprune.planning.lossy",
     "recover": "fxprune.planning.lossy",
+    "refit": "fxprune.planning.lossy",
     "Sensitivity": "fxprune.planning.sensitivity",
     "GroupedKernels": "fxprune.plans",
     "PrunePlan": "fxprune.plans",

@@ -19,19 +19,19 @@ from fxprune.exact.reporting import Report
 from fxprune.exact.rewriting import rewritten
 from fxprune.exact.verification import verify as verify_models
 from fxprune.graph.baking import baked
-from fxprune.graph.examples import Inputs, as_examples, as_inputs
+from fxprune.graph.examples import Inputs, as_examples
 from fxprune.graph.tracing import check_is_model
-from fxprune.inference.acceleration import accelerate, acceleration_report
+from fxprune.inference.acceleration import acceleration_report
 from fxprune.planning.hints import refuse_unknown
 from fxprune.planning.kernels import sensitivity_of
-from fxprune.planning.latency_budget import check_target, group_counts
-from fxprune.planning.latency_measure import measure_layers
+from fxprune.planning.latency_parts import measure_for
 from fxprune.planning.latency_table import LatencyTable
 from fxprune.planning.lossy import masked_by, recovered_by, tell_agreement
 from fxprune.planning.making import noted_as_baked, plan_for
 from fxprune.planning.patterns import Ignored, ignored_patterns
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Sensitivity
+from fxprune.planning.whole_network import WholeNetwork, check_target
 from fxprune.plans import PrunePlan
 from fxprune.plans.shapes import Groups
 from fxprune.vocabulary import (
@@ -40,6 +40,7 @@ from fxprune.vocabulary import (
     GranularityChoice,
     Method,
     Output,
+    RuntimeName,
     Scope,
     Target,
     VarietyName,
@@ -65,6 +66,7 @@ def compile(
     form: FormChoice = "auto",
     block: int | None = None,
     target: Target | None = None,
+    runtime: RuntimeName | None = None,
     share_groups: bool | None = None,
     criterion: CriterionChoice | Criterion | ScoreFunction | None = None,
     variety: VarietyName | Variety | None = None,
@@ -88,7 +90,8 @@ def compile(
         model: any module that runs, on any device, in any floating-point type. In whatever mode it is: layers are
             planned, refitted and judged in evaluation mode, and the result is left in the mode of the model.
 
-        *How much goes.* One of these; ratio 0.5 if none is given.
+        *How much goes.* A ratio, or one or more budgets (`macs`, `params`, `latency`), all of which are kept; ratio 0.5
+        if none is given.
 
         ratio: share of kernel groups (or of filters, see `granularity`) to remove from each convolution, in `[0, 1)`,
             or a mapping from module-name pattern to share.
@@ -96,10 +99,12 @@ def compile(
             sensitivity, in overlap form, so that the total is met within 1 %. With calibration data other ways to spend
             it are tried too, a uniform ratio among them, and the best on held-out data is taken.
         params: the same for the parameters.
-        latency: the share in `(0, 1]` of the time of the best dense form that may remain on `target`, which it needs.
-            Ratio, number of groups and form of each layer follow from measured times and from its sensitivity; the
-            whole network is measured too, and the choice corrected, see `fxprune.planning.latency_budget.meet`.
-        latency_table: a table from `measure_latency` for it; measured anew if absent.
+        latency: the share in `(0, 1]` of the time of the best dense form that may remain on `target`, in `runtime`, one
+            of which it needs. Ratio, number of groups and form of each layer, or the widths of all, follow from
+            measured times and from what a layer suffers; the whole network is measured too, and the choice corrected,
+            see `fxprune.planning.latency_meeting`.
+        latency_table: a table from `measure_latency` for it, also one of another machine to plan for that; measured
+            anew if absent.
         sensitivity: a table from `measure_sensitivity` for a budget; measured anew if absent.
 
         *What goes.*
@@ -107,8 +112,10 @@ def compile(
         granularity: `"kernel"`: convolutions become grouped, each group keeps some input channels. `"filter"`: whole
             filters go, with everything they feed, through residual additions, concatenations, depthwise convolutions,
             shuffles and slices; convolutions become narrower. A mapping gives both a ratio and does one after the
-            other: `{"filter": 0.25, "kernel": 0.5}`. `"auto"` divides a budget among both, in the way that does best
-            on held-out data (`fxprune.planning.auto`); it needs calibration data.
+            other: `{"filter": 0.25, "kernel": 0.5}`. `"branch"`: whole residual branches go, those that are missed
+            least, and the layers behind them are refitted (`fxprune.planning.branches`); a ratio is a share of the
+            branches. `"auto"` divides a budget among all, in the way that does best on held-out data
+            (`fxprune.planning.auto`). Both need calibration data.
         scope: of filters: `"local"` removes the same share from each channel space, `"global"` ranks all filters of the
             network (`fxprune.planning.selection.choose_units`). None is `"local"`; but for a budget with calibration
             data both are tried, and one between, and what does best on held-out data is taken.
@@ -138,7 +145,7 @@ def compile(
             verified; without, the first calibration batch serves, or else a usual image size is probed.
         calibration: a few hundred typical inputs: a tensor `(N, ...)`, a `DataLoader`, or any iterable of batches;
             labels are ignored. With it the kept weights are solved anew so that each layer gives what the dense one
-            gave (`fxprune.calibration.refit`), which is worth far more than any choice of groups. It is read once.
+            gave (`fxprune.calibration.refitting`), which is worth far more than any choice of groups. It is read once.
             A share is held out once more to see how well the result follows the dense network; the report tells.
         recover: after that train the kept weights on the calibration data until each block gives what the dense one
             gave, see `fxprune.recover`: True for its usual time (1500 steps, at most 180 seconds), a number of seconds,
@@ -151,6 +158,10 @@ def compile(
         target: `"cpu"` or `"cuda"`: plan for this kind of device and return the inference form for it, see
             `fxprune.accelerate`; the model and the example inputs must be there. On `"cuda"` groups are wide enough for
             the tensor cores where their number is `"auto"`, and blocks are 8; None plans as for `"cpu"`.
+        runtime: what will compute the network, see `fxprune.accelerate`: plan for it, and return the form for it:
+            `"onnxruntime"`, `"openvino"` or `"inductor"`, for which the target is the CPU, or with a target `"torch"`
+            or `"auto"`. With `latency` the times are those in this runtime, and the share is of the best dense form in
+            it; there it must be `"torch"`, `"onnxruntime"` or `"openvino"`. None is `"torch"` if there is a target.
         block: keep input channels in aligned blocks of this many, so that one load of a fused kernel brings a block: 8
             are 16 bytes in half precision. What it costs is in the report, as are layers that do not divide into
             blocks; these are pruned channel by channel. None is 8 for target `"cuda"`, else 1.
@@ -178,11 +189,13 @@ def compile(
     Returns:
         A `GraphModule`, or a module of the model's class, see `output`: it trains, scripts, exports, moves and copies
         as any module does. `fxprune.report` explains it.
-        With `target`, an inference form for that device alone, which `fxprune.acceleration_report` explains as well.
+        With `target` or `runtime`, an inference form for that device alone, as `fxprune.accelerate` gives it, which
+        `fxprune.acceleration_report` explains as well: with `latency` it tells what was asked for and reached.
 
     Raises:
         PlanError: an argument is not legal, or nothing can be planned.
-        AccelerationError: `target` without example inputs, or not the device of the model.
+        AccelerationError: `target` or `runtime` without example inputs, or not the device of the model; or the runtime
+            is not installed, or cannot take it.
         CalibrationError: the calibration data are malformed, or do not fit the model; or `recover` without them.
         StorageError: the checkpoint of `recover` is of another run, or cannot be written.
         TraceError: the model cannot be traced, or its shapes cannot be found.
@@ -199,7 +212,8 @@ def compile(
     check_output(output)
     if request.recovery is not None and calibration is None:
         raise CalibrationError("recover learns from calibration data; pass calibration=, or leave recover out")
-    check_target(model, target, example_inputs is not None or calibration is not None)
+    target = request.target
+    check_target(model, target, example_inputs is not None or calibration is not None, request.runs_in)
     model, computed = baked(model) if bake else (model, ())
     subject = Subject(model, example_inputs, calibration, output if target is None else "graph")
     plan, masked = plan_for(subject, request)
@@ -221,12 +235,13 @@ def compile(
         verify_models(pruned, masked, list(subject.examples))
     if target is None:
         return pruned
-    assert subject.example_inputs is not None
-    result = accelerate(pruned, subject.example_inputs, progress=progress)
+    network = WholeNetwork.of(subject, request)
+    result = network.accelerated(pruned)
     if latency is not None:
-        told = acceleration_report(result)
-        note = f"latency: asked for {latency:.2f} of the best dense time, reached {told.relative:.2f}"
-        result.meta[ACCELERATION] = replace(told, notes=(*told.notes, note))
+        reached = network.share_of(result)
+        said = acceleration_report(result)
+        note = f"latency: asked for {latency:.2f} of the best dense time in {request.runs_in}, reached {reached:.2f}"
+        result.meta[ACCELERATION] = replace(said, notes=(*said.notes, note))
     return result
 
 
@@ -253,6 +268,7 @@ def make_plan(
     form: FormChoice = "auto",
     block: int | None = None,
     target: Target | None = None,
+    runtime: RuntimeName | None = None,
     share_groups: bool | None = None,
     criterion: CriterionChoice | Criterion | ScoreFunction | None = None,
     variety: VarietyName | Variety | None = None,
@@ -279,7 +295,7 @@ def make_plan(
     request = _request(locals())
     check_output(output)
     model, computed = baked(model) if bake else (model, ())
-    subject = Subject(model, example_inputs, calibration, output if target is None else "graph")
+    subject = Subject(model, example_inputs, calibration, output if request.target is None else "graph")
     return noted_as_baked(plan_for(subject, request)[0], computed)
 
 
@@ -288,34 +304,39 @@ def measure_latency(
     *,
     example_inputs: Inputs,
     target: Target | None = None,
+    runtime: RuntimeName | None = None,
+    granularity: GranularityChoice | Mapping[str, float] = "kernel",
     groups: Groups | Mapping[str, Groups] = "auto",
     ignore: Ignored | Iterable[Ignored] = (),
     progress: bool = False,
 ) -> LatencyTable:
-    """Measure how long each convolution takes, dense and at each ratio and number of groups. `print` the table, and
-    pass it to `compile(..., latency=0.6, latency_table=table)` for one share after another.
+    """Measure how long each convolution takes, dense and at each ratio and number of groups, or at several widths.
+    `print` the table, and pass it to `compile(..., latency=0.6, latency_table=table)` for one share after another.
+
+    The table says where it was made. Kept with `to_json`, it can be used on another machine, to plan there for this
+    one; the whole network is then not measured, since only the machine of the table could tell.
 
     Args:
         model: see `compile`, as for the others.
         example_inputs: of the sizes to be fast for.
         target: the device to measure, where the model must be; None is the device of the model.
+        runtime: what computes the network: None or `"torch"`, `"onnxruntime"` or `"openvino"`. In a runtime each layer
+            is timed with what is fused into it, as a model of its own; times are kept for the next network with such a
+            layer.
+        granularity: what will go: `"kernel"` times grouped layers, `"filter"` narrower ones, `"auto"` both.
         groups: number of groups to measure; `"auto"` tries several.
         ignore: layers to leave out, see `compile`.
         progress: show bars on stderr.
 
     Raises:
-        PlanError: an argument is not legal.
-        AccelerationError: the model is not on the target, or cannot be accelerated.
+        PlanError: an argument is not legal, or layers cannot be timed in the runtime.
+        AccelerationError: the model is not on the target, or cannot be accelerated, or the runtime is not installed.
         TraceError: the model cannot be traced.
     """
-    request = _request(locals())
-    if target is None:
-        device = next((p.device.type for p in model.parameters()), "cpu")
-        request = replace(request, target=device)  # type: ignore[arg-type]  # which the request checks
-    subject = Subject(model, example_inputs, None)
-    counts = group_counts(subject, request)
-    check_target(model, request.target, has_inputs=True)
-    return measure_layers(model, as_inputs(example_inputs, model), counts, progress=progress)
+    check_is_model(model)
+    place = {"target": next((p.device.type for p in model.parameters()), "cpu")} if (target or runtime) is None else {}
+    request = _request({**locals(), **place, "latency": 1.0})  # what a share of the latency would need, whatever it is
+    return measure_for(Subject(model, example_inputs, None), request)
 
 
 def measure_sensitivity(

@@ -11,8 +11,8 @@ Target: TypeAlias = Literal["cpu", "cuda"]
 """Kinds of device that a plan can be made for."""
 Granularity: TypeAlias = Literal["kernel", "filter"]
 """What is removed: kernels, so that convolutions become grouped, or whole filters, so that they become narrower."""
-GranularityChoice: TypeAlias = Literal["kernel", "filter", "auto"]
-"""`"auto"` divides a budget among both."""
+GranularityChoice: TypeAlias = Literal["kernel", "filter", "branch", "auto"]
+"""`"branch"` removes whole residual branches; `"auto"` divides a budget among all."""
 Scope: TypeAlias = Literal["local", "global"]
 Method: TypeAlias = Literal["auto", "cocluster", "reconstruction", "tmi", "srgkp"]
 """How groups and kept kernels are chosen, see `fxprune.planning.METHODS`."""

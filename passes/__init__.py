@@ -3,6 +3,7 @@
 if __name__ != "fxprune.passes":
     raise ImportError("this folder is the package fxprune.passes; import it by that name")
 
+from fxprune.passes.remove_branches import RemoveBranches
 from fxprune.passes.remove_channels import RemoveChannels
 from fxprune.passes.group_convs import GroupConvs
 from fxprune.passes.sink_gathers import SinkGathers
@@ -21,6 +22,7 @@ __all__ = [
     "FuseConvs",
     "GroupConvs",
     "MergeGathers",
+    "RemoveBranches",
     "RemoveChannels",
     "SinkGathers",
 ]

@@ -5,7 +5,7 @@ on the next image. So one half of the images is fitted, and the other one predic
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from fxprune.calibration.following import Bounds
-from fxprune.calibration.least_squares import Part, choose_ridge, columns_of, held_out_errors, regularized
+from fxprune.calibration.held_out import choose_ridge, held_out_errors, regularized
+from fxprune.calibration.least_squares import columns_of
 from fxprune.calibration.samples import Samples
 from fxprune.methods import Matrix
 from fxprune.methods.reconstruction import LARGE, elimination_order
@@ -41,14 +42,15 @@ def damage_path(weight: Tensor, samples: Samples, groups: int, seed: int = 0, bo
     gram, cross, _ = regularized(samples, weight, groups, half, seed)
     filters, order = elimination_order(weight, gram, cross, groups, seed)
 
-    def parts(kept: int) -> list[Part]:
-        return columns_of(filters, order[:, -kept:], area, prior.device)
-
-    ridge = choose_ridge(samples, parts(half), prior)
+    parts = columns_of(filters, order[:, ::-1].copy(), area, prior.device)  # the last to go first
+    ridge = choose_ridge(samples, [(outputs, columns[: half * area]) for outputs, columns in parts], prior)
     weights = error_weights(samples, bounds)
-    return interpolated(
-        channels, channels * area, lambda kept: float(held_out_errors(samples, parts(kept), prior, ridge) @ weights)
-    )
+
+    def damages(counts: Sequence[int]) -> list[float]:
+        errors = held_out_errors(samples, parts, prior, ridge, [kept * area for kept in counts])
+        return (errors @ weights).tolist()
+
+    return interpolated(channels, channels * area, damages)
 
 
 def loss_of(damage: float) -> float:
@@ -73,16 +75,16 @@ def error_weights(samples: Samples, bounds: Bounds | None) -> Tensor:
     return weights / max(float(read.var(0, correction=0).sum()), torch.finfo(torch.float32).tiny)
 
 
-def interpolated(channels: int, inputs: int, damage: Callable[[int], float]) -> Matrix:
+def interpolated(channels: int, inputs: int, damages: Callable[[Sequence[int]], Sequence[float]]) -> Matrix:
     """The damage with `1` to `channels` channels, `(C,)`, from what it is with a few numbers of them; none with all.
 
     Args:
         channels: how many there are.
         inputs: of the layer that reads them; above `LARGE` there are fewer points.
-        damage: with so many of them.
+        damages: with so many of them, which rise.
     """
     shares = FEW_SHARES if inputs > LARGE else SHARES
     counts = sorted({1, *(max(1, round(share * channels)) for share in shares)} - {channels})
-    path: Matrix = PchipInterpolator([*counts, channels], [*map(damage, counts), 0.0])(np.arange(1, channels + 1))
+    path: Matrix = PchipInterpolator([*counts, channels], [*damages(counts), 0.0])(np.arange(1, channels + 1))
     path[-1] = 0.0  # up to rounding it is
     return path

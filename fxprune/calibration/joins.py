@@ -11,8 +11,8 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from fxprune.calibration.following import is_addition
 from fxprune.calibration.lockstep import Sample
+from fxprune.graph.editing import is_addition
 
 _CONCATENATIONS = frozenset((torch.cat, torch.concat, torch.concatenate))
 

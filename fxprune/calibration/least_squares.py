@@ -1,7 +1,12 @@
-"""Ridge least squares of a grouped convolution: each group of filters over its own input channels."""
+"""Ridge least squares of a grouped convolution: each group of filters over its own input channels.
+
+It minimizes `mean |u w - t|^2 + pull |w - w0|^2` for each output `t` over rows `u` of the columns that its group keeps.
+With more rows than columns the weights are found through the Gram matrix of the columns, with fewer through that of the
+rows, which is smaller and has the same solution: `w = w0 + u^T a / N` (Saunders, Gammerman, Vovk, "Ridge Regression
+Learning Algorithm in Dual Variables", ICML 1998).
+"""
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -9,31 +14,14 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fxprune.calibration.samples import Moments, Samples
-from fxprune.methods import cocluster
-from fxprune.methods.reconstruction import kernel_energy
+from fxprune.calibration.samples import Samples, mean_product
 
 Part: TypeAlias = tuple[Tensor, Tensor]
 """Indices of the outputs of one group, and of the columns of the flattened weight that it keeps."""
 
-# Weights of the pull toward the dense weights, relative to the mean diagonal of the Gram matrix. With PLENTY of rows
-# for each unknown the first is right; with fewer the one that does best on images that it was not fitted to.
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-PLENTY = 64
-# Groups that choose it for all, spread over the layer: it is one of five numbers, and wide layers take long.
-JUDGES = 2
 
-
-class Halved(Protocol):
-    """Rows of a layer, of which one half can be predicted from the other: `Samples`, or what is left of them."""
-
-    @property
-    def rows(self) -> int:
-        """How many there are."""
-
-    @property
-    def halves(self) -> tuple[Moments, Moments]:
-        """See `Samples.halves`."""
+TOGETHER = 32
+"""Filters that are solved at a time at least, unless the layer has fewer."""
 
 
 def columns_of(out_order: ArrayLike, kept: ArrayLike, area: int, device: torch.device) -> list[Part]:
@@ -51,120 +39,163 @@ def columns_of(out_order: ArrayLike, kept: ArrayLike, area: int, device: torch.d
     return list(zip(filters, columns, strict=True))
 
 
-class GroupedRidge:
-    """Least squares of several groups of outputs, each from its own columns, with a pull toward given weights.
+def parts_that_stay(stays: Tensor, area: int) -> list[Part]:
+    """The same from the kernels that stay, `(O, C)` bool: filters that read the same channels come together, and those
+    of which nothing stays are in no part.
+    """
+    kinds, kind = torch.unique(stays, dim=0, return_inverse=True)
+    taps = torch.arange(area, device=stays.device)
+    return [
+        ((kind == i).nonzero().flatten(), (channels.nonzero() * area + taps).flatten())
+        for i, channels in enumerate(kinds)
+        if channels.any()
+    ]
 
-    Minimizes `mean |u w - t|^2 + ridge |w - w0|^2` for each output `t` over rows `u`.
 
-    Args:
-        gram: `(D, D)` float64, mean of `u^T u`.
-        parts: for each group its outputs and its columns.
-        prior: `(O, D)` float64, the weights `w0`.
-        ridge: relative to the mean diagonal of `gram`.
+def pull_of(mean_square: float, ridge: float) -> float:
+    """The pull for a ridge that is relative to the mean square of the inputs; where they are all zero, the prior stays
+    as it is.
+    """
+    return ridge * mean_square if mean_square > 0 else 1.0
+
+
+def bundles(parts: Sequence[Part], rows: int) -> list[list[Part]]:
+    """Groups that are solved together: as many as make `TOGETHER` filters. Products with fewer spend their time on
+    reading the rows. A group with fewer rows than columns is solved alone.
+    """
+    found: list[list[Part]] = []
+    for outputs, columns in parts:
+        last = sum(len(others) for others, _ in found[-1]) if found else TOGETHER
+        if last >= TOGETHER or rows < len(columns) or rows < len(found[-1][0][1]):
+            found.append([])
+        found[-1].append((outputs, columns))
+    return found
+
+
+class Problem(Protocol):
+    """Least squares of `o` outputs, each over the columns of its group. What is being solved for, weights or what takes
+    their place, is called coefficients here; all is linear in them.
+
+    Attributes:
+        outputs: `(o,)` their numbers.
+        columns: `(d,)` all columns that any of them has.
     """
 
-    def __init__(self, gram: Tensor, parts: Sequence[Part], prior: Tensor, ridge: float = RIDGES[0]) -> None:
-        self._gram, self._parts, self._prior = gram, parts, prior
-        scale = float(gram.diagonal().mean())
-        self._pull = ridge * scale if scale > 0 else 1.0  # all inputs are zero: keep the prior
-        self._factors = []
-        for _, columns in parts:
-            system = gram[columns[:, None], columns]
-            system.diagonal().add_(self._pull)
-            self._factors.append(torch.linalg.cholesky(system))
+    outputs: Tensor
+    columns: Tensor
 
-    def solve(self, cross: Tensor) -> Tensor:
-        """Return the weights `(O, D)`, zero outside the columns of each group, for `cross (O, D)`, mean of `t^T u`."""
-        weights = torch.zeros_like(self._prior)
-        for (outputs, columns), factor in zip(self._parts, self._factors, strict=True):
-            index = outputs[:, None], columns
-            right = cross[index] + self._pull * self._prior[index]
-            weights[index] = torch.cholesky_solve(right.T, factor).T
-        return weights
+    def prior(self) -> Tensor:
+        """The coefficients of the weights toward which it is pulled."""
 
-    def mask(self, weights: Tensor) -> Tensor:
-        """Return a copy that is zero outside the columns of each group."""
-        masked = torch.zeros_like(weights)
-        for outputs, columns in self._parts:
-            masked[outputs[:, None], columns] = weights[outputs[:, None], columns]
-        return masked
+    def solve(self, targets: Tensor) -> Tensor:
+        """The best coefficients for targets `(N, o)` float32, less their mean where there is an intercept."""
 
-    def error(self, weights: Tensor, cross: Tensor, energy: float) -> float:
-        """Mean squared error relative to `energy`, the mean square of all targets."""
-        explained = 2 * (weights * cross).sum() - ((weights @ self._gram) * weights).sum()
-        return max(0.0, 1 - float(explained) / energy) if energy > 0 else 0.0
+    def answer(self, coefficients: Tensor) -> Tensor:
+        """What they give for the rows, `(N, o)` float32."""
+
+    def step(self, coefficients: Tensor, missing: Tensor) -> Tensor:
+        """The best coefficients if the targets are what these give and `missing (N, o)` more. It is computed in
+        float32, but for the sum: repeated, it corrects itself.
+        """
+
+    def weights(self, coefficients: Tensor) -> Tensor:
+        """The weights `(o, d)` float64."""
 
 
-def choose_ridge(samples: Halved, parts: Sequence[Part], prior: Tensor) -> float:
-    """The pull that does best when one half of the images is fitted and the other one predicted.
-
-    Args:
-        samples: of the layer.
-        parts: see `GroupedRidge`, as for `prior`.
-        prior: the dense weights.
-    """
-    if samples.rows >= PLENTY * prior.shape[1]:
-        return RIDGES[0]
-    if samples.rows < 2:
-        return RIDGES[-1]
-    judges = parts[:: max(1, len(parts) // JUDGES)]
-
-    @cache
-    def error(index: int) -> float:
-        return float(held_out_errors(samples, judges, prior, RIDGES[index]).sum())
-
-    best = len(RIDGES) // 2  # downhill from the middle: too weak a pull errs more the weaker it is, as does too strong
-    while (better := min(range(max(0, best - 1), min(best + 2, len(RIDGES))), key=error)) != best:
-        best = better
-    return RIDGES[best]
-
-
-def held_out_errors(samples: Halved, parts: Sequence[Part], prior: Tensor, ridge: float) -> Tensor:
-    """The mean squared error of each output, `(O,)`, when one half of the images is fitted and the other one predicted.
+def problem_of(samples: Samples, gram: Tensor | None, parts: Sequence[Part], prior: Tensor, pull: float) -> Problem:
+    """That of a bundle of groups, in the form that is smaller.
 
     Args:
         samples: of the layer.
-        parts: see `GroupedRidge`, as for the others; outputs that are in none have no error.
-        prior: the dense weights.
-        ridge: the pull toward them.
+        gram: `(D, D)` float64 of all its inputs; None where every group has fewer rows than columns.
+        parts: the outputs and columns of each group.
+        prior: `(O, D)` float64, the weights `w0` of the layer.
+        pull: toward them.
     """
-    errors = prior.new_zeros(len(prior))
-    first, second = samples.halves
-    for seen, unseen in ((first, second), (second, first)):
-        weights = GroupedRidge(seen.gram, parts, prior, ridge).solve(seen.cross)
+    if samples.rows < len(parts[0][1]):
+        return _ByRows(samples, parts[0], prior, pull)
+    assert gram is not None
+    return _ByColumns(samples, gram, parts, prior, pull)
+
+
+class _ByColumns:
+    """Coefficients are the weights `(o, d)`, zero outside the columns of each group."""
+
+    def __init__(self, samples: Samples, gram: Tensor, parts: Sequence[Part], prior: Tensor, pull: float) -> None:
+        self.outputs = torch.cat([outputs for outputs, _ in parts])
+        self.columns = torch.unique(torch.cat([columns for _, columns in parts])) if len(parts) > 1 else parts[0][1]
+        self._rows, self._pull = _rows_of(samples, self.columns), pull
+        place = torch.empty(prior.shape[1], dtype=torch.long, device=prior.device)
+        place[self.columns] = torch.arange(len(self.columns), device=prior.device)
+        self._prior = prior.new_zeros(len(self.outputs), len(self.columns))
+        self._groups = []
+        start = 0
         for outputs, columns in parts:
-            own, cross = weights[outputs[:, None], columns], unseen.cross[outputs[:, None], columns]
-            explained = ((2 * cross - own @ unseen.gram[columns[:, None], columns]) * own).sum(1)
-            errors[outputs] += (unseen.energy[outputs] - explained) / 2
-    return errors
+            system = gram[columns[:, None], columns]
+            system.diagonal().add_(pull)
+            factor = torch.linalg.cholesky(system)
+            own = torch.arange(start, start + len(outputs), device=prior.device)[:, None], place[columns]
+            self._prior[own] = prior[outputs[:, None], columns]
+            self._groups.append((own, factor, factor.float()))
+            start += len(outputs)
+
+    def prior(self) -> Tensor:
+        return self._prior
+
+    def solve(self, targets: Tensor) -> Tensor:
+        right = mean_product(targets, self._rows) + self._pull * self._prior
+        solution = torch.zeros_like(right)
+        for own, factor, _ in self._groups:
+            solution[own] = torch.cholesky_solve(right[own].T, factor).T
+        return solution
+
+    def answer(self, coefficients: Tensor) -> Tensor:
+        return self._rows @ coefficients.T.float()
+
+    def step(self, coefficients: Tensor, missing: Tensor) -> Tensor:
+        right = (mean_product(missing, self._rows) - self._pull * (coefficients - self._prior)).float()
+        solution = coefficients.clone()
+        for own, _, coarse in self._groups:
+            solution[own] += torch.cholesky_solve(right[own].T, coarse).T
+        return solution
+
+    def weights(self, coefficients: Tensor) -> Tensor:
+        return coefficients
 
 
-def regularized(
-    samples: Samples, weight: Tensor, groups: int, kept: int, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `fxprune.methods.reconstruction` needs to choose for the error that the refit will have, pull included.
+class _ByRows:
+    """Coefficients are what each row counts, `(N, o)`. There is one group."""
 
-    The pull toward the dense weights counts as further rows; it is the one that suits the channels that `cocluster`
-    would keep. Each filter counts by what the next layer reads of it, after the BatchNorm.
+    def __init__(self, samples: Samples, part: Part, prior: Tensor, pull: float) -> None:
+        self.outputs, self.columns = part
+        rows, own = _rows_of(samples, self.columns), prior[self.outputs[:, None], self.columns]
+        self._rows, self._prior, self._pull = rows, own, pull
+        self._start = rows @ own.T.float()
+        self._kernel = rows @ rows.T / len(rows)
+        system = self._kernel.double()
+        system.diagonal().add_(pull)
+        self._factor = torch.linalg.cholesky(system)
+        self._coarse = self._factor.float()
 
-    Args:
-        samples: of the layer.
-        weight: `(O, C, *kernel)` of the dense layer.
-        groups: see `cocluster`, as for the others.
-        kept: input channels of each group.
-        seed: of the clustering.
+    def prior(self) -> Tensor:
+        return self._start.new_zeros(self._start.shape, dtype=torch.float64)
 
-    Returns:
-        Gram matrix `(D, D)`, cross products `(O, D)` and energy of the targets `(O,)`, float64.
-    """
-    prior = weight.detach().double().flatten(1)
-    gram, cross, energy = samples.gram(), samples.cross(), samples.energy()
-    start = cocluster(kernel_energy(weight, gram), groups, kept, seed=seed)
-    parts = columns_of(start.out_order, start.kept, weight[0, 0].numel(), prior.device)
-    pull = choose_ridge(samples, parts, prior) * float(gram.diagonal().mean())
-    scale = samples.scale.double()
-    return (
-        gram + pull * torch.eye(len(gram), dtype=gram.dtype, device=gram.device),
-        (cross + pull * prior) * scale[:, None],
-        (energy + pull * prior.square().sum(1)) * scale.square(),
-    )
+    def solve(self, targets: Tensor) -> Tensor:
+        return torch.cholesky_solve((targets - self._start).double(), self._factor)
+
+    def answer(self, coefficients: Tensor) -> Tensor:
+        return self._start + self._kernel @ coefficients.float()
+
+    def step(self, coefficients: Tensor, missing: Tensor) -> Tensor:
+        right = missing - self._pull * coefficients.float()
+        return coefficients + torch.cholesky_solve(right, self._coarse)
+
+    def weights(self, coefficients: Tensor) -> Tensor:
+        return self._prior + (coefficients.T.float() @ self._rows / len(self._rows)).double()
+
+
+def _rows_of(samples: Samples, columns: Tensor) -> Tensor:
+    """Some columns of the inputs."""
+    inputs = samples.inputs
+    everything = torch.arange(inputs.shape[1], device=columns.device)
+    return inputs if torch.equal(columns, everything) else inputs[:, columns]

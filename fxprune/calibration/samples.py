@@ -6,7 +6,7 @@ has far fewer unknowns than there are positions.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -30,6 +30,8 @@ ROWS_PER_UNKNOWN = 4
 SILENT = 1e-4
 CHUNK = 8_192
 """Rows that are multiplied in float32 before the product is added up in float64."""
+BAND = 512
+"""Columns of a Gram matrix that are computed at a time, as far as its diagonal."""
 LARGEST = 1e17
 """Values of which that many squares add up in float32."""
 
@@ -69,52 +71,99 @@ class Samples:
         """Their number, `N`."""
         return len(self.inputs)
 
+    @property
+    def mean_square(self) -> float:
+        """Of all inputs: the mean of the diagonal of `gram`."""
+        chunks = torch.split(self.inputs, CHUNK)
+        return float(sum(chunk.square().sum(dtype=torch.float64) for chunk in chunks)) / self.inputs.numel()
+
     def gram(self) -> Tensor:
         """`(D, D)` float64, mean of `u^T u` over the rows `u` of `inputs`."""
-        return self._mean_product(self.inputs, self.inputs)
+        return self._whole(*(half.gram for half in self.halves))
 
-    def cross(self, targets: Tensor | None = None) -> Tensor:
-        """`(O, D)` float64, mean of `t^T u` for rows `t` of `targets`, by default those of the samples.
+    def cross(self) -> Tensor:
+        """`(O, D)` float64, mean of `t^T u` for the rows `t` of `targets`.
 
         If centered, `t` is less its mean too. In exact arithmetic that changes nothing; but in float32 a rest of the
         mean stays in `inputs`, and times a large target it exceeds what inputs that hardly vary have to say.
         """
-        targets = self.targets if targets is None else targets
-        if self.centered:
-            targets = targets - targets.mean(0, dtype=torch.float64).float()
-        return self._mean_product(targets, self.inputs)
-
-    @cached_property
-    def halves(self) -> tuple[Moments, Moments]:
-        """Of the first and the second half of the rows, which are different images; twice the same if there is one."""
-        rows = len(self.inputs)
-        first, second = (
-            Moments(
-                self._mean_product(inputs, inputs),
-                self._mean_product(targets, inputs),
-                targets.square().mean(0, dtype=torch.float64),
-            )
-            for inputs, targets in (
-                (self.inputs[part], self.targets[part] - self.target_mean.float())
-                for part in (slice((rows + 1) // 2), slice(rows // 2, None))
-            )
-        )
-        return first, second
+        return self._whole(*(half.cross for half in self.halves))
 
     def energy(self) -> Tensor:
         """`(O,)` float64, mean square of the targets about `target_mean`."""
-        return (self.targets - self.target_mean.float()).square().mean(0, dtype=torch.float64)
+        return self._whole(*(half.energy for half in self.halves))
+
+    def parts(self) -> tuple["Samples", "Samples"]:
+        """The first and the second half of the rows, which are different images; twice the same if there is one. Means
+        are those of all rows.
+        """
+        middle = (self.rows + 1) // 2
+        first, second = (
+            replace(
+                self,
+                inputs=self.inputs[rows],
+                targets=self.targets[rows],
+                offset=self.offset if len(self.offset) == 1 else self.offset[rows],
+            )
+            for rows in (slice(middle), slice(middle if self.rows > 1 else 0, None))
+        )
+        return first, second
+
+    def of(self, outputs: Tensor) -> "Samples":
+        """The same for some of the filters."""
+        return replace(
+            self,
+            targets=self.targets[:, outputs],
+            target_mean=self.target_mean[outputs],
+            scale=self.scale[outputs],
+            offset=self.offset[:, outputs],
+        )
+
+    @cached_property
+    def halves(self) -> tuple[Moments, Moments]:
+        """The moments of both `parts`. Those of all rows follow from them, so that rows are multiplied once."""
+        first, second = (half._moments() for half in self.parts())
+        return first, second
+
+    def centered_targets(self) -> Tensor:
+        """`(N, O)` float32, the targets less `target_mean`."""
+        return self.targets - self.target_mean.float()
 
     def second_moment(self, channels: int) -> Tensor:
         """`(C,)` float64, mean square of each input channel."""
         squares = self.inputs.square().mean(0, dtype=torch.float64) + self.input_mean.square()
         return squares.view(channels, -1).mean(1)
 
-    def _mean_product(self, left: Tensor, right: Tensor) -> Tensor:
-        total = left.new_zeros(left.shape[1], right.shape[1], dtype=torch.float64)
-        for a, b in zip(torch.split(left, CHUNK), torch.split(right, CHUNK), strict=True):
-            total += a.T @ b
-        return total / len(left)
+    def _moments(self) -> Moments:
+        targets = self.centered_targets()
+        energy = targets.square().mean(0, dtype=torch.float64)
+        return Moments(gram_of(self.inputs), mean_product(targets, self.inputs), energy)
+
+    def _whole(self, first: Tensor, second: Tensor) -> Tensor:
+        """The mean over all rows from those over both halves, of which the first may have one row more."""
+        share = (self.rows + 1) // 2 / self.rows if self.rows > 1 else 0.5
+        return share * first + (1 - share) * second
+
+
+def mean_product(left: Tensor, right: Tensor) -> Tensor:
+    """The mean of `t^T u` over rows `t` and `u`, float64."""
+    total = left.new_zeros(left.shape[1], right.shape[1], dtype=torch.float64)
+    for a, b in zip(torch.split(left, CHUNK), torch.split(right, CHUNK), strict=True):
+        total += a.T @ b
+    return total / len(left)
+
+
+def gram_of(rows: Tensor) -> Tensor:
+    """The same for rows with themselves: half of it is computed, the rest is its mirror image."""
+    total = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for chunk in torch.split(rows, CHUNK):
+        for start in range(0, rows.shape[1], BAND):
+            stop = start + BAND
+            total[start:stop, :stop] += chunk[:, start:stop].T @ chunk[:, :stop]
+    total /= len(rows)
+    for start in range(0, rows.shape[1], BAND):
+        total[:start, start : start + BAND] = total[start : start + BAND, :start].T
+    return total
 
 
 def rows_for(unknowns: int, most: int = MAX_ROWS) -> int:
@@ -152,10 +201,11 @@ def draw(
     Raises:
         CalibrationError: the layer reads or gives values that are not finite.
     """
-    norm = None if following.norm is None else pairs[0][0].network.module.get_submodule(following.norm)
     weight = kernels_of(layer)
-    scale, shift = affine(norm, len(weight), weight.device)
+    (dense_scale, dense_shift), (scale, shift) = (affine_of(following, s, len(weight), weight.device) for s in pairs[0])
     scale = torch.where(scale.abs() > SILENT * scale.abs().max(), scale, 0)
+    # What the pruned layer has to give for its BatchNorm, if that is another one now, to give what the dense one gives.
+    rate, more = (torch.where(scale == 0, same, x / scale) for same, x in ((1, dense_scale), (0, dense_shift - shift)))
     generator = torch.Generator().manual_seed(seed)
     outputs = [dense.value(node) for dense, _ in pairs]
     shapes = [output.shape for output in outputs]
@@ -176,7 +226,7 @@ def draw(
         own = tuple(index % size for index, size in zip(place, _grid(layer, output.shape), strict=True))
         (source,) = dense.network.nodes[node].all_input_nodes
         read.append(_read(layer, pruned.value(source.name), own))
-        target = _pick(layer, output, own)
+        target = _pick(layer, output, own) * rate + more
         if following.other is not None:
             now, then = (
                 _pick(layer, torch.as_tensor(sample.value(following.other), device=output.device).expand(shape), place)
@@ -187,11 +237,12 @@ def draw(
         targets.append(target)
     inputs, wanted = torch.cat(read), torch.cat(targets)
     for what, values in (("reads", inputs), ("should give", wanted)):
-        if not torch.isfinite(values).all():
+        low, high = torch.aminmax(values)  # NaN if there is one
+        if not (torch.isfinite(low) and torch.isfinite(high)):
             raise CalibrationError(
                 f"{name}: on the calibration data the layer {what} NaN or infinity; check the data and the model"
             )
-        if values.abs().max() > LARGEST:
+        if max(-low, high) > LARGEST:
             raise CalibrationError(
                 f"{name}: on the calibration data the layer {what} values beyond {LARGEST:g}, whose squares are too "
                 "large to add up; check the scale of the data"
@@ -254,6 +305,15 @@ def affine(norm: nn.Module | None, filters: int, device: torch.device) -> tuple[
         shift = -norm.running_mean * scale
         shift = shift if norm.bias is None else shift + norm.bias
     return scale.float(), shift.float()
+
+
+def affine_of(following: Following, sample: Sample, filters: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and shift `(O,)` float32 of the BatchNorm behind a layer in one of the networks."""
+    if following.frozen is not None:
+        scale, shift = (sample.value(node).flatten().float() for node in following.frozen)
+        return scale, shift
+    norm = None if following.norm is None else sample.network.module.get_submodule(following.norm)
+    return affine(norm, filters, device)
 
 
 def _read(layer: Layer, value: Tensor, place: tuple[Tensor, ...]) -> Tensor:

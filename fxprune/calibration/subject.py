@@ -11,11 +11,14 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct
 from fxprune.calibration.batches import rows_of, samples_in
+from fxprune.calibration.least_squares import Part, parts_that_stay
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.recovery import RECOVERED, Recovery, recover
+from fxprune.calibration.refitting import refit_layers
 from fxprune.calibration.samples import MAX_ROWS
 from fxprune.channels.capture import capture, recorded
 from fxprune.errors import CalibrationError, TraceError
+from fxprune.graph.convolutions import Layer, kernels_of
 from fxprune.graph.costs import layer_costs
 from fxprune.graph.examples import Example, Inputs, as_examples, in_order, positional_parameters
 from fxprune.graph.modes import in_evaluation
@@ -36,6 +39,7 @@ class Subject:
         batches: the arguments of each calibration batch; None without data.
         trace: a `Recording` if the result is to be the user's own module.
         rows: about how many positions of the data each layer is fitted on at most.
+        ridges: the pull toward the dense weights of layers, where a refit is to take it from another, see `LayerFit`.
         counted: names of nodes of a recording whose channels have to stay, with the reason; planning finds them.
 
     Raises:
@@ -52,6 +56,7 @@ class Subject:
     ) -> None:
         self.model, self.batches, self.rows = model, None, MAX_ROWS
         self.counted: dict[str, str] = {}
+        self.ridges: Mapping[str, float] = {}
         self._names: tuple[str, ...] = ()
         check_is_model(model)
         check_model(model)
@@ -93,7 +98,7 @@ class Subject:
         """Another model with the same inputs."""
         other = object.__new__(Subject)
         other.model, other.examples, other.batches, other._names = model, self.examples, self.batches, self._names
-        other.trace, other.counted, other.rows = self.captured(model), {}, self.rows
+        other.trace, other.counted, other.rows, other.ridges = self.captured(model), {}, self.rows, self.ridges
         return other
 
     def calibrated_on(self, batches: list[Batch], rows: int) -> "Subject":
@@ -101,6 +106,15 @@ class Subject:
         other = object.__new__(Subject)
         vars(other).update({name: value for name, value in vars(self).items() if name != "network_batches"})
         other.batches, other.rows = batches, rows
+        return other
+
+    def refitted_as(self, masked: nn.Module) -> "Subject":
+        """The same model, to be refitted with the pulls that the refit of `masked` found: a number for each layer,
+        which takes long to find, and differs little on a part of the data.
+        """
+        other = object.__new__(Subject)
+        vars(other).update(vars(self))
+        other.ridges = {name: fit.ridge for name, fit in getattr(masked, FITS, {}).items()}
         return other
 
     def captured(self, model: nn.Module) -> Trace:
@@ -176,10 +190,35 @@ class Subject:
         assert self.network_batches is not None
         twin = self.runnable(masked).module
         kernels, fits = reconstruct(
-            self.network, twin, self.network_batches, layers, choose, seed=seed, rows=self.rows, progress=progress
+            self.network,
+            twin,
+            self.network_batches,
+            layers,
+            choose,
+            seed=seed,
+            rows=self.rows,
+            ridges=self.ridges,
+            progress=progress,
         )
         setattr(masked, FITS, fits)
         return kernels
+
+    def refit(self, masked: nn.Module, stays: Mapping[str, Tensor], seed: int, progress: bool) -> None:
+        """Solve layers of `masked`, a copy of the model that may have been trained, anew in place: their kernels that
+        stay, `(O, C)` bool.
+        """
+        assert self.network_batches is not None
+
+        def kept(name: str, layer: Layer, samples: object) -> list[Part]:
+            weight = kernels_of(layer)
+            return parts_that_stay(stays[name].to(weight.device), weight[0, 0].numel())
+
+        with torch.inference_mode(False), in_evaluation(masked):
+            twin = self.runnable(masked).module
+            fits = refit_layers(
+                self.network, twin, self.network_batches, stays, kept, seed=seed, rows=self.rows, progress=progress
+            )
+        setattr(masked, FITS, fits)
 
     def recover(
         self, masked: nn.Module, kept: Mapping[str, Tensor], recovery: Recovery, seed: int, progress: bool

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fxprune.calibration.batches import Batch
-from fxprune.calibration.following import Bounds, Following, follow
+from fxprune.calibration.following import Bounds, Following, end_of, follow
 from fxprune.calibration.joins import Join, joins_after, share_of_own
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.samples import MAX_ROWS, Samples, draw
@@ -75,7 +75,7 @@ def measured(
     found: dict[str, T] = {}
     with torch.no_grad(), Lockstep(dense, dense, batches, progress=progress) as network:
         following = {name: _followed(dense, node, network) for name, node in sites.items()}
-        joins = joins_after(dense, {name: _end_of(node, following[name]) for name, node in sites.items()})
+        joins = joins_after(dense, {name: end_of(dense, node, following[name]) for name, node in sites.items()})
         shares = dict.fromkeys((join for through in joins.values() for join in through), 1.0)
         stops: list[tuple[str | Join, fx.Node]] = [*sites.items(), *((join, join.node) for join in shares)]
         for what, node in sorted(stops, key=lambda stop: position[stop[1]]):
@@ -94,14 +94,3 @@ def _followed(dense: fx.GraphModule, node: fx.Node, network: Lockstep) -> Follow
     following = follow(dense, node)
     known = not following.other or network.can_look_ahead(node.name, following.other, frozenset())
     return following if known else following.without_other()
-
-
-def _end_of(node: fx.Node, following: Following) -> fx.Node:
-    """The node whose variance an error of a layer is relative to, but for a rectifier: the layer, the BatchNorm that
-    reads it, or the addition.
-    """
-    if following.norm is not None:
-        (node,) = node.users
-    if following.other is not None:
-        (node,) = node.users
-    return node

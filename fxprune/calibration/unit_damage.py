@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fxprune.calibration.damage import error_weights, interpolated, loss_of
 from fxprune.calibration.following import Bounds
-from fxprune.calibration.least_squares import Part, choose_ridge, held_out_errors
+from fxprune.calibration.held_out import choose_ridge, held_out_errors
+from fxprune.calibration.least_squares import Part
 from fxprune.calibration.samples import Moments, Samples
 from fxprune.graph.convolutions import Layer, kernels_of
 from fxprune.methods import Labels, Matrix
@@ -83,9 +84,9 @@ class _Stiff:
         """See `_Losing`, as for the other."""
         return Summation(self._costs)
 
-    def loss(self, gone: Tensor) -> float:
+    def losses(self, order: Tensor, counts: Sequence[int]) -> list[float]:
         """See there."""
-        return loss_of(float(self._costs[gone].sum()))
+        return [loss_of(float(self._costs[order[:count]].sum())) for count in counts]
 
 
 class _Losing:
@@ -97,7 +98,8 @@ class _Losing:
         self.owner = torch.from_numpy(np.repeat(unit_of, taps)).to(reader.weight.device)
         first, second = reader.halves
         self._gram, self._cross = (first.gram + second.gram) / 2, (first.cross + second.cross) / 2
-        self._ridge = choose_ridge(reader, self._parts(self._lighter_half()), reader.weight)
+        kept = (~torch.isin(self.owner, self._lighter_half())).nonzero().flatten()
+        self._ridge = choose_ridge(reader, [self._part(kept)], reader.weight)
 
     def elimination(self) -> Elimination:
         """Its weights, as units go one by one; an error counts as the reader says."""
@@ -106,14 +108,19 @@ class _Losing:
         cross = (self._cross + pull * self.reader.weight) * self.reader.counts.sqrt()[:, None]
         return Elimination(damped_inverse(gram), cross, self.owner, self._units)
 
-    def loss(self, gone: Tensor) -> float:
-        """What is lost of its signal without some units, on images that it was not fitted to."""
-        errors = held_out_errors(self.reader, self._parts(gone), self.reader.weight, self._ridge)
-        return loss_of(float(errors @ self.reader.counts))
+    def losses(self, order: Tensor, counts: Sequence[int]) -> list[float]:
+        """What is lost of its signal, on images that it was not fitted to, without the first few units of an order, for
+        several numbers of these, which fall.
+        """
+        place = order.argsort()
+        stays = torch.where(self.owner < 0, self._units, place[self.owner.clamp(min=0)])
+        columns = stays.argsort(descending=True, stable=True)  # what no unit owns, then the last units to go
+        sizes = [int((stays >= count).sum()) for count in counts]
+        errors = held_out_errors(self.reader, [self._part(columns)], self.reader.weight, self._ridge, sizes)
+        return [loss_of(damage) for damage in (errors @ self.reader.counts).tolist()]
 
-    def _parts(self, gone: Tensor) -> list[Part]:
-        kept = (~torch.isin(self.owner, gone)).nonzero().flatten()
-        return [(torch.arange(len(self.reader.weight), device=kept.device), kept)]
+    def _part(self, columns: Tensor) -> Part:
+        return torch.arange(len(self.reader.weight), device=columns.device), columns
 
     def _lighter_half(self) -> Tensor:
         """Half of the units that it reads, those that add least energy to its outputs: the pull has to suit a layer
@@ -160,7 +167,7 @@ def space_damage(
     path = interpolated(
         units,
         max(reader.inputs for reader in losing),
-        lambda kept: sum(reader.loss(order[: units - kept]) for reader in losing),
+        lambda kept: np.sum([reader.losses(order, [units - count for count in kept]) for reader in losing], 0).tolist(),
     )
     found: Labels = order.cpu().numpy()
     return found, np.maximum.accumulate(np.maximum(path, 0)[::-1])[::-1]

@@ -16,6 +16,7 @@ from fxprune.vocabulary import (
     FormChoice,
     Method,
     RateSchedule,
+    RuntimeName,
     Scope,
     Target,
     VarietyName,
@@ -34,30 +35,30 @@ DATA_HELP = "cifar10:DIR, cifar100:DIR, caltech101:DIR, folder:DIR, digits or MO
 
 def add_pruning_options(parser: argparse.ArgumentParser) -> None:
     """Add what `fxprune.make_plan` can be asked."""
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
+    parser.add_argument(
         "--ratio", type=float, help="share of kernel groups, or filters, to prune from each convolution (0.5)"
     )
-    size.add_argument(
+    parser.add_argument(
         "--macs",
         type=float,
         metavar="SHARE",
-        help="instead: share of multiply-accumulates to keep, in (0, 1]; sensitive layers are pruned less",
+        help="instead: share of multiply-accumulates to keep, in (0, 1]; sensitive layers are pruned less. Budgets can "
+        "be combined",
     )
-    size.add_argument("--params", type=float, metavar="SHARE", help="instead: share of parameters to keep, in (0, 1]")
-    size.add_argument(
+    parser.add_argument("--params", type=float, metavar="SHARE", help="share of parameters to keep, in (0, 1]")
+    parser.add_argument(
         "--latency",
         type=float,
         metavar="SHARE",
-        help="instead: share of the time of the best dense form that may remain on --target, in (0, 1]",
+        help="share of the time of the best dense form that may remain on --target, or in --runtime, in (0, 1]",
     )
     parser.add_argument(
         "--granularity",
         type=values.granularity,
-        metavar="kernel|filter|auto|filter:R,kernel:R",
+        metavar="kernel|filter|branch|auto|filter:R,kernel:R",
         help="prune kernels, so that convolutions become grouped (default), or whole filters, so that they become "
-        "narrower; both, as divides a budget best, which needs --calibration; or filters at one ratio, then kernels at "
-        "another",
+        "narrower, or whole residual branches; all of them, as divides a budget best, which like branches needs "
+        "--calibration; or filters at one ratio, then kernels at another",
     )
     parser.add_argument(
         "--scope",
@@ -75,6 +76,12 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
         help="keep input channels in aligned blocks of N, for wide loads (default: 8 for target cuda, else 1)",
     )
     parser.add_argument("--target", choices=get_args(Target), help="kind of device to plan groups and blocks for")
+    parser.add_argument(
+        "--runtime",
+        choices=get_args(RuntimeName),
+        help="what will compute the network: --latency is then of the best dense form in it (torch, onnxruntime, "
+        "openvino)",
+    )
     parser.add_argument(
         "--share-groups",
         action=argparse.BooleanOptionalAction,
@@ -207,7 +214,7 @@ def size_of(model: nn.Module, options: argparse.Namespace) -> tuple[int, ...]:
 
 def pruning_of(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `fxprune.make_plan`; what was not asked for is left to its defaults."""
-    sizes = ("ratio", "macs", "params", "latency", "groups", "form", "block", "target", "share_groups")
+    sizes = ("ratio", "macs", "params", "latency", "groups", "form", "block", "target", "runtime", "share_groups")
     names = (*sizes, "granularity", "scope", "round_to", "method", "criterion", "variety", "snapshots", "ignore")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     return given | {"seed": options.seed, "progress": shows_progress(options)}

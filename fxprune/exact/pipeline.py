@@ -29,6 +29,7 @@ from fxprune.passes import (
     FoldBatchNorm,
     GroupConvs,
     MergeGathers,
+    RemoveBranches,
     RemoveChannels,
     SinkGathers,
 )
@@ -61,8 +62,10 @@ def default_pipeline(
     )
     if for_module:
         passes = (*passes, AgreeReads(values), AbsorbGathers())  # merged, its gathers would be what they were before
-    if plan.removed:  # first: the plan groups what is left
+    if plan.removed:  # before them: the plan groups what is left
         passes = (RemoveChannels(plan, values), *passes)
+    if plan.branches:  # first: channels go from what these leave
+        passes = (RemoveBranches(plan, values), *passes)
     # Last: only without gathers between them does BatchNorm follow its convolution directly.
     return (*passes, FoldBatchNorm()) if fold_batch_norm else passes
 

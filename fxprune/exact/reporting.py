@@ -25,7 +25,7 @@ class LayerReport:
     Attributes:
         name: module path.
         form: `"partition"` or `"overlap"` if kernels went and it is grouped; `"filters"` if only whole filters or input
-            channels went; `"dense"` if it was left alone.
+            channels went; `"branch"` if it went with its residual branch; `"dense"` if it was left alone.
         groups: number of groups.
         asked_ratio, reached_ratio: share of kernel groups removed (from the channels that are left, if filters went
             too), as asked and as rounding to whole channels allows. In the form `"filters"` the share of filters;
@@ -129,11 +129,17 @@ class Report(Tabular):
 
     @property
     def rewritten(self) -> int:
-        """Number of convolutions that became grouped or narrower."""
+        """Number of convolutions that became grouped or narrower, or went with a branch."""
         return sum(layer.form != "dense" for layer in self.layers)
 
     def _summary(self) -> str:
         """How many convolutions were rewritten, and what a ratio is the share of."""
+        gone = [layer for layer in self.layers if layer.form == "branch"]
+        if gone:
+            rest = replace(self, layers=tuple(layer for layer in self.layers if layer not in gone))
+            branches = len({layer.reason for layer in gone})
+            said = f"{branches} residual branches went, with {len(gone)} layers"
+            return f"{said}; {rest._summary()}" if rest.rewritten else f"{said}; all others stay as they are"
         narrower = sum(layer.form == "filters" for layer in self.layers)
         of = f"of {len(self.layers)} convolutions"
         if not narrower:
@@ -251,10 +257,11 @@ def make_report(
     after = layer_costs(gm, values)
     convs = convolutions(gm)
     left = [name for name in dense if name in convs and name not in plan.layers and name not in plan.skipped]
+    gone = [name for names in plan.branches.values() for name in names if name in dense]
     layers = []
-    for name in [*plan.layers, *plan.skipped, *left]:
+    for name in [*plan.layers, *plan.skipped, *left, *gone]:
         before_params, before_macs = dense.get(name, (0, None))
-        params, macs = after.get(name, (before_params, before_macs))
+        params, macs = (0, 0) if name in gone else after.get(name, (before_params, before_macs))
         layers.append(
             LayerReport(
                 name=name,
@@ -284,6 +291,10 @@ def make_report(
 
 def _became(plan: PrunePlan, name: str, conv: Convolution | None) -> dict[str, Any]:
     """What a plan made of a convolution, as fields of its report."""
+    for end, names in plan.branches.items():
+        if name in names:
+            reason = f"goes with the branch that {end} ends"
+            return {"form": "branch", "groups": 0, "asked_ratio": None, "reached_ratio": 1.0, "reason": reason}
     kernels, removed = plan.layers.get(name), plan.removed.get(name, RemovedChannels())
     filters = None if conv is None else conv.out_channels
     before = None if filters is None else filters + len(removed.outputs)

@@ -71,8 +71,15 @@ def rewritten(masked: nn.Module, plan: PrunePlan, captured: Trace, *, fold_batch
             "fold_batch_norm changes the graph, and the result is the model's own module; fold BatchNorm there with "
             "torch.nn.utils.fuse_conv_bn_eval, or pass output='graph'"
         )
-    if not isinstance(captured, Recording) and plan.removed and not captured.inputs:
-        raise TraceError("removing channels needs the shapes of the model, and no usual size fits; pass example_inputs")
+    if isinstance(captured, Recording) and plan.branches:
+        raise PassError(
+            f"{next(iter(plan.branches))}: a branch cannot go from the model's own module, whose forward computes it; "
+            "pass output='graph'"
+        )
+    if not isinstance(captured, Recording) and (plan.removed or plan.branches) and not captured.inputs:
+        raise TraceError(
+            "removing channels or branches needs the shapes of the model, and no usual size fits; pass example_inputs"
+        )
     dense = layer_costs(captured.module, captured.values)
     params_dense = sum(p.numel() for p in captured.module.parameters())  # without heads that are never called
     inputs = captured.inputs
@@ -109,7 +116,7 @@ def rewritten(masked: nn.Module, plan: PrunePlan, captured: Trace, *, fold_batch
     options = {"fold_batch_norm": fold_batch_norm}
     surgery = describe(masked, result) if isinstance(captured, Recording) else {}
     keep_record(result, Record(plan, report, inputs, modes, options, rounding if fold_batch_norm else 0.0, surgery))
-    if not plan.layers and not plan.removed:
+    if not (plan.layers or plan.removed or plan.branches):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:3])
         warnings.warn(
             f"no convolution was rewritten, the result is as large as the model ({reasons})",

@@ -2,6 +2,7 @@
 outcome.
 """
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -14,6 +15,8 @@ from fxprune.graph.copying import standing_for, tensors_of
 from fxprune.graph.layers import ChannelGather
 
 M = TypeVar("M", bound=nn.Module)
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 KEPT_BECAUSE = "fxprune_kept_because"
 """Key of `node.meta` under which a pass leaves the reason why a gather stays, for the report."""
@@ -81,6 +84,14 @@ def called_module(gm: fx.GraphModule, node: fx.Node) -> nn.Module:
             return gm.get_submodule(str(node.target))  # whose message says what is missing
     assert isinstance(module, nn.Module)
     return module
+
+
+def is_addition(node: fx.Node) -> bool:
+    """Whether a node adds two values and does nothing else."""
+    named = node.op == "call_method" and node.target in ("add", "add_")
+    return (named or (node.op == "call_function" and node.target in _ADDITIONS)) and (
+        len(node.args) == 2 and not node.kwargs
+    )
 
 
 def label(node: fx.Node) -> str:
@@ -210,3 +221,6 @@ def _exists(gm: fx.GraphModule, path: str) -> bool:
             return False
         holder = getattr(holder, part)
     return True
+
+
+_ADDITIONS = frozenset((operator.add, operator.iadd, torch.add))

@@ -1,6 +1,7 @@
 """A convolution with everything around it that can be done in the same sweep over memory. For inference only."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,16 @@ class FusedConv2d(nn.Module):
         """`(groups, k)` int64: the input channels that each group reads."""
         index = torch.arange(self.channels, device=self.weight.device) if self.index is None else self.index
         return index.reshape(self.groups, -1)
+
+    def result_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of the result for an input of a shape `(N, C, H, W)`."""
+        pixels = [
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, padding, dilation, stride in zip(
+                shape[2:], self.kernel_size, self.padding, self.dilation, self.stride, strict=True
+            )
+        ]
+        return (shape[0], self.out_channels, *pixels)
 
     def copy(self) -> "FusedConv2d":
         """A copy that shares no tensors with this one."""

@@ -85,6 +85,7 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None, *, partial: bo
         scratch = copied(model)  # forward may write into buffers and parameters while it is traced
     leaves: dict[str, str] = {}
     while True:
+        known = set(leaves)
         (evaluation, traced), (training, _) = (
             _trace_in_mode(scratch, mode, leaves, fixed, tensors, partial) for mode in (False, True)
         )
@@ -94,9 +95,9 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None, *, partial: bo
             for name in divergent
             if _can_be_leaf(model, name)
         }
-        if not fresh.keys() - leaves.keys():
-            break
         leaves |= fresh
+        if leaves.keys() == known:  # one that only training cannot trace is a leaf of both graphs
+            break
 
     root = share_tensors(model)
     graph = evaluation

@@ -132,7 +132,7 @@ def accelerate(
 
     graphs: dict[str, Any] = {**dict(_candidates(graph, inputs, choices)), **others}
     timings = race(
-        _replayed({name: functools.partial(candidate, *inputs) for name, candidate in graphs.items()}, device),
+        replayed({name: functools.partial(candidate, *inputs) for name, candidate in graphs.items()}, device),
         rounds=ROUNDS,
         device=device,
         min_seconds=TURN_SECONDS,
@@ -179,7 +179,7 @@ def acceleration_report(accelerated: nn.Module) -> AccelerationReport:
     return report
 
 
-def _replayed(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, Callable[[], Any]]:
+def replayed(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, Callable[[], Any]]:
     """On CUDA the calls as CUDA graphs, if all of them can be captured; elsewhere the calls."""
     if device.type != "cuda":
         return dict(calls)

@@ -26,7 +26,8 @@ from fxprune.plans import Form
 # Added to the diagonal, relative to its mean: dead and collinear inputs leave a matrix that can be inverted.
 DAMPING = 1e-4
 # Rounds, and the relative gain below which they end. Above LARGE inputs of a filter there is only one, and the costs of
-# the channels are computed once, for time: to adapt 4608 inputs after each step would take a quarter of an hour.
+# the channels are computed once, for time: to adapt 4608 inputs after each step would take a quarter of an hour. They
+# only rank the channels then, so float32 will do for them.
 ROUNDS = 6
 ENOUGH = 1e-3
 LARGE = 1200
@@ -142,7 +143,7 @@ class Elimination:
     """The input channels that a group of filters still reads, and what the loss of each would cost.
 
     Args:
-        inverse: `(D, D)` float64, of the damped Gram matrix of all inputs. It is not changed.
+        inverse: `(D, D)`, of the damped Gram matrix of all inputs, see `damped_inverse`. It is not changed.
         cross: `(d, D)` float64, cross products of the wanted outputs of the group.
         owner: `(D,)` the channel that each input belongs to, or -1 if it never goes; or the number of inputs of each
             channel, side by side: the taps of a kernel, `kh * kw`. Where channels go in blocks, or other sets, all that
@@ -151,7 +152,7 @@ class Elimination:
     """
 
     def __init__(self, inverse: Tensor, cross: Tensor, owner: Tensor | int, channels: int | None = None) -> None:
-        self._inverse, self._weight = inverse.clone(), cross @ inverse
+        self._inverse, self._weight = inverse.clone(), cross.to(inverse) @ inverse
         self.inputs = len(inverse)
         if isinstance(owner, int):
             owner = torch.arange(self.inputs, device=inverse.device) // owner
@@ -173,7 +174,7 @@ class Elimination:
             diagonal = self._inverse[inputs[:, :, None], inputs[:, None]]  # (n, a, a)
             weight = self._weight[:, inputs].permute(1, 2, 0)  # (n, a, d)
             costs[which] = (weight * torch.linalg.solve(diagonal, weight)).sum((1, 2))
-        return torch.where(self.alive, costs, torch.inf)
+        return torch.where(self.alive, costs.double(), torch.inf)
 
     def drop(self, channels: Tensor, adapt: bool = True) -> None:
         """Remove channels and adapt the weights of those that stay, unless nothing will be asked of them."""
@@ -267,7 +268,7 @@ def _deal(eliminations: Sequence[Elimination], kept: int) -> Mask:
 
 
 def damped_inverse(gram: Tensor) -> Tensor:
-    """The inverse of a Gram matrix `(D, D)`, see `DAMPING`."""
+    """The inverse of a Gram matrix `(D, D)`, see `DAMPING`: float64, or float32 above `LARGE` inputs."""
     return _inverse(_damped(gram))
 
 
@@ -278,6 +279,10 @@ def _damped(gram: Tensor) -> Tensor:
 
 
 def _inverse(damped: Tensor) -> Tensor:
+    if len(damped) > LARGE:
+        factor, failed = torch.linalg.cholesky_ex(damped.float())
+        if not int(failed):
+            return torch.cholesky_inverse(factor)
     return torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
 

@@ -1,8 +1,9 @@
-"""One budget over filters and kernels: it is divided in several ways, and the best division is taken.
+"""One budget over branches, filters and kernels: it is divided in several ways, and the best division is taken.
 
-Kernels alone and filters alone are always among them. The others let filters save a part and kernels of what they leave
-the rest. Each is planned as it would be by itself, refitted without the held-out inputs, and compared with the dense
-network on these; so the result is worse than either alone only where these inputs mislead.
+Kernels alone, filters alone and, where there are any, residual branches alone are always among them. The others let
+filters save a part and kernels of what they leave the rest, or branches a part and whichever of these was better the
+rest. Each is planned as it would be by itself, refitted without the held-out inputs, and compared with the dense
+network on these; so the result is worse than one alone only where these inputs mislead.
 """
 
 import math
@@ -16,10 +17,12 @@ from fxprune.calibration.agreement import Agreement
 from fxprune.calibration.judging import Judge, best
 from fxprune.calibration.subject import Subject
 from fxprune.errors import PlanError
+from fxprune.planning.branches import BranchPlanner
 from fxprune.planning.candidates import told
 from fxprune.planning.filters import FilterPlanner, judged_plans
-from fxprune.planning.joint import kernels_of_rest
+from fxprune.planning.joint import with_rest
 from fxprune.planning.kernels import judged_ways, planned, ways_to_spend
+from fxprune.planning.latency_parts import measure_for
 from fxprune.planning.planner import serves_accuracy
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Cost
@@ -27,6 +30,8 @@ from fxprune.plans import PrunePlan
 
 SPLITS = {"filters for a third of the saving": 1 / 3, "filters for two thirds of the saving": 2 / 3}
 """Divisions between kernels alone and filters alone, with the share of the saving that filters make."""
+BRANCHES_FIRST = "branches for half of the saving"
+"""The division that lets whole branches save so much."""
 ROUND_TO = 8
 """Before kernels, filters stay in multiples of this many, so that what they leave divides into groups."""
 
@@ -36,29 +41,29 @@ class _Division:
     """A way to divide the budget.
 
     Attributes:
-        filters: the filters that go, if any.
+        whole: the branches and filters that go, if any.
         kernels: the request for kernels of what they leave, with ratios, if any.
     """
 
-    filters: PrunePlan | None = None
+    whole: PrunePlan | None = None
     kernels: Request | None = None
 
     def carried_out(self, subject: Subject) -> tuple[PrunePlan, nn.Module | None]:
         """The plan of both, and the masked model if it was refitted on the way."""
         if self.kernels is None:
-            assert self.filters is not None
-            return self.filters, None
+            assert self.whole is not None
+            return self.whole, None
         request, accurate = self.kernels, serves_accuracy(subject, self.kernels)
-        if self.filters is None:
+        if self.whole is None:
             return planned(subject, request, accurate)
-        return kernels_of_rest(subject, self.filters, lambda rest: planned(rest, request, accurate), request.progress)
+        return with_rest(subject, self.whole, lambda rest: planned(rest, request, accurate), request.progress)
 
 
 def plan_auto(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module | None]:
-    """A plan of filters, kernels or both that meets a budget, and the masked model if it was refitted on the way.
+    """A plan of branches, filters and kernels that meets a budget, and the masked model if it was refitted on the way.
 
     Raises:
-        PlanError: there are no calibration data, or the budget can be met neither by filters nor by kernels.
+        PlanError: there are no calibration data, or the budget can be met by none of them.
         CalibrationError: the calibration data do not fit the model.
     """
     if subject.batches is None:
@@ -71,12 +76,15 @@ def plan_auto(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module 
     trials.of("filters alone", trials.filters_alone)
     for name, part in SPLITS.items():
         trials.of(name, partial(trials.both, part))
+    if trials.has_branches:
+        trials.of("branches alone", trials.branches_alone)
+        trials.of(BRANCHES_FIRST, trials.branches_first)
     if not trials.found:
         raise PlanError("granularity='auto': " + "; ".join(trials.failures))
     agreements = {name: agreement for name, (_, agreement) in trials.found.items()}
     taken = best(agreements)
     plan, masked = trials.found[taken][0].carried_out(subject)
-    remark = told("one budget over filters and kernels", agreements, taken)
+    remark = told("one budget over all that can go", agreements, taken)
     return replace(plan, remarks=(remark, *trials.remarks, *trials.failures)), masked
 
 
@@ -98,9 +106,18 @@ class _Trials:
         self.remarks: list[str] = []
         self.failures: list[str] = []
         self._subject = subject
+        if request.latency is not None and request.latency_table is None:
+            request = replace(request, latency_table=measure_for(subject, request))
         self._filters, self._kernels = request.parts()
         self._judge, self._planner = Judge(subject), FilterPlanner(subject)
         self._spread: str | None = None
+        self._asked, self._branches = request.of_branches(), _branches_of(subject, request)
+        self._chosen: str | None = None
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether there are branches that can go."""
+        return self._branches is not None
 
     def of(self, name: str, trial: Callable[[], tuple[_Division, Agreement | None]]) -> None:
         """Try a division; that it is not possible is no reason to give up."""
@@ -111,7 +128,8 @@ class _Trials:
 
     def kernels_alone(self) -> tuple[_Division, Agreement | None]:
         """The best way to spend all on kernels. It is judged as it would be carried out, for filters are, too."""
-        ways = ways_to_spend(self._subject, self._kernels)
+        ways, remarks = ways_to_spend(self._subject, self._kernels)
+        self.remarks.extend(f"kernels alone, {remark}" for remark in remarks)
         way = next(iter(ways))
         if len(ways) > 1:
             agreements = judged_ways(self._judge, ways)
@@ -129,33 +147,93 @@ class _Trials:
         way = self._spread = best(agreements)
         if len(plans) > 1:
             self.remarks.append(told("filters alone, ways to spread them", agreements, way))
-        return _Division(filters=plans[way]), agreements[way]
+        self.remarks.extend(f"filters alone, {remark}" for remark in plans[way].remarks)
+        return _Division(plans[way]), agreements[way]
 
     def both(self, part: float) -> tuple[_Division, Agreement | None]:
         """Filters for a part of the saving, spread as was best for all of it; kernels of what they leave for the
         rest, by the least damage.
         """
-        assert self._filters.budget is not None
-        cost, share = self._filters.budget
-        asked = _with_budget(self._filters, cost, 1 - part * (1 - share))
-        plans = self._planner.plans(replace(asked, round_to=math.lcm(asked.round_to, ROUND_TO)))
-        filters = plans[self._spread] if self._spread in plans else next(iter(plans.values()))
+        eased = {name: 1 - part * (1 - share) for name, share in self._filters.shares.items()}
+        asked = replace(self._filters.with_shares(eased), round_to=math.lcm(self._filters.round_to, ROUND_TO))
+        filters = next(iter(self._planner.plans(asked, self._spread).values()))
         ways: list[Request] = []
 
         def of_rest(rest: Subject) -> tuple[PrunePlan, nn.Module | None]:
-            left = _cost(rest, cost) / _cost(self._subject, cost)
-            if left <= share:
-                raise PlanError(f"the filters leave {left:.4g} of the {cost}, and nothing to do for kernels")
-            ways.append(next(iter(ways_to_spend(rest, _with_budget(self._kernels, cost, share / left)).values())))
+            time = None if self._kernels.latency is None else self._planner.share_of(filters)
+            left = self._of_rest(rest, self._kernels, time)
+            ways.append(next(iter(ways_to_spend(rest, left)[0].values())))
             return planned(rest, ways[0], accurate=serves_accuracy(rest, ways[0]))
 
-        _, masked = kernels_of_rest(self._judge.fitted, filters, of_rest)
+        _, masked = with_rest(self._judge.fitted, filters, of_rest)
         assert masked is not None
         return _Division(filters, ways[0]), self._judge.agreement(masked)
 
+    def branches_alone(self) -> tuple[_Division, Agreement | None]:
+        """The best way to choose branches for all of the saving."""
+        assert self._branches is not None
+        plans = self._branches.plans(self._asked)
+        agreements = judged_plans(self._judge, plans)
+        way = self._chosen = best(agreements)
+        if len(plans) > 1:
+            self.remarks.append(told("branches alone, ways to choose them", agreements, way))
+        self.remarks.extend(f"branches alone, {remark}" for remark in plans[way].remarks)
+        return _Division(plans[way]), agreements[way]
 
-def _with_budget(request: Request, cost: Cost, share: float) -> Request:
-    return replace(request, macs=share) if cost == "macs" else replace(request, params=share)
+    def branches_first(self) -> tuple[_Division, Agreement | None]:
+        """Branches for half of the saving, and of what they leave whichever was better alone, by the least damage."""
+        assert self._branches is not None
+        eased = {name: (1 + share) / 2 for name, share in self._asked.shares.items()}
+        branches = next(iter(self._branches.plans(self._asked.with_shares(eased), self._chosen).values()))
+        branches = replace(branches, remarks=())
+        alone = {name: told[1] for name, told in self.found.items() if name in ("kernels alone", "filters alone")}
+        narrows = best(alone) == "filters alone" if alone else False
+        asked: list[Request] = []
+
+        def of_rest(rest: Subject) -> tuple[PrunePlan, nn.Module | None]:
+            assert self._branches is not None
+            time = None
+            if self._asked.latency is not None:
+                time = self._branches.share_without(branches.branches, self._asked)
+            left = self._of_rest(rest, self._filters if narrows else self._kernels, time)
+            if narrows:
+                return replace(next(iter(FilterPlanner(rest).plans(left, self._spread).values())), remarks=()), None
+            asked.append(next(iter(ways_to_spend(rest, left)[0].values())))
+            return planned(rest, asked[0], accurate=serves_accuracy(rest, asked[0]))
+
+        plan, masked = with_rest(self._judge.fitted, branches, of_rest)
+        if masked is None:
+            return _Division(plan), judged_plans(self._judge, {"": plan})[""]
+        return _Division(branches, asked[0]), self._judge.agreement(masked)
+
+    def _of_rest(self, rest: Subject, request: Request, time: float | None) -> Request:
+        """What the network that something left has to keep, so that the whole budget is kept.
+
+        Args:
+            rest: that network.
+            request: with the whole budget.
+            time: the share of the dense time that it takes, where time counts.
+
+        Raises:
+            PlanError: the budget is kept already.
+        """
+        left: dict[str, float] = {cost: _cost(rest, cost) / _cost(self._subject, cost) for cost in request.budgets}
+        if time is not None:
+            left["latency"] = time
+        shares = {name: share / left[name] for name, share in request.shares.items()}
+        if min(shares.values()) >= 1:
+            what = ", ".join(f"{share:.4g} of the {name}" for name, share in left.items())
+            raise PlanError(f"what goes first leaves {what}, and nothing to do for the rest")
+        open_ = request.with_shares({name: share for name, share in shares.items() if share < 1})
+        return replace(open_, latency_table=None)  # which is of the whole network
+
+
+def _branches_of(subject: Subject, request: Request) -> BranchPlanner | None:
+    """What can plan branches, if there are any."""
+    try:
+        return BranchPlanner(subject, request.of_branches())
+    except PlanError:
+        return None
 
 
 def _cost(subject: Subject, cost: Cost) -> int:

@@ -14,26 +14,28 @@ from fxprune.calibration.agreement import Agreement
 from fxprune.calibration.damage import loss_of
 from fxprune.errors import PlanError
 from fxprune.planning.sensitivity import Cost, LayerSensitivity, Sensitivity
+from fxprune.planning.several_budgets import ratios_within
 
 MOST_DAMAGE = 1 - 1e-12
 
 
-def candidates(table: Sensitivity, share: float, cost: Cost, block: int) -> dict[str, dict[str, float]]:
-    """Ratios of each layer that meet a budget, each set once, by the name of the way in which they were found.
+def candidates(table: Sensitivity, budgets: Mapping[Cost, float], block: int) -> dict[str, dict[str, float]]:
+    """Ratios of each layer that meet all budgets, each set once, by the name of the way in which they were found.
 
     - `"sensitivity"`: the least damage, as measured.
     - `"uniform"`: the same ratio everywhere, up to whole channels.
     - `"between"`: the least of the geometric mean of both losses.
 
     Raises:
-        PlanError: the budget cannot be met.
+        PlanError: the budgets cannot be met.
     """
-    even = uniform(table, cost)
+    tightest = min(budgets, key=budgets.__getitem__)
+    even = uniform(table, {layer.name: getattr(layer, tightest) for layer in table.layers})
     ways = {"sensitivity": table, "between": between(table, even), "uniform": even}
     found: dict[str, dict[str, float]] = {}
     for name, way in ways.items():
         try:
-            ratios = way.ratios(share, cost, block)
+            ratios = ratios_within(way, budgets, block)
         except PlanError:
             if name == "sensitivity":
                 raise
@@ -43,16 +45,20 @@ def candidates(table: Sensitivity, share: float, cost: Cost, block: int) -> dict
     return found
 
 
-def uniform(table: Sensitivity, cost: Cost) -> Sensitivity:
+def uniform(table: Sensitivity, costs: Mapping[str, float]) -> Sensitivity:
     """The table of a network in which the same ratio is the best for all layers.
 
     The loss of a layer is its cost times the square of its ratio, so that it rises by the same for each unit of cost
     that is saved where the ratios are equal.
+
+    Args:
+        table: names the layers, and how many channels they have.
+        costs: of each whole layer.
     """
-    total = max(1, sum(getattr(layer, cost) for layer in table.layers))
+    total = sum(costs.values()) or 1
 
     def evened(layer: LayerSensitivity) -> LayerSensitivity:
-        channels, weight = len(layer.damage), getattr(layer, cost) / total
+        channels, weight = len(layer.damage), costs[layer.name] / total
         losses = (weight * (1 - k / channels) ** 2 for k in range(1, channels + 1))
         return replace(layer, damage=tuple(map(damage_of, losses)))
 

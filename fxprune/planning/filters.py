@@ -12,7 +12,7 @@ from fxprune.calibration.judging import Judge, best
 from fxprune.calibration.subject import Subject
 from fxprune.calibration.unit_damage import Reader, StiffReader
 from fxprune.channels.removal import Removable, find_removable
-from fxprune.channels.units import STAYS, Chosen
+from fxprune.channels.units import STAYS, ChannelUnits, Chosen
 from fxprune.criteria import Evidence, resolve
 from fxprune.criteria.snapshots import load_snapshots
 from fxprune.criteria.variety import Array, Redundancy
@@ -20,6 +20,7 @@ from fxprune.errors import PlanError
 from fxprune.exact.narrowing import CountedError
 from fxprune.graph.convolutions import conv_at, convolutions
 from fxprune.planning.candidates import between, told, uniform
+from fxprune.planning.filter_times import FilterTimes
 from fxprune.planning.lossy import masked_by, without_removed
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.requests import RECONSTRUCTION, Request
@@ -43,7 +44,7 @@ def plan_filters(subject: Subject, request: Request) -> PrunePlan:
         return next(iter(plans.values()))
     found = judged_plans(Judge(subject), plans)
     way = best(found)
-    return replace(plans[way], remarks=(told("ways to spread the filters", found, way),))
+    return replace(plans[way], remarks=(told("ways to spread the filters", found, way), *plans[way].remarks))
 
 
 def judged_plans(judge: Judge, plans: Mapping[str, PrunePlan]) -> dict[str, Agreement | None]:
@@ -62,9 +63,14 @@ class FilterPlanner:
         self._subject = subject
         self._readers: dict[str, Reader | StiffReader] | None = None
         self._sensitivity: tuple[bytes, UnitSensitivity] | None = None
+        self._times: FilterTimes | None = None
 
-    def plans(self, request: Request) -> dict[str, PrunePlan]:
+    def plans(self, request: Request, only: str | None = None) -> dict[str, PrunePlan]:
         """Plans of filters, by the way in which the amount is spread over the channel spaces.
+
+        Args:
+            request: what is asked for.
+            only: one of the ways below, if the others are not wanted.
 
         One, unless there are a budget and calibration data and nobody says how it is spread: then
 
@@ -85,11 +91,12 @@ class FilterPlanner:
                 if layer.prunable:
                     check_weight(name, conv_at(subject.layers, name).weight)
             gone = removed_units(removable, request.after)
+            times = None if request.latency is None else self._timed(request, removable.units)
             if measures:
-                worth = _by_error(request, self._measured(request, removable, gone))
+                worth = _by_error(request, self._measured(request, removable, gone), removable.units, times)
             else:
                 worth = _by_criterion(subject, request, removable)
-            plans = _plans(subject, request, removable, gone, worth)
+            plans = _plans(subject, request, removable, gone, worth, times, only)
             if not subject.is_recorded:
                 return plans
             try:
@@ -102,6 +109,15 @@ class FilterPlanner:
                 continue
             return plans
 
+    def share_of(self, plan: PrunePlan) -> float:
+        """The share of the dense time that the network takes without the filters of a plan with `latency`.
+
+        Raises:
+            PlanError: it cannot be measured here.
+        """
+        assert self._times is not None
+        return self._times.share_with(plan)
+
     def _measured(self, request: Request, removable: Removable, gone: Chosen) -> UnitSensitivity:
         """The sensitivity of the units, measured anew only where these are others than before."""
         units = removable.units
@@ -111,6 +127,12 @@ class FilterPlanner:
         if self._sensitivity is None or self._sensitivity[0] != key:
             self._sensitivity = key, measure_units(self._readers, units, gone)
         return self._sensitivity[1]
+
+    def _timed(self, request: Request, units: ChannelUnits) -> FilterTimes:
+        """The times of the network, measured once."""
+        if self._times is None:
+            self._times = FilterTimes(self._subject, request, units)
+        return self._times
 
 
 @dataclass(frozen=True)
@@ -129,23 +151,33 @@ class _Worth:
 
 
 def _plans(
-    subject: Subject, request: Request, removable: Removable, gone: Chosen, worth: _Worth
+    subject: Subject,
+    request: Request,
+    removable: Removable,
+    gone: Chosen,
+    worth: _Worth,
+    times: FilterTimes | None,
+    only: str | None,
 ) -> dict[str, PrunePlan]:
     model, units = subject.layers, removable.units
     uncalled = {name: why for name, why in subject.obstacles.items() if name not in units.layers}
     found: dict[str, PrunePlan] = {}
     taken: list[Chosen] = []
-    judged = request.scope is None and request.budget is not None and subject.batches is not None
-    for way in worth.scores if judged else (request.scope or "local",):
+    judged = request.scope is None and request.has_budget and subject.batches is not None
+    ways = tuple(worth.scores) if judged else (request.scope or "local",)
+    for way in (only,) if only in ways else ways:
         scores, criterion = worth.scores[way], worth.criterion
         asked = replace(request, scope="local" if way == "local" else "global")
-        nothing: Chosen = np.zeros(0, dtype=np.bool_)
-        chosen = choose_units(units, scores, asked, gone, worth.comparable) if units.count else nothing
         redundancies: tuple[Redundancy, ...] = ()
         if request.rule is not None:
-            scores, redundancies = varied(model, units, scores, request.rule, chosen)
-            chosen = choose_units(units, scores, asked, gone, worth.comparable) if units.count else nothing
+            first = (
+                choose_units(units, scores, asked, gone, worth.comparable, None if times is None else times.by_width)
+                if units.count
+                else np.zeros(0, dtype=np.bool_)
+            )
+            scores, redundancies = varied(model, units, scores, request.rule, first)
             criterion = f"{criterion}, variety {request.rule.rule}"
+        chosen, remarks = _chosen(removable, scores, asked, gone, worth.comparable, times)
         if any(np.array_equal(chosen, other) for other in taken):
             continue
         taken.append(chosen)
@@ -157,8 +189,21 @@ def _plans(
             criterion,
             request.seed,
             removed=_annotated(removable, removable.removed(chosen), request.filter_ratio, redundancies),
+            remarks=remarks,
         )
     return found
+
+
+def _chosen(
+    removable: Removable, scores: Array, request: Request, gone: Chosen, comparable: bool, times: FilterTimes | None
+) -> tuple[Chosen, tuple[str, ...]]:
+    """The units that go, and what is to be said of it."""
+    units = removable.units
+    if not units.count:
+        return np.zeros(0, dtype=np.bool_), ()
+    if times is None:
+        return choose_units(units, scores, request, gone, comparable), ()
+    return times.meet(removable, scores, request, gone, comparable)
 
 
 def _by_criterion(subject: Subject, request: Request, removable: Removable) -> _Worth:
@@ -171,14 +216,28 @@ def _by_criterion(subject: Subject, request: Request, removable: Removable) -> _
     return _Worth({"global": scores, "local": scores}, criterion, comparable=False)
 
 
-def _by_error(request: Request, found: UnitSensitivity) -> _Worth:
-    if request.budget is None:
+def _by_error(request: Request, found: UnitSensitivity, units: ChannelUnits, times: FilterTimes | None) -> _Worth:
+    if not request.has_budget:
         scores = found.scores(found.table, None)
         return _Worth({"global": scores, "local": scores}, RECONSTRUCTION, comparable=True)
-    cost, _ = request.budget
-    scores = found.scores(found.table, cost)
-    mean = found.scores(between(found.table, uniform(found.table, cost)), cost)
+    prices = _prices(request, found, units, times)
+    sizes = np.bincount(units.space, minlength=len(units.names))
+    costs = dict(zip(units.names, (prices * sizes).tolist(), strict=True))
+    scores = found.scores(found.table, prices)
+    mean = found.scores(between(found.table, uniform(found.table, costs)), prices)
     return _Worth({"global": scores, "between": mean, "local": scores}, RECONSTRUCTION, comparable=True)
+
+
+def _prices(request: Request, found: UnitSensitivity, units: ChannelUnits, times: FilterTimes | None) -> Array:
+    """What one unit of each space saves, `(S,)`: of the one budget, or of several, by how much each has to save."""
+    if len(request.shares) == 1 and request.budgets:
+        return found.prices(next(iter(request.budgets)))
+    saved = [
+        (1 - share) * found.prices(cost) / max(1, getattr(found.table, cost)) for cost, share in request.budgets.items()
+    ]
+    if times is not None and request.latency is not None:
+        saved.append((1 - request.latency) * times.prices(units))
+    return np.asarray(sum(saved, np.zeros(len(units.names))))
 
 
 def removable_of(subject: Subject, ignore: Iterable[str] = ()) -> Removable:

@@ -26,34 +26,35 @@ def plan_kernels(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Modu
         PlanError: nothing can be planned, or the budget cannot be met.
         CalibrationError: the calibration data do not fit the model.
     """
-    if request.budget is None:
-        if request.latency is not None:
-            request = meet_latency(subject, request, sensitivity_of(subject, request), _writers(subject, request))
+    if not request.has_budget:
         return planned(subject, request)
-    ways = ways_to_spend(subject, request)
-    if subject.batches is None or len(ways) == 1:
-        return planned(subject, next(iter(ways.values())), accurate=serves_accuracy(subject, request))
-    judge = Judge(subject)
-    found = judged_ways(judge, ways)
-    way = best(found)
-    plan, masked = planned(subject, ways[way], accurate=serves_accuracy(subject, request))
-    return replace(plan, remarks=(told("ways to spend the budget", found, way),)), masked
+    ways, remarks = ways_to_spend(subject, request)
+    accurate = serves_accuracy(subject, request)
+    way = next(iter(ways))
+    if subject.batches is not None and len(ways) > 1:
+        found = judged_ways(Judge(subject), ways)
+        way = best(found)
+        remarks = (told("ways to spend the budget", found, way), *remarks)
+    plan, masked = planned(subject, ways[way], accurate=accurate)
+    return replace(plan, remarks=remarks), masked
 
 
-def ways_to_spend(subject: Subject, request: Request) -> dict[str, Request]:
-    """The request with a ratio for each layer in place of the budget, in several ways, see `candidates`; the first is
-    that of least damage.
+def ways_to_spend(subject: Subject, request: Request) -> tuple[dict[str, Request], tuple[str, ...]]:
+    """The request with a ratio for each layer in place of its budgets, in several ways, see `candidates`; the first is
+    that of least damage. Of a time there is this one only, and it is said what came of it.
 
     Raises:
-        PlanError: the budget cannot be met.
+        PlanError: the budgets cannot be met.
         CalibrationError: the calibration data do not fit the model.
+        AccelerationError: a latency is asked for, and the model cannot be accelerated.
     """
-    assert request.budget is not None
-    cost, share = request.budget
-    ways = candidates(sensitivity_of(subject, request), share, cost, request.effective_block)
+    sensitivity = sensitivity_of(subject, request)
+    if request.latency is not None:
+        found, remark = meet_latency(subject, request, sensitivity, _writers(subject, request))
+        return {"sensitivity": found}, (remark,)
+    ways = candidates(sensitivity, request.budgets, request.effective_block)
     form = "overlap" if request.form == "auto" else request.form
-    request = replace(request, form=form, macs=None, params=None, sensitivity=None)
-    return {way: replace(request, ratio=ratios) for way, ratios in ways.items()}
+    return {way: request.without_budgets(ratio=ratios, form=form) for way, ratios in ways.items()}, ()
 
 
 def judged_ways(judge: Judge, ways: Mapping[str, Request]) -> dict[str, Agreement | None]:

@@ -1,10 +1,10 @@
 """The ratio, groups and form of each layer with which a share of the dense latency remains, at the least damage.
 
 Single layers are timed once (`latency_measure`); the whole network is measured with each choice, and the choice
-corrected.
+corrected (`latency_meeting`).
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from glob import escape
 
@@ -12,29 +12,25 @@ import numpy as np
 from torch import nn
 
 from fxprune.calibration.subject import Subject
-from fxprune.errors import AccelerationError, PlanError
+from fxprune.errors import PlanError
 from fxprune.exact.rewriting import rewrite
 from fxprune.graph.convolutions import convolutions
-from fxprune.inference.acceleration import accelerate, acceleration_report
 from fxprune.methods import Matrix, cocluster
-from fxprune.planning.latency_measure import GROUP_COUNTS, measure_layers
-from fxprune.planning.latency_table import TOLERANCE, LatencyOption, LatencyTable
+from fxprune.planning.latency_measure import GROUP_COUNTS, Wanted, measure_layers
+from fxprune.planning.latency_meeting import Meeting
+from fxprune.planning.latency_table import LatencyOption, LatencyTable, Limit
 from fxprune.planning.lossy import mask
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.planner import Planner, prunable_shapes
 from fxprune.planning.requests import PUBLISHED, Request
 from fxprune.planning.sensitivity import Sensitivity
-from fxprune.plans.shapes import TARGETS
-
-CORRECTIONS = 2
-"""If the time of the whole network is further than `TOLERANCE` from what was predicted, the prediction is corrected, so
-many times at most."""
+from fxprune.planning.whole_network import WholeNetwork
 
 
 def meet_latency(
     subject: Subject, request: Request, sensitivity: Sensitivity, writers: Iterable[Collection[str]]
-) -> Request:
-    """The request with a ratio and a number of groups for each layer in place of the share of the latency.
+) -> tuple[Request, str]:
+    """The request with a ratio and a number of groups for each layer in place of its budgets, and what came of it.
 
     Args:
         subject: the model, on the device to be fast on, with an example input.
@@ -47,13 +43,13 @@ def meet_latency(
         AccelerationError: the model cannot be accelerated.
     """
     assert request.latency is not None
-    model = subject.model
-    check_target(model, request.target, subject.example_inputs is not None)
-    assert subject.example_inputs is not None
-    inputs, counts = subject.example_inputs, group_counts(subject, request)
-    table = request.latency_table or measure_layers(model, inputs, counts, progress=request.progress)
+    network = WholeNetwork.of(subject, request)
+    model, inputs = network.model, network.inputs
+    counts = group_counts(subject, request)
+    table = request.latency_table or measure_layers(network, Wanted(counts))
+    table.check(model, inputs, request.runs_in)
     form = "overlap" if request.method in PUBLISHED else request.form
-    open_ = table.among(model, inputs, counts, form)
+    open_ = table.among(counts, form)
     # Which kernels stay changes no time: the cheapest plan will do.
     cheapest = Request(
         form=form,
@@ -69,11 +65,32 @@ def meet_latency(
         planner = Planner(model, replace(cheapest, ratio=ratios, groups=groups), writers=writers)
         plan = planner.from_weights(request.progress)
         pruned = rewrite(mask(model, plan), plan, inputs)
-        return acceleration_report(accelerate(pruned, inputs, progress=request.progress)).relative
+        return network.share_of(network.accelerated(pruned))
 
-    choice = meet(open_, request.latency, damages(model, open_, sensitivity, request.seed), share_of)
-    ratios, groups = as_patterns(open_, choice)
-    return replace(request, ratio=ratios, groups=groups, latency=None, latency_table=None, sensitivity=None)
+    damage = damages(model, open_, sensitivity, request.seed)
+    others = _limits(request, sensitivity)
+    meeting = Meeting(
+        request.latency,
+        choose=lambda share: open_.choose(share, damage, others),
+        predicted=open_.predicted,
+        damage=lambda choice: _total_damage(open_, choice, damage),
+        measure=share_of if table.is_from_here else None,
+        least=open_.least,
+    )
+    met = meeting.met()
+    ratios, groups = as_patterns(open_, met.choice)
+    planned = request.without_budgets(ratio=ratios, groups=groups)
+    return planned, met.told(request.latency, table)
+
+
+def _limits(request: Request, sensitivity: Sensitivity) -> list[Limit]:
+    """The budgets beside the time."""
+    return [
+        Limit(
+            cost, share, {layer.name: getattr(layer, cost) / getattr(sensitivity, cost) for layer in sensitivity.layers}
+        )
+        for cost, share in request.budgets.items()
+    ]
 
 
 def group_counts(subject: Subject, request: Request) -> dict[str, tuple[int, ...]]:
@@ -83,26 +100,6 @@ def group_counts(subject: Subject, request: Request) -> dict[str, tuple[int, ...
     wanted = match_patterns("groups", asked, convs) if isinstance(asked, Mapping) else dict.fromkeys(convs, asked)
     shapes = prunable_shapes(subject, request)
     return {name: GROUP_COUNTS if wanted.get(name, "auto") == "auto" else (s.groups,) for name, s in shapes.items()}
-
-
-def check_target(model: nn.Module, target: str | None, has_inputs: bool) -> None:
-    """See that a model can be accelerated for `target` before hours of planning.
-
-    Raises:
-        AccelerationError: there are no inputs to time it on, or it is elsewhere.
-    """
-    if target not in TARGETS:
-        return  # None: the device where the model is
-    if not has_inputs:
-        raise AccelerationError(
-            f"target={target!r} needs example_inputs to time the model on; pass them, or leave target out"
-        )
-    found = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
-    if found - {target}:
-        raise AccelerationError(
-            f"target={target!r}, but the model is on {', '.join(sorted(found))}; move model and example_inputs to "
-            f"{target} first, or plan with make_plan(target={target!r}) and accelerate there"
-        )
 
 
 def damages(model: nn.Module, table: LatencyTable, sensitivity: Sensitivity, seed: int = 0) -> dict[str, list[float]]:
@@ -145,42 +142,6 @@ def damages(model: nn.Module, table: LatencyTable, sensitivity: Sensitivity, see
                 now = float(lost[option.groups][option.kept - 1])
             found[layer.name].append(damage * now / usual if usual > 0 else damage)
     return found
-
-
-def meet(
-    table: LatencyTable,
-    share: float,
-    damage: Mapping[str, Sequence[float]],
-    measure: Callable[[Mapping[str, LatencyOption]], float],
-) -> dict[str, LatencyOption]:
-    """The choice that leaves `share` of the dense time when the whole network is measured.
-
-    The sum of single layers is not quite the time of the network. Where it is off by more than `TOLERANCE`, either way,
-    the choice is made anew for a share corrected by the factor that was measured, `CORRECTIONS` times at most.
-
-    Args:
-        table, share, damage: see `LatencyTable.choose`.
-        measure: the share of the dense time that the network has with a choice.
-
-    Returns:
-        Of the choices that leave `share`, or `TOLERANCE` of it more, the one with the least damage; else the fastest.
-
-    Raises:
-        PlanError: see `LatencyTable.choose`.
-    """
-    choice = table.choose(share, damage)
-    tried: list[tuple[bool, float, dict[str, LatencyOption]]] = []
-    budget = share
-    while choice and all(choice != before for *_, before in tried):
-        reached = measure(choice)
-        misses = reached > share * (1 + TOLERANCE)
-        tried.append((misses, reached if misses else _total_damage(table, choice, damage), choice))
-        predicted = table.predicted(choice)
-        if abs(reached / (predicted * share / budget) - 1) <= TOLERANCE or len(tried) > CORRECTIONS:
-            break
-        budget = min(1.0, max(share * predicted / reached, table.least))
-        choice = table.choose(budget, damage)
-    return min(tried, key=lambda attempt: attempt[:2])[2] if tried else choice
 
 
 def as_patterns(table: LatencyTable, choice: Mapping[str, LatencyOption]) -> tuple[dict[str, float], dict[str, int]]:

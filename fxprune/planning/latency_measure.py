@@ -1,24 +1,33 @@
-"""Measure how long each convolution of a network takes, dense and pruned, at the input size that it has there."""
+"""Measure how long each convolution of a network takes, dense, pruned and narrower, at the input size that it has
+there, in PyTorch or in another runtime.
+"""
 
 import copy
 import functools
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from fxprune.channels.units import STAYS, ChannelUnits
+from fxprune.environment import environment
 from fxprune.graph.editing import calls
 from fxprune.graph.fused import FusedConv2d
-from fxprune.inference.acceleration import FORMATS, accelerate, acceleration_report
-from fxprune.inference.engines import ENGINES, Engine
-from fxprune.inference.forms import Form, form_calls, form_key, operand_shapes
+from fxprune.inference.acceleration import acceleration_report
+from fxprune.inference.engines import Engine
+from fxprune.inference.forms import operand_shapes
 from fxprune.inference.fused_graph import fused_graph
 from fxprune.inference.race import race
+from fxprune.inference.runtimes import OTHERS
+from fxprune.inference.runtimes.onnx_based import OnnxBased
 from fxprune.inference.stopwatch import Stopwatch
+from fxprune.planning.latency_grid import LayerGrid, widths
 from fxprune.planning.latency_table import LatencyOption, LatencyTable, LayerLatency, setting
+from fxprune.planning.layer_times import InRuntime, InTorch, Timekeeper, Variant, check_timed, timed
+from fxprune.planning.whole_network import WholeNetwork
 from fxprune.plans.shapes import BLOCKS, Shape, choose_shape
 
 # What is timed: these ratios, and of a number of groups n also 1 - 1/n, the partition form. More groups than 8 leave
@@ -26,52 +35,190 @@ from fxprune.plans.shapes import BLOCKS, Shape, choose_shape
 RATIOS = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 GROUP_COUNTS = (2, 4, 8)
 ROUNDS = 15  # of the whole network against what is not in the table
+LANES = {"AVX512": 16}  # float32 numbers in a register, by the instructions that PyTorch uses; else 8, or fewer
 MOST_REST = 0.99  # noise must not leave the layers without time
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be timed of a network.
+
+    Attributes:
+        counts: numbers of groups to try, by the name of each convolution of which kernels can go.
+        units: the filters that can go; None if none shall.
+        lanes: how many channels the processor computes at once.
+    """
+
+    counts: Mapping[str, Collection[int]] = field(default_factory=dict)
+    units: ChannelUnits | None = None
+    lanes: int = field(default_factory=lambda: LANES.get(torch.backends.cpu.get_cpu_capability(), 8))
+
+    @property
+    def names(self) -> Collection[str]:
+        """The convolutions to time."""
+        return {**self.counts, **{name: () for name in self.narrower}}
+
+    @functools.cached_property
+    def narrower(self) -> dict[str, tuple[bool, bool]]:
+        """Whether inputs, and whether filters can go, by the name of each layer of which some can."""
+        layers = {} if self.units is None else self.units.layers
+        sides = {
+            name: (layer.reads is not None and bool((layer.reads != STAYS).any()), bool((layer.writes != STAYS).any()))
+            for name, layer in layers.items()
+        }
+        return {name: both for name, both in sides.items() if any(both)}
+
+
 @torch.no_grad()
-def measure_layers(
-    model: nn.Module, inputs: tuple[Any, ...], counts: Mapping[str, Collection[int]], *, progress: bool = False
-) -> LatencyTable:
-    """Time the dense network and every option of every convolution, each in its fastest engine.
+def measure_layers(network: WholeNetwork, wanted: Wanted) -> LatencyTable:
+    """Time the dense network and every option of every convolution, each in its fastest form.
 
     A time depends on shapes, not on numbers: the pruned layers get random weights and random kept channels. In
     partition form they read their channels in order, and in both forms write them in order, because the passes leave
     few other gathers.
 
     Args:
-        model: dense, on the device to measure.
-        inputs: arguments of forward, of the sizes to measure.
-        counts: numbers of groups to try, by the name of each convolution that can be pruned.
-        progress: show bars on stderr.
+        network: dense, on the device to measure, in PyTorch or a runtime that reads ONNX.
+        wanted: what is timed.
 
     Raises:
+        PlanError: layers cannot be timed in the runtime.
         AccelerationError: see `fxprune.accelerate`.
     """
-    network = accelerate(model, inputs, progress=progress)
-    dense = acceleration_report(network)
+    model, inputs, runtime = network.model, network.inputs, network.runtime
+    check_timed(runtime)
+    dense = acceleration_report(network.dense)
     graph, _ = fused_graph(model, inputs)
     shapes = operand_shapes(graph, inputs)
-    device, dtype, input_shapes = setting(model, inputs)
     stopwatch = Stopwatch(torch.device(dense.device))
+    other = OTHERS.get(runtime)
     # A format whose dense convolutions are far slower was not raced, and is not worth timing here either.
-    formats = [name.split()[1] for name in dense.seconds]
-    sites = [(name, node, conv) for node, conv in calls(graph, FusedConv2d) if (name := _name(node, counts))]
-    layers: dict[str, dict[str, LayerLatency]] = {name: {} for name in formats}
-    for name, node, conv in tqdm(sites, desc="timing", unit="conv", disable=not progress):
-        for memory_format, found in _time(name, conv, counts[name], shapes[node.name], formats, stopwatch).items():
-            timed = layers[memory_format]
-            timed[name] = _sum(timed[name], found) if name in timed else found
+    keepers: dict[str, Timekeeper] = (
+        {dense.memory_format: InRuntime(other)}
+        if isinstance(other, OnnxBased)
+        else {name.split()[1]: InTorch(name.split()[1]) for name in dense.seconds}
+    )
+    sites = [_Site(name, conv, shapes[node.name]) for node, conv, name in _sites(graph, wanted.names)]
+    found: dict[str, _Times] = {name: _Times() for name in keepers}
+    for site in tqdm(sites, desc="timing", unit="conv", disable=not network.progress):
+        for memory_format, times in site.times(wanted, keepers, stopwatch).items():
+            found[memory_format].add(times)
     stopwatch.save()
-    convs = {name: sum(layer.seconds for layer in timed.values()) for name, timed in layers.items()}
     whole = dense.seconds[dense.chosen]
-    if sites:
-        whole = convs[dense.memory_format] / (1 - _rest_share(network, inputs, counts))
+    if sites and isinstance(other, OnnxBased):
+        whole = _whole_by_layers(network.dense, inputs, InRuntime(other), sites, stopwatch)
+    elif sites:
+        assert isinstance(network.dense, fx.GraphModule)
+        whole = found[dense.memory_format].dense / (1 - _rest_share(network.dense, inputs, wanted.names))
+    device, dtype, input_shapes = setting(model, inputs)
     tables = []
-    for name, timed in layers.items():
-        rest = whole * dense.seconds[f"dense {name}"] / dense.seconds[dense.chosen] - convs[name]
-        tables.append(LatencyTable(device, dtype, name, input_shapes, whole, max(0.0, rest), tuple(timed.values())))
-    return min(tables, key=lambda table: table.least)
+    for name, times in found.items():
+        slower = 1.0 if name == dense.memory_format else dense.seconds[f"dense {name}"] / dense.seconds[dense.chosen]
+        rest = whole * slower - sum(layer.seconds for layer in times.layers.values())
+        tables.append(
+            LatencyTable(
+                device,
+                dtype,
+                name,
+                input_shapes,
+                whole,
+                max(0.0, rest),
+                tuple(times.layers.values()),
+                runtime=runtime,
+                grids=tuple(times.grids.values()),
+                lanes=wanted.lanes,
+                made=_made(other),
+            )
+        )
+    return min(tables, key=lambda table: (table.least, table.rest))
+
+
+@dataclass
+class _Times:
+    """What was found of some layers.
+
+    Attributes:
+        dense: seconds of all of them, dense.
+        layers, grids: by name.
+    """
+
+    dense: float = 0.0
+    layers: dict[str, LayerLatency] = field(default_factory=dict)
+    grids: dict[str, LayerGrid] = field(default_factory=dict)
+
+    def add(self, other: "_Times") -> None:
+        """Take in what was found of other calls."""
+        self.dense += other.dense
+        for name, layer in other.layers.items():
+            self.layers[name] = _sum(self.layers[name], layer) if name in self.layers else layer
+        for name, grid in other.grids.items():
+            self.grids[name] = self.grids[name] + grid if name in self.grids else grid
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One call of a convolution.
+
+    Attributes:
+        name: module path of the convolution.
+        conv: with what is fused into it.
+        shapes: of its operands.
+    """
+
+    name: str
+    conv: FusedConv2d
+    shapes: list[torch.Size]
+
+    def times(self, wanted: Wanted, keepers: Mapping[str, Timekeeper], stopwatch: Stopwatch) -> dict[str, _Times]:
+        """Seconds of it and all its options, by memory format, in one race."""
+        options = list(_options(self.conv, wanted.counts[self.name])) if self.name in wanted.counts else []
+        grouped = [Variant(_pruned(self.conv, shape), self.shapes, is_grouped=True) for _, shape in options]
+        inputs, filters = self._widths(*wanted.narrower.get(self.name, (False, False)), wanted.lanes)
+        narrower = [self._narrowed(reads, writes) for reads in inputs for writes in filters]
+        every = timed([Variant(self.conv, self.shapes), *grouped, *narrower], list(keepers.values()), stopwatch)
+        found = {}
+        for memory_format, (dense, *seconds) in zip(keepers, every, strict=True):
+            times = found[memory_format] = _Times(dense)
+            pruned, narrow = seconds[: len(options)], seconds[len(options) :]
+            if self.name in wanted.counts:
+                taken = (
+                    LatencyOption(shape.form, shape.groups, shape.kept, ratio, time)
+                    for (ratio, shape), time in zip(options, pruned, strict=True)
+                )
+                layer = LayerLatency(self.name, self.conv.out_channels, self.conv.channels, dense, tuple(taken))
+                times.layers[self.name] = layer
+            if self.name in wanted.narrower:
+                size = len(filters)
+                rows = tuple(tuple(narrow[row * size : (row + 1) * size]) for row in range(len(inputs)))
+                times.grids[self.name] = LayerGrid(self.name, inputs, filters, rows)
+        return found
+
+    def _widths(self, inputs: bool, filters: bool, lanes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The numbers of inputs and of filters to time it with."""
+        if not inputs and not filters:
+            return (), ()
+        return (
+            widths(self.conv.channels, lanes) if inputs else (self.conv.channels,),
+            tuple(count for count in widths(self.conv.out_channels, lanes) if count % self._each == 0)
+            if filters
+            else (self.conv.out_channels,),
+        )
+
+    @property
+    def _each(self) -> int:
+        """Filters of one input channel, if it is depthwise; 1 otherwise."""
+        return self.conv.out_channels // self.conv.groups if self.conv.groups > 1 else 1
+
+    def _narrowed(self, inputs: int, filters: int) -> Variant:
+        """It with its first inputs and filters."""
+        narrow = self.conv.copy()
+        if self.conv.groups > 1:
+            narrow.groups = inputs = filters // self._each
+        narrow.channels, narrow.out_channels = inputs, filters
+        narrow.weight = self.conv.weight[:filters, : inputs // narrow.groups].clone()
+        narrow.bias = None if self.conv.bias is None else self.conv.bias[:filters].clone()
+        channels = (inputs, filters)
+        return Variant(narrow, [torch.Size((s[0], c, *s[2:])) for s, c in zip(self.shapes, channels, strict=False)])
 
 
 class _Known(nn.Module):
@@ -108,56 +255,52 @@ def _rest_share(network: fx.GraphModule, inputs: tuple[Any, ...], names: Collect
     return min(MOST_REST, timings["rest"].relative_to(timings["network"]))
 
 
+def _whole_by_layers(
+    network: nn.Module, inputs: tuple[Any, ...], keeper: InRuntime, sites: Sequence[_Site], stopwatch: Stopwatch
+) -> float:
+    """Seconds of a network in a runtime, as they were when its layers were timed: it races against all of them, one
+    after the other. A runtime shows no part of a network alone, so that the rest cannot be timed as in PyTorch.
+    """
+    variants = [Variant(site.conv, site.shapes) for site in sites]
+    keys = {key for variant in variants for key in keeper.keys(variant)}
+    known = stopwatch.times(keys) or {}
+    layers: dict[str, Callable[[], object]] = {}
+    for variant in variants:
+        (key, *_) = keeper.keys(variant)
+        if key not in layers:
+            layers[key] = keeper.calls(variant)[key]
+    order = [keeper.keys(variant)[0] for variant in variants]
+
+    def one_by_one() -> None:
+        for key in order:
+            layers[key]()
+
+    timings = race(
+        {"network": functools.partial(network, *inputs), "layers": one_by_one},
+        rounds=ROUNDS,
+        device=torch.device("cpu"),
+    )
+    together = sum(keeper.whole(variant, known) for variant in variants)
+    return together * timings["network"].relative_to(timings["layers"])
+
+
+def _made(other: object) -> dict[str, Any]:
+    """Where and when the times were measured, and with what."""
+    version = {other.name: other.program.version()} if isinstance(other, OnnxBased) else {}
+    return environment() | version
+
+
+def _sites(graph: fx.GraphModule, names: Collection[str]) -> Iterator[tuple[fx.Node, FusedConv2d, str]]:
+    """The calls of the convolutions of these names."""
+    for node, conv in calls(graph, FusedConv2d):
+        if name := _name(node, names):
+            yield node, conv, name
+
+
 def _name(node: fx.Node, names: Collection[str]) -> str | None:
     """Which of `names` a fused convolution was before; called twice, a convolution becomes two, the second numbered."""
     name, _, number = str(node.target).rpartition("_fused")
     return name if name in names and number.strip("_0123456789") == "" else None
-
-
-def _time(
-    name: str,
-    conv: FusedConv2d,
-    counts: Collection[int],
-    shapes: list[torch.Size],
-    formats: Collection[str],
-    stopwatch: Stopwatch,
-) -> dict[str, LayerLatency]:
-    """Time one call of a convolution and all its options, by memory format, in one race."""
-    options = list(_options(conv, counts))
-    variants = [conv, *(_pruned(conv, shape) for _, shape in options)]
-    forms = {
-        memory_format: [
-            _forms(variant, shapes, FORMATS[memory_format], is_dense=variant is conv) for variant in variants
-        ]
-        for memory_format in formats
-    }
-    seconds = stopwatch.times(key for tried in forms.values() for keys in tried for key in keys)
-    if seconds is None:
-        seconds = stopwatch.race(
-            {
-                key: call
-                for memory_format, tried in forms.items()
-                for variant, keys in zip(variants, tried, strict=True)
-                for key, call in form_calls(keys, variant, shapes, FORMATS[memory_format]).items()
-            }
-        )
-    found = {}
-    for memory_format, tried in forms.items():
-        dense, *pruned = (min(seconds[key] for key in keys) for keys in tried)
-        timed = (
-            LatencyOption(shape.form, shape.groups, shape.kept, ratio, time)
-            for (ratio, shape), time in zip(options, pruned, strict=True)
-        )
-        found[memory_format] = LayerLatency(name, conv.out_channels, conv.channels, dense, tuple(timed))
-    return found
-
-
-def _forms(
-    conv: FusedConv2d, shapes: list[torch.Size], memory_format: torch.memory_format, is_dense: bool
-) -> dict[str, Form]:
-    """The ways to compute a convolution, by key."""
-    forms = (Form(engine, is_dense) for engine in ENGINES if not engine.obstacle(conv, memory_format))
-    return {form_key(form, conv, shapes, memory_format): form for form in forms}
 
 
 def _options(conv: FusedConv2d, counts: Collection[int]) -> Iterator[tuple[float, Shape]]:

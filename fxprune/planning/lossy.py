@@ -1,7 +1,7 @@
 """The one step that changes the function: what a plan drops becomes zero, and what stays is refitted."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,23 @@ from fxprune.exact.pipeline import run
 from fxprune.graph.baking import baked
 from fxprune.graph.convolutions import Layer, convolutions, kernels_of, oriented
 from fxprune.graph.copying import copied, own_tensors
+from fxprune.graph.editing import Pass
 from fxprune.graph.examples import Inputs
 from fxprune.graph.recording import Recording
 from fxprune.graph.tracing import check_is_model
 from fxprune.graph.values import CarriedValues
-from fxprune.passes import RemoveChannels
-from fxprune.plans import GroupedKernels, PrunePlan
-from fxprune.plans.eligibility import refittable_linears
+from fxprune.passes import RemoveBranches, RemoveChannels
+from fxprune.plans import GroupedKernels, PrunePlan, RemovedChannels
+from fxprune.plans.eligibility import obstacle_of, parameters_of_several_modules, refittable_linears
 from fxprune.plans.fields import check_seed
-from fxprune.plans.masking import entries_without_removed, kept_entries, masked_copy, remaining, zero_pruned
+from fxprune.plans.masking import (
+    entries_without_branches,
+    entries_without_removed,
+    kept_entries,
+    masked_copy,
+    remaining,
+    zero_pruned,
+)
 from fxprune.plans.plan import check_is_plan
 from fxprune.vocabulary import AugmentName
 
@@ -132,12 +140,82 @@ def recover(
     return recovered_by(subject, masked, plan, recovery, seed=seed, progress=progress)
 
 
-def recovered_by(
-    subject: Subject, masked: nn.Module, plan: PrunePlan, recovery: Recovery, *, seed: int = 0, progress: bool = False
+def refit(
+    model: nn.Module,
+    masked: nn.Module,
+    plan: PrunePlan,
+    calibration: Calibration,
+    *,
+    example_inputs: Inputs | None = None,
+    progress: bool = False,
 ) -> nn.Module:
-    """The same for a model whose trace and calibration data are known."""
-    if subject.batches is None:
-        raise CalibrationError("recovery learns from calibration data; pass calibration=, or leave recover out")
+    """Return a copy of `masked` whose layers are refitted once more, as they are now: after training, recovery, or a
+    change of the data. `mask` with calibration data has done it once.
+
+        masked = fxprune.recover(model, masked, plan, images)
+        masked = fxprune.refit(model, masked, plan, more_images)
+
+    Layer by layer the kernels that stay are solved so that what the next layer reads is what it reads in `model`; the
+    BatchNorm that follows counts as it is now in each of both, and the pull is toward the present weights. Outputs of
+    `model` are the only target: what training has found better than the dense network is given up as far as the data
+    speak against it. What `plan` drops stays zero.
+
+    Args:
+        model: the dense model, which the result is to follow. It is not changed.
+        masked: what `mask` or `recover` made of it, or training under a `Sparsifier`. It is not changed.
+        plan: what is pruned in `masked`.
+        calibration: see `compile`.
+        example_inputs: see `mask`.
+        progress: show a bar on stderr.
+
+    Raises:
+        PlanError: the plan was made for another model, or `masked` is not pruned by it.
+        CalibrationError: the calibration data are malformed, or do not fit the model.
+        TraceError: a model cannot be traced.
+    """
+    check_is_model(model)
+    check_is_plan(plan)
+    plan.check(model)
+    subject = Subject(model, example_inputs, calibration, "auto")
+    result, kept = _copy_pruned_by(masked, plan)
+    layers: dict[str, Layer] = {**convolutions(result), **refittable_linears(subject.layers, subject.trace)}
+    reading = {*_readers(layers, plan), *_behind_branches(subject, plan)}
+    stays = {
+        name: _kernels_that_stay(name, layer, plan)
+        for name, layer in layers.items()
+        if name in plan.layers or name in reading
+    }
+    subject.refit(result, stays, plan.seed, progress)
+    zero_pruned(result, kept)  # the fit gives the removed filters a bias again
+    vars(result).pop(AGREEMENT, None)  # it was of what it was before
+    return result
+
+
+def _kernels_that_stay(name: str, layer: Layer, plan: PrunePlan) -> torch.Tensor:
+    """`(O, C)` bool, what is left of a layer."""
+    filters, channels = kernels_of(layer).shape[:2]
+    removed = plan.removed.get(name, RemovedChannels())
+    rows, columns = remaining(filters, removed.outputs), remaining(channels, removed.inputs)
+    stays = torch.zeros(filters, channels, dtype=torch.bool)
+    stays[rows[:, None], columns] = plan.layers[name].mask() if name in plan.layers else True
+    return stays
+
+
+def _readers(layers: Mapping[str, Layer], plan: PrunePlan) -> list[str]:
+    """The layers that read channels which `plan` removes, and can be solved without these."""
+    return [
+        name
+        for name, layer in layers.items()
+        if getattr(layer, "groups", 1) == 1 and name in plan.removed and plan.removed[name].inputs
+    ]
+
+
+def _copy_pruned_by(masked: nn.Module, plan: PrunePlan) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A copy of a masked model, and what stays of its parameters.
+
+    Raises:
+        PlanError: it is not pruned by the plan.
+    """
     kept = kept_entries(masked, plan)
     with torch.inference_mode(False):
         result = copied(masked)
@@ -147,6 +225,16 @@ def recovered_by(
         raise PlanError(
             f"{changed}: the plan drops entries that are not zero; pass what fxprune.mask gave for this plan"
         )
+    return result, kept
+
+
+def recovered_by(
+    subject: Subject, masked: nn.Module, plan: PrunePlan, recovery: Recovery, *, seed: int = 0, progress: bool = False
+) -> nn.Module:
+    """The same for a model whose trace and calibration data are known."""
+    if subject.batches is None:
+        raise CalibrationError("recovery learns from calibration data; pass calibration=, or leave recover out")
+    result, kept = _copy_pruned_by(masked, plan)
     subject.recover(result, kept, recovery, seed, progress)
     return result
 
@@ -154,11 +242,20 @@ def recovered_by(
 def masked_by(subject: Subject, plan: PrunePlan, *, progress: bool = False) -> nn.Module:
     """The same for a model whose trace and calibration data, if there are any, are known.
 
-    What whole channels leave behind is refitted first, then the kernels of the network without them.
+    What whole branches leave is refitted first, then what whole channels leave of that, then the kernels of the rest.
     """
     model = subject.model
     if subject.batches is None:
         return masked_copy(model, plan)
+    if plan.branches:
+        masked = copied(model)
+        zero_pruned(masked, entries_without_branches(model, plan))
+        refit_behind_branches(subject, masked, plan, progress=progress)
+        rest = replace(plan, branches={})
+        if rest.layers or rest.removed:
+            left = subject.of(without_removed(subject, masked, replace(plan, removed={})))
+            put_back(masked, masked_by(left, rest, progress=progress), rest)
+        return masked
     if not plan.removed:
         masked = masked_copy(model, plan)
         if plan.layers:
@@ -182,10 +279,11 @@ def tell_agreement(subject: Subject, plan: PrunePlan, masked: nn.Module, *, prog
     Warns:
         PoorAgreementWarning: below 90 %.
     """
-    if subject.batches is None or not (plan.layers or plan.removed):
+    if subject.batches is None or not (plan.layers or plan.removed or plan.branches):
         return None
     judge = Judge(subject)
-    twin = masked_by(judge.fitted, plan, progress=progress) if judge.held_out else copied(masked)
+    fitted = judge.fitted.refitted_as(masked)
+    twin = masked_by(fitted, plan, progress=progress) if judge.held_out else copied(masked)
     found = judge.agreement(twin)
     if found is not None:
         setattr(masked, AGREEMENT, found)
@@ -197,30 +295,63 @@ def tell_agreement(subject: Subject, plan: PrunePlan, masked: nn.Module, *, prog
 def refit_readers(subject: Subject, masked: nn.Module, plan: PrunePlan, *, progress: bool = False) -> None:
     """Refit, in place, the layers that read channels which `plan` removes: their other weights make up for them."""
     layers: dict[str, Layer] = {**convolutions(masked), **refittable_linears(subject.layers, subject.trace)}
-    readers = [
-        name
-        for name, layer in layers.items()
-        if getattr(layer, "groups", 1) == 1 and name in plan.removed and plan.removed[name].inputs
-    ]
 
     def choose(name: str, layer: Layer, samples: object) -> GroupedKernels:
         filters, channels = kernels_of(layer).shape[:2]
         kept = tuple(remaining(channels, plan.removed[name].inputs).tolist())
         return GroupedKernels(tuple(range(filters)), (kept,), channels, 0.0)
 
-    subject.reconstruct(masked, readers, choose, plan.seed, progress)
+    subject.reconstruct(masked, _readers(layers, plan), choose, plan.seed, progress)
     zero_pruned(masked, entries_without_removed(masked, plan))  # the fit gives the removed filters a value again
 
 
+def refit_behind_branches(subject: Subject, masked: nn.Module, plan: PrunePlan, *, progress: bool = False) -> None:
+    """Refit, in place, all layers behind the first branch that `plan` removes, toward what they gave in the dense
+    network; those that feed a sum so that the sum comes out right, see `fxprune.calibration.refit`.
+    """
+    subject.reconstruct(masked, _behind_branches(subject, plan), keep_all, plan.seed, progress)
+
+
+def _behind_branches(subject: Subject, plan: PrunePlan) -> list[str]:
+    """The layers behind the first branch that `plan` removes that can be solved anew."""
+    if not plan.branches:
+        return []
+    gone = {name for names in plan.branches.values() for name in names}
+    shared = parameters_of_several_modules(subject.layers)
+    layers: dict[str, Layer] = {
+        name: conv
+        for name, conv in convolutions(subject.layers).items()
+        if name not in subject.obstacles and not obstacle_of(conv, shared)
+    }
+    layers |= refittable_linears(subject.layers, subject.trace)
+    called = [str(node.target) for node in subject.trace.module.graph.nodes if node.op == "call_module"]
+    behind = dict.fromkeys(called[min(map(called.index, plan.branches)) :])
+    return [name for name in behind if name in layers and name not in gone]
+
+
+def keep_all(name: str, layer: Layer, samples: object) -> GroupedKernels:
+    """A layer that is solved anew as it is: one group of all its kernels."""
+    filters, channels = kernels_of(layer).shape[:2]
+    return GroupedKernels(tuple(range(filters)), (tuple(range(channels)),), channels, 0.0)
+
+
 def without_removed(subject: Subject, masked: nn.Module, plan: PrunePlan) -> nn.Module:
-    """The network without the channels that `plan` removes, its convolutions still dense: a graph, or the user's own
-    module.
+    """The network without the branches and channels that `plan` removes, its convolutions still dense: a graph, or the
+    user's own module.
+
+    Raises:
+        PlanError: branches are to go from the user's own module.
     """
     traced = subject.captured(masked)
     if isinstance(traced, Recording):
+        if plan.branches:
+            raise PlanError(
+                "a branch cannot go from the model's own module, whose forward computes it; pass output='graph'"
+            )
         return narrow(masked, plan, traced)[0]
     values = CarriedValues(traced.inputs, traced.values)
-    run(traced.module, (RemoveChannels(plan, values),), traced.inputs)
+    passes: list[Pass] = [RemoveBranches(plan, values)] if plan.branches else []
+    run(traced.module, (*passes, *([RemoveChannels(plan, values)] if plan.removed else [])), traced.inputs)
     own_tensors(traced.module, masked)
     return traced.module
 

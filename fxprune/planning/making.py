@@ -6,10 +6,11 @@ from torch import nn
 
 from fxprune.calibration.subject import Subject
 from fxprune.planning.auto import plan_auto
+from fxprune.planning.branches import plan_branches
 from fxprune.planning.filters import plan_filters
-from fxprune.planning.joint import kernels_of_rest
+from fxprune.planning.joint import with_rest
 from fxprune.planning.kernels import plan_kernels
-from fxprune.planning.requests import AUTO, Request
+from fxprune.planning.requests import AUTO, BRANCH, Request
 from fxprune.plans import PrunePlan
 
 
@@ -23,6 +24,8 @@ def plan_for(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module |
     """
     if request.granularity == AUTO:
         return plan_auto(subject, request)
+    if request.granularity == BRANCH:
+        return plan_branches(subject, request), None
     first, *rest = request.parts()
     if first.granularity == "kernel":
         return plan_kernels(subject, first)
@@ -32,7 +35,7 @@ def plan_for(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module |
     if not rest:
         return plan, None
     (second,) = rest
-    return kernels_of_rest(subject, plan, lambda left: plan_kernels(left, second), request.progress)
+    return with_rest(subject, plan, lambda left: plan_kernels(left, second), request.progress)
 
 
 def noted_as_baked(plan: PrunePlan, names: tuple[str, ...]) -> PrunePlan:

@@ -11,7 +11,7 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fxprune.calibration.least_squares import regularized
+from fxprune.calibration.held_out import regularized
 from fxprune.calibration.samples import Samples
 from fxprune.calibration.subject import Subject
 from fxprune.criteria import Evidence, kernel_scores, resolve

@@ -10,7 +10,9 @@ from fxprune.criteria import Criterion, ScoreFunction, criterion_of
 from fxprune.criteria.snapshots import Snapshot, listed
 from fxprune.criteria.variety import Variety
 from fxprune.errors import PlanError, near_matches
+from fxprune.inference.runtimes import RUNTIMES
 from fxprune.planning.latency_table import LatencyTable, check_latency
+from fxprune.planning.layer_times import check_timed
 from fxprune.planning.patterns import Ignored, as_entries
 from fxprune.planning.sensitivity import Cost, Sensitivity
 from fxprune.plans import PrunePlan
@@ -22,6 +24,7 @@ from fxprune.vocabulary import (
     Granularity,
     GranularityChoice,
     Method,
+    RuntimeName,
     Scope,
     Target,
     VarietyName,
@@ -31,6 +34,8 @@ GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 """What is removed: kernels, so that convolutions become grouped, or whole filters, so that they become narrower."""
 AUTO = "auto"
 """In place of a granularity: a budget is divided among filters and kernels."""
+BRANCH = "branch"
+"""The granularity of whole residual branches."""
 METHODS: tuple[str, ...] = get_args(Method)
 """How groups and kept kernels are chosen.
 
@@ -45,6 +50,8 @@ PUBLISHED = ("tmi", "srgkp")
 """Methods of papers: overlap form only, and 8 groups unless said otherwise."""
 RECONSTRUCTION = "reconstruction"
 """The criterion of filters that is the error after a refit; the default with calibration data."""
+ON_CPU = ("onnxruntime", "openvino", "inductor")
+"""Runtimes that fxprune runs on the CPU only, so that they say what the target is."""
 DEFAULT_RATIO = 0.5
 """Of kernel groups, or filters, where neither ratio nor budget is given."""
 
@@ -79,6 +86,7 @@ class Request:
     form: FormChoice = "auto"
     block: int | None = None
     target: Target | None = None
+    runtime: RuntimeName | None = None
     share_groups: bool | None = None
     criterion: CriterionChoice | Criterion | ScoreFunction | None = None
     variety: VarietyName | Variety | None = None
@@ -91,10 +99,10 @@ class Request:
 
     def __post_init__(self) -> None:
         """Check the rules above, and copy what could change."""
+        self._check_device()
         self._check_granularity()
         self._check_amount()
         self._check_groups()
-        self._check_device()
         check_seed(self.seed)
         _freeze(self, "variety", Variety.parse(self.variety))
         if self.criterion == RECONSTRUCTION and self.granularity != "kernel":
@@ -114,15 +122,41 @@ class Request:
     # --- what follows from it -----------------------------------------------------------------------------------------
 
     @property
-    def budget(self) -> tuple[Cost, float] | None:
-        """The share of MACs or parameters that may remain, if that was asked for."""
+    def budgets(self) -> Mapping[Cost, float]:
+        """The shares of MACs and parameters that may remain, as far as they were asked for."""
         costs: tuple[Cost, ...] = get_args(Cost)
-        return next(((cost, share) for cost in costs if (share := getattr(self, cost)) is not None), None)
+        return {cost: share for cost in costs if (share := getattr(self, cost)) is not None}
+
+    @property
+    def shares(self) -> Mapping[str, float]:
+        """All that may remain of the whole network, by name."""
+        time = {} if self.latency is None else {"latency": self.latency}
+        return {cost: share for cost, share in self.budgets.items()} | time
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether something of the whole network may remain, not of each layer."""
+        return bool(self.shares)
+
+    def without_budgets(self, **changes: Any) -> "Request":
+        """The request with something else in place of its budgets, such as ratios."""
+        return replace(self, macs=None, params=None, latency=None, latency_table=None, sensitivity=None, **changes)
+
+    def with_shares(self, shares: Mapping[str, float]) -> "Request":
+        """The request with other budgets, see `shares`."""
+        macs, params, latency = (shares.get(name) for name in ("macs", "params", "latency"))
+        table = None if latency is None else self.latency_table
+        return replace(self, macs=macs, params=params, latency=latency, latency_table=table)
 
     @property
     def filter_ratio(self) -> float | Mapping[str, float] | None:
         """The ratio of filters: the default if nothing is given, None for a budget."""
-        return DEFAULT_RATIO if self.ratio is None and self.budget is None else self.ratio
+        return DEFAULT_RATIO if self.ratio is None and not self.has_budget else self.ratio
+
+    @property
+    def runs_in(self) -> RuntimeName:
+        """What computes the network on the target."""
+        return self.runtime or "torch"
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -205,6 +239,11 @@ class Request:
             usual["criterion"] = None
         yield replace(self, granularity="kernel", ratio=amounts["kernel"], **usual)
 
+    def of_branches(self) -> "Request":
+        """The same budget for whole branches."""
+        usual = {name: _DEFAULTS[name] for name in _NOT_OF_BRANCHES}
+        return replace(self, granularity="branch", **usual)
+
     # --- checks -------------------------------------------------------------------------------------------------------
 
     def _check_granularity(self) -> None:
@@ -212,11 +251,11 @@ class Request:
         given = self.granularity
         names = list(given) if isinstance(given, Mapping) else [given]
         for name in names:
-            if name not in GRANULARITIES and given != AUTO:
-                close = near_matches(str(name), (*GRANULARITIES, AUTO))
+            if name not in GRANULARITIES and given not in (AUTO, BRANCH):
+                close = near_matches(str(name), (*GRANULARITIES, BRANCH, AUTO))
                 raise PlanError(
-                    f"granularity is {name!r}{close}; it must be 'kernel', 'filter', or map both to their ratios: "
-                    "granularity={'filter': 0.25, 'kernel': 0.5}; or 'auto', with a budget"
+                    f"granularity is {name!r}{close}; it must be 'kernel', 'filter', 'branch', or map the first two to "
+                    "their ratios: granularity={'filter': 0.25, 'kernel': 0.5}; or 'auto', with a budget"
                 )
         if isinstance(given, Mapping):
             self._check_both(names)
@@ -225,27 +264,23 @@ class Request:
         if given == AUTO:
             self._check_auto()
             return
+        if given == BRANCH:
+            self._check_branches()
+            return
         foreign, other, them = (
             (_KERNELS_ONLY, "kernel", "filters") if given == "filter" else (_FILTERS_ONLY, "filter", "kernels")
         )
         for name in foreign:
             if (value := getattr(self, name)) != _DEFAULTS[name]:
                 raise PlanError(f"{name}={_short(value)} is for granularity={other!r}; leave it out for {them}")
-        if given == "filter" and self.latency is not None:
-            raise PlanError(
-                f"latency={self.latency!r} chooses groups of kernels; give filters a ratio or macs= instead"
-            )
 
     def _check_auto(self) -> None:
         """See that there is a budget to divide, and nothing that fits one part of the network only."""
-        if self.latency is not None:
+        if not self.has_budget or self.ratio is not None:
             raise PlanError(
-                f"granularity='auto' divides MACs or parameters; latency={self.latency!r} is for granularity='kernel'"
-            )
-        if self.budget is None or self.ratio is not None:
-            raise PlanError(
-                "granularity='auto' divides a budget among filters and kernels; pass macs= or params= alone, or map "
-                "both to their ratios: granularity={'filter': 0.25, 'kernel': 0.5}"
+                "granularity='auto' divides a budget among filters and kernels; pass macs=, params= or latency=, or "
+                "several of them, and no ratio; or map both to their ratios: granularity={'filter': 0.25, 'kernel': "
+                "0.5}"
             )
         for name in ("sensitivity", "snapshots", "after"):
             if (value := getattr(self, name)) is not None:
@@ -253,6 +288,12 @@ class Request:
                     f"{name}={_short(value)} does not fit the network that removed filters leave; leave it out for "
                     "granularity='auto'"
                 )
+
+    def _check_branches(self) -> None:
+        """See that nothing is given that whole branches have not."""
+        for name in _NOT_OF_BRANCHES:
+            if (value := getattr(self, name)) != _DEFAULTS[name]:
+                raise PlanError(f"{name}={_short(value)} has no meaning for granularity='branch'; leave it out")
 
     def _check_both(self, names: Sequence[str]) -> None:
         """See that a mapping from granularity to ratio is the only answer to how much goes."""
@@ -270,14 +311,13 @@ class Request:
 
     def _check_amount(self) -> None:
         """See that one thing says how much goes, and what it needs is there."""
-        amounts = {name: getattr(self, name) for name in ("ratio", "macs", "params", "latency")}
-        if sum(value is not None for value in amounts.values()) > 1:
-            if self.granularity == "filter":
-                raise PlanError(
-                    f"ratio is {self.ratio!r}, macs {self.macs!r} and params {self.params!r}; pass exactly one of them"
-                )
-            raise PlanError("ratio, macs, params and latency exclude one another; pass one of them")
-        if (self.budget or self.latency is not None) and self.form == "partition":
+        if self.ratio is not None and self.has_budget:
+            budgets = ", ".join(f"{name}={share!r}" for name, share in self.shares.items())
+            raise PlanError(
+                f"ratio={_short(self.ratio)} is what each layer loses, and {budgets} what may remain of the whole "
+                "network; pass a ratio or budgets"
+            )
+        if self.has_budget and self.form == "partition":
             raise PlanError("a budget needs ratios of any value, which the partition form has not; leave form out")
         for name, kind, how in _TABLES:
             table = getattr(self, name)
@@ -285,19 +325,20 @@ class Request:
                 raise PlanError(
                     f"{name} is a {type(table).__name__}; pass what {how} returned, or {kind.__name__}.from_json"
                 )
-        if self.sensitivity is not None and not self.budget and self.latency is None:
+        if self.sensitivity is not None and not self.has_budget:
             raise PlanError("sensitivity is for a budget; pass macs= or params= or latency= with it, or leave it out")
         if self.latency_table is not None and self.latency is None:
             raise PlanError("latency_table is for a share of the latency; pass latency= with it, or leave it out")
-        if self.budget is not None:
-            cost, share = self.budget
+        for cost, share in self.budgets.items():
             check_share(share, cost)
         if self.latency is not None:
             check_latency(self.latency)
             if self.target is None:
                 raise PlanError(
-                    f"latency={self.latency:.4g} needs the device to be fast on; pass target='cpu' or target='cuda'"
+                    f"latency={self.latency:.4g} needs the device to be fast on; pass target='cpu' or target='cuda', "
+                    "or runtime='onnxruntime' or 'openvino'"
                 )
+            check_timed(self.runs_in)
         if self.scope is not None and self.scope not in get_args(Scope):
             raise PlanError(f"scope is {self.scope!r}; it must be 'local' or 'global', or None for what suits")
         if self.ratio is not None:
@@ -323,6 +364,16 @@ class Request:
     def _check_device(self) -> None:
         if self.target is not None:
             _check_choice("target", self.target, TARGETS)
+        if self.runtime is not None:
+            _check_choice("runtime", self.runtime, RUNTIMES)
+            if self.target is None and self.runtime in ON_CPU:
+                _freeze(self, "target", "cpu")
+            elif self.target == "cuda" and self.runtime in ON_CPU:
+                raise PlanError(
+                    f"runtime={self.runtime!r} runs on the CPU, and the target is 'cuda'; leave one of them out"
+                )
+            elif self.target is None:
+                raise PlanError(f"runtime={self.runtime!r} needs the device to run on; pass target='cpu' or 'cuda'")
         if self.block is not None and (
             isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1
         ):
@@ -352,10 +403,12 @@ class Request:
 
 
 _DEFAULTS: Mapping[str, Any] = {field.name: field.default for field in fields(Request)}
-_KERNELS_ONLY = ("sensitivity", "latency_table", "groups", "method", "form", "block", "share_groups")
+_KERNELS_ONLY = ("sensitivity", "groups", "method", "form", "block", "share_groups")
 """Fields that say how kernels are grouped."""
 _FILTERS_ONLY = ("scope", "round_to", "after")
 """Fields that say which filters go."""
+_NOT_OF_BRANCHES = (*_KERNELS_ONLY, *_FILTERS_ONLY, "criterion", "variety", "snapshots", "latency_table")
+"""Fields that have no meaning for whole branches."""
 _TABLES: tuple[tuple[str, type, str], ...] = (
     ("sensitivity", Sensitivity, "fxprune.measure_sensitivity"),
     ("latency_table", LatencyTable, "fxprune.measure_latency"),

@@ -20,8 +20,9 @@ its filters and their input channels. What that sum is at filter level:
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.sparse import csc_array
@@ -30,6 +31,7 @@ from fxprune.channels.units import STAYS, ChannelUnits, Chosen, Units, positions
 from fxprune.criteria.variety import Array
 from fxprune.errors import PlanError
 from fxprune.methods import Labels, Matrix
+from fxprune.planning.latency_grid import NetworkTimes, step_of
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import ENOUGH, TOLERANCE, Cost
@@ -45,7 +47,12 @@ NOISE = 1e-9
 
 
 def choose_units(
-    units: ChannelUnits, scores: Array, request: Request, gone: Chosen | None = None, comparable: bool = False
+    units: ChannelUnits,
+    scores: Array,
+    request: Request,
+    gone: Chosen | None = None,
+    comparable: bool = False,
+    times: NetworkTimes | None = None,
 ) -> Chosen:
     """Choose the units to remove, those with the lowest scores of each space; of equal ones the last goes first.
 
@@ -62,11 +69,13 @@ def choose_units(
     Args:
         units: the units of the network.
         scores: `(U,)` finite, 0 or more, high means keep.
-        request: how much goes: `ratio`, `macs` or `params`, `scope` and `round_to`. A pattern of ratios stands for the
-            spaces of the layers that it matches, other spaces stay whole. A budget is met within 1 %; if steps of
-            `round_to` are too coarse for that, the nearest below.
+        request: how much goes: `ratio`, or one or more of `macs`, `params` and `latency`, `scope` and `round_to`. A
+            pattern of ratios stands for the spaces of the layers that it matches, other spaces stay whole. Budgets are
+            kept, and one of them met, within 1 %; if steps of `round_to` are too coarse for that, the nearest below.
         gone: `(U,)` units that were removed before and stay so. If they are more than is asked for, no others go.
         comparable: the scores have the same scale everywhere: a global ranking takes them as they are.
+        times: for `latency`: those of the network. Filters then go in steps that save time: each space keeps multiples
+            of as many as the processor computes at once (`fxprune.planning.latency_grid.step_of`) and of `round_to`.
 
     Returns:
         `(U,)` True for the units that are removed, `gone` included.
@@ -78,11 +87,10 @@ def choose_units(
     gone = np.zeros(units.count, dtype=np.bool_) if gone is None else gone
     _check(units, scores, request, gone)
     sizes = np.bincount(units.space, minlength=len(units.names))
-    steps = _Steps.make(units, sizes, scores, gone, request, comparable)
+    steps = _Steps.make(units, sizes, scores, gone, request, comparable, times)
     ratio = request.filter_ratio
     if ratio is None:
-        assert request.budget is not None
-        taken = _within(units, steps, gone, *request.budget)
+        taken = _within(units, steps, _Budgets.make(units, steps, gone, request, times))
     elif request.scope != "global":
         asked = _ratios(units, ratio)[steps.space] * sizes[steps.space]
         taken = steps.forced | (steps.removable & (asked - steps.middle > NOISE))
@@ -131,12 +139,21 @@ class _Steps:
 
     @classmethod
     def make(
-        cls, units: ChannelUnits, sizes: Labels, scores: Array, gone: Chosen, request: Request, comparable: bool = False
+        cls,
+        units: ChannelUnits,
+        sizes: Labels,
+        scores: Array,
+        gone: Chosen,
+        request: Request,
+        comparable: bool = False,
+        times: NetworkTimes | None = None,
     ) -> "_Steps":
-        round_to = request.round_to
+        lanes = 1 if times is None else times.lanes
+        round_to = np.array([math.lcm(request.round_to, step_of(size, lanes)) for size in sizes.tolist()], np.intp)
         order = np.lexsort((-np.arange(units.count), scores, ~gone, units.space))
         position = positions(units.space)
-        left = (sizes[units.space] - 1 - position) // round_to * round_to  # kept when the step of the unit is gone
+        rounded = round_to[units.space]
+        left = (sizes[units.space] - 1 - position) // rounded * rounded  # kept when the step of the unit is gone
         first = np.flatnonzero(np.diff(units.space, prepend=-1) | np.diff(left, prepend=-1))
         size = np.diff(first, append=units.count)
         space = units.space[first]
@@ -170,97 +187,183 @@ class _Steps:
         return _first_of_space(self.space, self.ranking[(taken & ~self.forced)[self.ranking]][::-1])
 
 
-class _Costs:
-    """What the network costs without some steps: `ChannelUnits.macs` or `params`, for many choices at once.
-
-    Each step takes a share of the filters and of the input channels of each of `L` layers. What is left of a layer is
-    the product of the two remaining shares, so the cost is quadratic in the steps.
+class _Widths:
+    """How wide layers are without some steps: the shares of filters and of input channels of each of `L` layers that
+    remain, for many choices at once. Each step takes a share of both.
     """
 
-    def __init__(self, units: ChannelUnits, steps: _Steps, gone: Chosen, cost: Cost) -> None:
-        layers = units.layers.values()
-        self.dense = np.array([layer.params if cost == "params" else layer.macs or 0 for layer in layers], np.float64)
+    def __init__(self, units: ChannelUnits, steps: _Steps, gone: Chosen) -> None:
         step = np.empty(units.count, dtype=np.intp)
         step[steps.order] = np.repeat(np.arange(len(steps.size)), steps.size)
-        both: tuple[list[Units | None], ...] = [layer.writes for layer in layers], [layer.reads for layer in layers]
-        self._takes = [_taken_shares(channels, step, gone, len(steps.size)) for channels in both]
-        self._left = [_left_shares(channels, gone) for channels in both]
+        self._takes = [_taken_shares(channels, step, gone, len(steps.size)) for channels in _both(units)]
+        self._left = shares_left(units, gone)
 
-    def of(self, taken: Chosen) -> float:
-        """The cost without the steps `taken (E,)`."""
-        writes, reads = self._remaining(taken)
-        return float(self.dense @ (writes * reads))
-
-    def without(self, taken: Chosen, more: Labels) -> Array:
-        """The cost without each of the steps `more (M,)` besides, one at a time: `(M,)`."""
-        writes, reads = (
-            left[:, None] - takes[:, more].toarray()
-            for left, takes in zip(self._remaining(taken), self._takes, strict=True)
-        )
-        return np.asarray(self.dense @ (writes * reads))
-
-    def swapped(self, taken: Chosen, back: Labels, more: Labels) -> Matrix:
-        """The cost if one of `back (B,)` is given back and one of `more (M,)` taken in its place: `(B, M)`."""
-        writes, reads = (
-            left[:, None] + takes[:, back].toarray()
-            for left, takes in zip(self._remaining(taken), self._takes, strict=True)
-        )
-        writes_less, reads_less = (takes[:, more].toarray() for takes in self._takes)
-        weighted = self.dense[:, None]
-        # The product of two differences, multiplied out: no array over layers, steps back and steps taken.
-        return np.asarray(
-            (self.dense @ (writes * reads))[:, None]
-            - (weighted * writes).T @ reads_less
-            - (weighted * reads).T @ writes_less
-            + self.dense @ (writes_less * reads_less)
-        )
-
-    def _remaining(self, taken: Chosen) -> list[Array]:
+    def of(self, taken: Chosen) -> list[Array]:
+        """Writes and reads, `(L,)` each, without the steps `taken (E,)`."""
         return [left - takes @ taken.astype(np.float64) for left, takes in zip(self._left, self._takes, strict=True)]
 
+    def in_steps(self, steps: Labels) -> list[Matrix]:
+        """What each of the steps `(M,)` takes of them, `(L, M)` each."""
+        return [takes[:, steps].toarray() for takes in self._takes]
 
-def _within(units: ChannelUnits, steps: _Steps, gone: Chosen, cost: Cost, share: float) -> Chosen:
-    """The steps to take so that about `share` of the cost remains."""
-    costs = _Costs(units, steps, gone, cost)
-    target = share * float(costs.dense.sum())
+
+class _Costs:
+    """What of something remains without some steps, for many choices at once.
+
+    Args:
+        widths: of the layers.
+        price: what there is of it, from shares of filters and of input channels that remain.
+    """
+
+    def __init__(self, widths: _Widths, price: Callable[[Array, Array], Array]) -> None:
+        self._widths, self._price = widths, price
+
+    @property
+    def total(self) -> float:
+        """What there is with all channels."""
+        whole = np.ones_like(self._widths.of(np.zeros(self._widths._takes[0].shape[1], np.bool_))[0])
+        return float(self._price(whole, whole))
+
+    def of(self, taken: Chosen) -> float:
+        """What is left without the steps `taken (E,)`."""
+        return float(self._price(*self._widths.of(taken)))
+
+    def without(self, taken: Chosen, more: Labels) -> Array:
+        """What is left without each of the steps `more (M,)` besides, one at a time: `(M,)`."""
+        shares = zip(self._widths.of(taken), self._widths.in_steps(more), strict=True)
+        writes, reads = (left[:, None] - takes for left, takes in shares)
+        return self._price(writes, reads)
+
+    def swapped(self, taken: Chosen, back: Labels, more: Labels) -> Matrix:
+        """What is left if one of `back (B,)` is given back and one of `more (M,)` taken in its place: `(B, M)`."""
+        shares = zip(self._widths.of(taken), *map(self._widths.in_steps, (back, more)), strict=True)
+        writes, reads = (left[:, None, None] + given[:, :, None] - takes[:, None, :] for left, given, takes in shares)
+        return self._price(writes, reads)
+
+
+class _Products(_Costs):
+    """MACs or parameters: those of a layer are the product of both its remaining shares, so that they are quadratic in
+    the steps.
+    """
+
+    def __init__(self, units: ChannelUnits, widths: _Widths, cost: Cost) -> None:
+        layers = units.layers.values()
+        dense = np.array([layer.params if cost == "params" else layer.macs or 0 for layer in layers], np.float64)
+        super().__init__(widths, lambda writes, reads: np.tensordot(dense, writes * reads, 1))
+        self._dense = dense
+
+    @property
+    def total(self) -> float:
+        """Of the dense network."""
+        return float(self._dense.sum())
+
+    def swapped(self, taken: Chosen, back: Labels, more: Labels) -> Matrix:
+        """The same with the product of two differences multiplied out: no array over layers, steps back and steps
+        taken.
+        """
+        shares = zip(self._widths.of(taken), self._widths.in_steps(back), strict=True)
+        writes, reads = (left[:, None] + given for left, given in shares)
+        writes_less, reads_less = self._widths.in_steps(more)
+        weighted = self._dense[:, None]
+        return np.asarray(
+            (self._dense @ (writes * reads))[:, None]
+            - (weighted * writes).T @ reads_less
+            - (weighted * reads).T @ writes_less
+            + self._dense @ (writes_less * reads_less)
+        )
+
+
+@dataclass(frozen=True)
+class _Budgets:
+    """Several costs as one: the largest of what is left, each relative to what may be. 1 meets them all.
+
+    Attributes:
+        asked: the share of each that may remain, by name.
+        costs: in the same order.
+    """
+
+    asked: Mapping[str, float]
+    costs: Sequence[_Costs]
+
+    @classmethod
+    def make(
+        cls, units: ChannelUnits, steps: _Steps, gone: Chosen, request: Request, times: NetworkTimes | None
+    ) -> "_Budgets":
+        widths = _Widths(units, steps, gone)
+        costs: list[_Costs] = [_Products(units, widths, cost) for cost in request.budgets]
+        if request.latency is not None:
+            assert times is not None
+            costs.append(_Costs(widths, times))
+        return cls(request.shares, costs)
+
+    @cached_property
+    def _allowed(self) -> list[float]:
+        shares = zip(self.asked.values(), self.costs, strict=True)
+        return [max(share * cost.total, np.finfo(np.float64).tiny) for share, cost in shares]
+
+    def each(self, taken: Chosen) -> dict[str, float]:
+        """What is left of each relative to what may be."""
+        found = zip(self.asked, self.costs, self._allowed, strict=True)
+        return {name: cost.of(taken) / allowed for name, cost, allowed in found}
+
+    def of(self, taken: Chosen) -> float:
+        """Without the steps `taken (E,)`."""
+        return max(self.each(taken).values())
+
+    def without(self, taken: Chosen, more: Labels) -> Array:
+        """Without each of the steps `more (M,)` besides, one at a time: `(M,)`."""
+        found = zip(self.costs, self._allowed, strict=True)
+        return np.max([cost.without(taken, more) / allowed for cost, allowed in found], axis=0)
+
+    def swapped(self, taken: Chosen, back: Labels, more: Labels) -> Matrix:
+        """With one of `back (B,)` given back and one of `more (M,)` taken in its place: `(B, M)`."""
+        found = zip(self.costs, self._allowed, strict=True)
+        return np.max([cost.swapped(taken, back, more) / allowed for cost, allowed in found], axis=0)
+
+
+def _within(units: ChannelUnits, steps: _Steps, budgets: _Budgets) -> Chosen:
+    """The steps to take so that about what may remain does."""
     low, high = int(np.count_nonzero(steps.forced)), len(steps.ranking)
     taken, everything = steps.beginning(low), steps.beginning(high)
-    if costs.of(taken) <= target * (1 + NOISE):
+    if budgets.of(taken) <= 1 + NOISE:
         return taken
-    if (least := costs.of(everything)) > target * (1 + TOLERANCE):
+    least = budgets.each(everything)
+    worst = max(least, key=least.__getitem__)
+    if least[worst] > 1 + TOLERANCE:
+        share = budgets.asked[worst]
         raise PlanError(
-            f"{cost}={share:.4g} cannot be reached by removing filters: with all but the least that each of the "
-            f"{len(units.names)} channel spaces keeps removed, {least / costs.dense.sum():.4g} remains; ask for more "
+            f"{worst}={share:.4g} cannot be reached by removing filters: with all but the least that each of the "
+            f"{len(units.names)} channel spaces keeps removed, {least[worst] * share:.4g} remains; ask for more "
             f"than that, or let more layers be pruned ({len(units.fixed)} convolutions stay whole)"
         )
     while low < high:  # the longest beginning that costs the target or more
         count = (low + high + 1) // 2
-        low, high = (count, high) if costs.of(steps.beginning(count)) >= target else (low, count - 1)
+        low, high = (count, high) if budgets.of(steps.beginning(count)) >= 1 else (low, count - 1)
     # From there on the next step is too dear, and those after it that are not fill the gap.
     taken = steps.beginning(low)
     nearest, miss = taken, math.inf
     while True:
         ahead = steps.next(taken)
-        found, its_miss = _nearest(steps, costs, taken, ahead, target)
+        found, its_miss = _nearest(steps, budgets, taken, ahead)
         if its_miss < miss:
             nearest, miss = found, its_miss
-        fitting = ahead[costs.without(taken, ahead) >= target]
-        if miss <= ENOUGH * target or not len(fitting):
+        fitting = ahead[budgets.without(taken, ahead) >= 1]
+        if miss <= ENOUGH or not len(fitting):
             return nearest
         taken[fitting[0]] = True
 
 
-def _nearest(steps: _Steps, costs: _Costs, taken: Chosen, ahead: Labels, target: float) -> tuple[Chosen, float]:
-    """Of a choice, of it with one more step, and of it with one step for another, the nearest to the target.
+def _nearest(steps: _Steps, budgets: _Budgets, taken: Chosen, ahead: Labels) -> tuple[Chosen, float]:
+    """Of a choice, of it with one more step, and of it with one step for another, the nearest to what may remain.
 
-    Also how far it is from the target: what is above it by more than `TOLERANCE` is farther than all that is below.
+    Also how far it is from that: what is above it by more than `TOLERANCE` is farther than all that is below.
     """
     back = steps.last(taken)
-    swapped = costs.swapped(taken, back, ahead)
+    swapped = budgets.swapped(taken, back, ahead)
     swapped[steps.space[back][:, None] == steps.space[ahead]] = np.inf  # the same units again, out of order
-    found = np.concatenate([[costs.of(taken)], costs.without(taken, ahead), swapped.ravel()])
-    misses = np.where(found > target * (1 + TOLERANCE), found, np.abs(found - target))
-    best = int(np.argmax(misses <= misses.min() + NOISE * target))  # the simplest of equals
+    found = np.concatenate([[budgets.of(taken)], budgets.without(taken, ahead), swapped.ravel()])
+    misses = np.where(found > 1 + TOLERANCE, found, np.abs(found - 1))
+    best = int(np.argmax(misses <= misses.min() + NOISE))  # the simplest of equals
     miss, best = float(misses[best]), best - 1
     chosen = taken.copy()
     if best >= len(ahead):
@@ -332,10 +435,19 @@ def _taken_shares(channels: list[Units | None], step: Labels, gone: Chosen, coun
     return csc_array(entries, shape=(len(channels), count))
 
 
-def _left_shares(channels: list[Units | None], gone: Chosen) -> Array:
-    """The share of the channels of each layer that is there before any step: `(L,)`."""
+def _both(units: ChannelUnits) -> tuple[list[Units | None], list[Units | None]]:
+    """To which units the filters of each layer belong, and its input channels."""
+    layers = units.layers.values()
+    return [layer.writes for layer in layers], [layer.reads for layer in layers]
+
+
+def shares_left(units: ChannelUnits, gone: Chosen) -> tuple[Array, Array]:
+    """The shares of its filters and input channels that each layer has without units `gone (U,)`: `(L,)` each."""
     stays = np.append(~gone, True)  # STAYS is the last
-    return np.array([1.0 if labels is None else stays[labels].mean() for labels in channels])
+    writes, reads = (
+        np.array([1.0 if labels is None else stays[labels].mean() for labels in channels]) for channels in _both(units)
+    )
+    return writes, reads
 
 
 def _check(units: ChannelUnits, scores: Array, request: Request, gone: Chosen) -> None:

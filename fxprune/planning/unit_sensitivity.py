@@ -40,7 +40,11 @@ class UnitSensitivity:
     table: Sensitivity
     order: Labels
 
-    def scores(self, table: Sensitivity, cost: Cost | None) -> Array:
+    def prices(self, cost: Cost) -> Array:
+        """What one unit of each space saves of the cost, `(S,)`."""
+        return np.array([getattr(space, cost) / len(space.damage) for space in self.table.layers], np.float64)
+
+    def scores(self, table: Sensitivity, prices: Array | None) -> Array:
         """What each unit is worth, `(U,)`: the loss that its removal adds, for each unit of cost that it saves.
 
         In each space they rise in the order of elimination: they are the slopes of the greatest convex function below
@@ -48,14 +52,14 @@ class UnitSensitivity:
 
         Args:
             table: `self.table`, or another way to spend a budget on the same spaces.
-            cost: what is to be saved; None counts units.
+            prices: what one unit of each space saves, `(S,)`; None counts units.
         """
         slopes = [np.zeros(0)]
-        for space in table.layers:
+        for number, space in enumerate(table.layers):
             losses = np.array([loss_of(damage) for damage in space.damage[::-1]])  # the first units gone first
             rise = isotonic_regression(np.diff(losses)).x if len(losses) > 1 else np.zeros(0)
             rise = np.append(rise, rise[-1:] if len(rise) else 0.0)  # the last one never goes
-            price = 1.0 if cost is None else getattr(space, cost) / len(losses)
+            price = 1.0 if prices is None else float(prices[number])
             slopes.append(np.maximum(rise, 0) / max(price, np.finfo(np.float64).tiny))
         sizes = [len(slope) for slope in slopes]
         ranked = np.concatenate(slopes)

@@ -36,7 +36,17 @@ def skip_reason(module: nn.Module, shared_parameters: Set[int] = frozenset()) ->
     """
     if not isinstance(module, Convolution):
         return f"{type(module).__name__} is not a convolution"
-    conv = module
+    if reason := obstacle_of(module, shared_parameters):
+        return reason
+    if module.in_channels < MIN_IN_CHANNELS:
+        return f"too few input channels ({module.in_channels} < {MIN_IN_CHANNELS})"
+    if module.out_channels < MIN_OUT_CHANNELS:
+        return f"too few filters ({module.out_channels} < {MIN_OUT_CHANNELS})"
+    return ""
+
+
+def obstacle_of(conv: Convolution, shared_parameters: Set[int] = frozenset()) -> str:
+    """Why the weight of a convolution must stay what it is, or `""`; see `skip_reason`."""
     if "forward" in vars(conv) or "_conv_forward" in vars(conv):
         return "its forward was replaced; only plain convolutions can be regrouped exactly"
     if computes_its_own_forward(type(conv)):
@@ -55,10 +65,6 @@ def skip_reason(module: nn.Module, shared_parameters: Set[int] = frozenset()) ->
         return "shares its weight with another module"
     if not conv.weight.is_floating_point():  # quantized, integer and complex types
         return f"its weight is {conv.weight.dtype}, not floating point"
-    if conv.in_channels < MIN_IN_CHANNELS:
-        return f"too few input channels ({conv.in_channels} < {MIN_IN_CHANNELS})"
-    if conv.out_channels < MIN_OUT_CHANNELS:
-        return f"too few filters ({conv.out_channels} < {MIN_OUT_CHANNELS})"
     return ""
 
 

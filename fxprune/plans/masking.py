@@ -26,7 +26,7 @@ def kept_entries(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
         PlanError: the plan was made for another model.
     """
     plan.check(model)
-    kept = entries_without_removed(model, plan)
+    kept = entries_without_removed(model, plan) | entries_without_branches(model, plan)
     for name, kernels in plan.layers.items():
         conv = conv_at(model, name)
         weight = kernels_of(conv)
@@ -65,6 +65,13 @@ def entries_without_removed(model: nn.Module, plan: PrunePlan) -> dict[str, Tens
                 stays.transpose(0, dim if attribute == "weight" else 0)[outputs] = False
                 kept[f"{name}.{attribute}"] = stays
     return kept
+
+
+def entries_without_branches(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
+    """The same for the branches alone that `plan` removes: the weight of the layer that ends one."""
+    tensors = tensors_of(model)
+    weights = (f"{name}.weight" for name in plan.branches)
+    return {name: torch.zeros_like(tensors[name], dtype=torch.bool) for name in weights}
 
 
 def remaining(size: int, removed: Collection[int]) -> Tensor:

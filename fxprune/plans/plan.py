@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -256,6 +257,8 @@ class PrunePlan(Tabular):
             whole, in every module they touch.
         baked: names of the convolutions whose computed weight became a plain one before this was planned.
         remarks: what the user should know of the plan as a whole: what else was tried, and what it would have given.
+        branches: residual branches that go as a whole: module name of the layer at the end of each, to those of all its
+            layers. Channels and kernels are of the network without them.
 
     Two plans are equal when all fields are. A plan can be copied and pickled, but not hashed.
 
@@ -273,6 +276,7 @@ class PrunePlan(Tabular):
     removed: Mapping[str, RemovedChannels] = field(default_factory=dict)
     baked: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    branches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Make the mappings read-only and check them."""
@@ -287,6 +291,10 @@ class PrunePlan(Tabular):
             if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
                 raise PlanError(f"{what} is {texts!r}; it must list {kind}")
             set_field(self, what, tuple(texts))
+        set_field(self, "branches", MappingProxyType(_checked_branches(self.branches)))
+        for name in itertools.chain.from_iterable(self.branches.values()):
+            if name in self.layers or name in self.removed:
+                raise PlanError(f"{name}: the layer goes with its branch, and is planned beside; list it once")
         for name in ("method", "criterion"):
             if not isinstance(getattr(self, name), str):
                 raise PlanError(f"{name} is {getattr(self, name)!r}; it must be a string")
@@ -302,7 +310,8 @@ class PrunePlan(Tabular):
         ratio = dict(self.ratio) if isinstance(self.ratio, Mapping) else self.ratio
         layers, skipped, notes, removed = (dict(m) for m in (self.layers, self.skipped, self.notes, self.removed))
         names = self.method, self.criterion, self.seed
-        return PrunePlan, (layers, skipped, ratio, *names, notes, removed, self.baked, self.remarks)
+        branches = dict(self.branches)
+        return PrunePlan, (layers, skipped, ratio, *names, notes, removed, self.baked, self.remarks, branches)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PrunePlan":
         """The plan itself, for it is constant: a compiled model carries it, and would spend more time on a copy of it
@@ -313,8 +322,10 @@ class PrunePlan(Tabular):
     def brief(self) -> str:
         """What is in it, in a few words."""
         filters = sum(channels.asked_ratio is not None for channels in self.removed.values())
-        return f"{len(self.layers)} convolutions to prune, {len(self.skipped)} left dense" + (
-            f"; {filters} convolutions lose whole filters" if filters else ""
+        return (
+            f"{len(self.layers)} convolutions to prune, {len(self.skipped)} left dense"
+            + (f"; {filters} convolutions lose whole filters" if filters else "")
+            + (f"; {len(self.branches)} residual branches go" if self.branches else "")
         )
 
     def table(self) -> Table:
@@ -329,6 +340,9 @@ class PrunePlan(Tabular):
             *((Column("blocks (cost)"),) if blocks else ()),
         )
         rows: list[tuple[Cell, ...]] = [
+            (name, "branch", f"goes with {', '.join(names)}") for name, names in self.branches.items()
+        ]
+        rows += [
             (name, "filters", f"{len(channels.outputs)} filters go (asked {channels.asked_ratio:.4g})")
             for name, channels in self.removed.items()
             if channels.asked_ratio is not None
@@ -366,6 +380,7 @@ class PrunePlan(Tabular):
                 "removed": {name: channels.to_dict() for name, channels in self.removed.items()},
             }
             | {name: list(texts) for name in ("baked", "remarks") if (texts := getattr(self, name))}
+            | ({"branches": {name: list(names) for name, names in self.branches.items()}} if self.branches else {})
         )
 
     @classmethod
@@ -386,7 +401,7 @@ class PrunePlan(Tabular):
             raise PlanError(f"the plan has version {version!r}, but only {VERSION} can be read; make the plan again")
         names = (field.name for field in fields(cls))
         values = fields_of(
-            {"notes": {}, "removed": {}, "baked": [], "remarks": []} | data, *names
+            {"notes": {}, "removed": {}, "baked": [], "remarks": [], "branches": {}} | data, *names
         )  # earlier versions lack these
         values["layers"] = parsed("layers", values["layers"], GroupedKernels.from_dict)
         values["removed"] = parsed("removed", values["removed"], RemovedChannels.from_dict)
@@ -427,6 +442,12 @@ class PrunePlan(Tabular):
                     f"{name}: the plan is for {planned[0]} filters of {planned[1]} channels, "
                     f"but the convolution has {found[0]} of {found[1]}; {_REMAKE}"
                 )
+        for name in self.branches:
+            if name not in modules or not isinstance(getattr(modules[name], "weight", None), torch.Tensor):
+                raise PlanError(
+                    f"{name}: the plan removes the branch that this layer ends, and {type(model).__name__} has no "
+                    f"layer with a weight of this name{near_matches(name, modules)}; {_REMAKE}"
+                )
         parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
         for name, gone in self.removed.items():
             if name not in modules and name not in parameters:
@@ -442,6 +463,19 @@ class PrunePlan(Tabular):
                     raise PlanError(f"{name}: the plan removes {what} {channels[-1]}, but there are {size}; {_REMAKE}")
                 if channels and len(channels) == size:
                     raise PlanError(f"{name}: the plan removes all {size} {what}s; keep at least one")
+
+
+def _checked_branches(branches: object) -> dict[str, tuple[str, ...]]:
+    """The branches with tuples of names."""
+    if not isinstance(branches, Mapping):
+        raise PlanError(f"branches is {branches!r}; it must map the layer at the end of each to its layers")
+    found = {}
+    for name, layers in branches.items():
+        texts = isinstance(layers, list | tuple) and all(isinstance(layer, str) for layer in layers)
+        if not isinstance(name, str) or not texts or name not in layers:
+            raise PlanError(f"branches: {name!r} has {layers!r}; it must list the layers of the branch, {name!r} too")
+        found[name] = tuple(layers)
+    return found
 
 
 def channels_of(module: nn.Module) -> tuple[int, int]:

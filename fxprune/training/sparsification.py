@@ -106,7 +106,7 @@ def sparsify(
     refuse_unknown(planning.keys() - {field.name for field in fields(Request)})
     planning["ignore"] = ignored_patterns(planning.get("ignore", ()), _unwrap(model)[0])
     request = Request(ratio=ratio, granularity=granularity, **planning)
-    if request.ratio is None and request.budget is None:
+    if request.ratio is None and not request.budgets:
         request = replace(request, ratio=DEFAULT_RATIO)
     if request.snapshots is not None:  # read now: there will be many plans, and a file may be gone by then
         request = replace(request, snapshots=load_snapshots(request.snapshots, _unwrap(model)[0]))
@@ -351,10 +351,8 @@ def _check_gradual(schedule: Schedule, planning: Mapping[str, Any]) -> None:
 
 def _scaled(request: Request, share: float) -> Request:
     """The request at a share of the target sparsity."""
-    if request.macs is not None:
-        return replace(request, macs=1 - (1 - request.macs) * share)
-    if request.params is not None:
-        return replace(request, params=1 - (1 - request.params) * share)
+    if request.has_budget:
+        return request.with_shares({name: 1 - (1 - left) * share for name, left in request.shares.items()})
     if isinstance(request.ratio, Mapping):
         return replace(request, ratio={pattern: value * share for pattern, value in request.ratio.items()})
     assert request.ratio is not None

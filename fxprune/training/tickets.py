@@ -101,6 +101,8 @@ def random_ticket(model: nn.Module, plan: PrunePlan, seed: int, example_inputs: 
     """
     check_seed(seed)
     plan.check(model)
+    if plan.branches:
+        raise PlanError("the plan removes whole branches, of which none are drawn; compare plans of kernels or filters")
     removed = _drawn_channels(model, plan, seed, example_inputs) if plan.removed else {}
     grouping: dict[tuple[tuple[int, ...], int], str] = {}  # groups of filters to the first layer that has them
     layers = {}

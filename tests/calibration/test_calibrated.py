@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from zoo import CASES, Case
 
 import fxprune
-from fxprune.calibration.refit import FITS, LayerFit
+from fxprune.calibration.refitting import FITS, LayerFit
 from fxprune.exact.record import record_of
 from fxprune.plans import PrunePlan
 from fxprune.vocabulary import FormChoice

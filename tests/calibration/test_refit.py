@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from products_harness import fewer
 from torch import Tensor, nn
 
+import fxprune.calibration.least_squares
 from fxprune.calibration.batches import Batch, read_batches
 from fxprune.calibration.following import Bounds
-from fxprune.calibration.least_squares import GroupedRidge, columns_of
-from fxprune.calibration.refit import LayerFit, reconstruct, solve
-from fxprune.calibration.samples import Samples
+from fxprune.calibration.least_squares import Part, bundles, columns_of, problem_of, pull_of
+from fxprune.calibration.refitting import LayerFit, parts_of, reconstruct, solve
+from fxprune.calibration.samples import Samples, mean_product
 from fxprune.graph.tracing import trace
 from fxprune.plans import GroupedKernels
 
@@ -60,7 +61,7 @@ def test_a_layer_is_solved_by_least_squares_of_each_group(centered: bool) -> Non
     weight, kernels = random_weight(), random_kernels(8, 6, 2, 3)
     samples = some_samples(weight, 3000, centered=centered)
     parts = columns_of(kernels.out_order, kernels.kept, 4, weight.device)
-    new = GroupedRidge(samples.gram(), parts, weight.flatten(1), 1e-9).solve(samples.cross())
+    new = solve(weight, parts_of(kernels, weight), samples, ridge=1e-9).weight.flatten(1)
     intercept = samples.target_mean - new @ samples.input_mean
     inputs = samples.inputs.double() + samples.input_mean
     for filters, columns in parts:
@@ -72,7 +73,7 @@ def test_a_layer_is_solved_by_least_squares_of_each_group(centered: bool) -> Non
         if centered:
             np.testing.assert_allclose(intercept[filters], expected[-1], atol=1e-4)
     # With many rows the pull is weak: what `solve` gives is near.
-    solution = solve(weight, kernels, samples)
+    solution = solve(weight, parts_of(kernels, weight), samples)
     assert torch.allclose(solution.weight.flatten(1), new, atol=0.05)
     assert torch.allclose(solution.intercept, intercept, atol=0.05)
     if not centered:
@@ -82,7 +83,7 @@ def test_a_layer_is_solved_by_least_squares_of_each_group(centered: bool) -> Non
 @pytest.mark.parametrize("bounds", [None, RELU, RELU6])
 def test_weights_outside_the_kept_kernels_are_exactly_zero(bounds: Bounds | None) -> None:
     weight, kernels = random_weight(), random_kernels(8, 6, 2, 3)
-    new = solve(weight, kernels, some_samples(weight), bounds).weight
+    new = solve(weight, parts_of(kernels, weight), some_samples(weight), bounds).weight
     assert not new[~kernels.mask()].any()
     assert new[kernels.mask()].all()
 
@@ -93,16 +94,67 @@ def test_the_pull_is_toward_the_dense_weights() -> None:
     prior = weight.flatten(1)
     parts = columns_of(kernels.out_order, kernels.kept, 4, weight.device)
     for ridge in (1e-3, 1.0):
-        problem = GroupedRidge(samples.gram(), parts, prior, ridge)
-        new = problem.solve(samples.cross())
+        solution = solve(weight, parts_of(kernels, weight), samples, ridge=ridge)
+        assert solution.fit.ridge == ridge
+        new = solution.weight.flatten(1)
         pull = ridge * samples.gram().diagonal().mean()
+        assert pull_of(samples.mean_square, ridge) == pytest.approx(float(pull))
         for filters, columns in parts:
             here = new[filters][:, columns]
             gradient = here @ samples.gram()[columns][:, columns] - samples.cross()[filters][:, columns]
             gradient += pull * (here - prior[filters][:, columns])
-            assert gradient.abs().max() < 1e-9
-    stiff = GroupedRidge(samples.gram(), parts, prior, 1e9).solve(samples.cross())
-    assert torch.allclose(stiff, problem.mask(prior), atol=1e-6)
+            assert gradient.abs().max() < 1e-6
+    stiff = solve(weight, parts_of(kernels, weight), samples, ridge=1e9).weight
+    assert torch.allclose(stiff, weight * kernels.mask()[:, :, None, None], atol=1e-6)
+
+
+def one_part(filters: int = 5, unknowns: int = 40) -> tuple[Tensor, Part]:
+    generator = torch.Generator().manual_seed(3)
+    prior = torch.randn(filters + 2, unknowns, generator=generator, dtype=torch.float64)
+    return prior, (torch.arange(filters) + 1, torch.randperm(unknowns, generator=generator)[: unknowns // 2])
+
+
+@pytest.mark.parametrize("rows", [12, 19, 20, 200])
+def test_fewer_rows_than_columns_are_solved_through_the_rows_with_equal_results(rows: int) -> None:
+    prior, part = one_part()
+    outputs, columns = part
+    samples = some_samples(prior[:, :, None, None], rows)
+    targets = (samples.targets - samples.target_mean.float())[:, outputs]
+    # By rows there is no need of the Gram matrix of the columns: that of zeros would give other weights.
+    gram = samples.gram() if rows >= len(columns) else torch.zeros(40, 40).double()
+    problem = problem_of(samples, gram, [part], prior, 0.05)
+    best = problem.solve(targets)
+    assert best.shape == ((rows, 5) if rows < len(columns) else (5, len(columns)))
+    own, inputs = prior[outputs][:, columns], samples.inputs[:, columns].double()
+    system = inputs.T @ inputs / rows + 0.05 * torch.eye(len(columns)).double()
+    expected = torch.linalg.solve(system, inputs.T @ targets.double() / rows + 0.05 * own.T).T
+    assert torch.allclose(problem.weights(best), expected, atol=1e-4)
+    assert torch.allclose(problem.weights(problem.prior()), own, atol=1e-6)
+    assert torch.allclose(problem.answer(best), (inputs @ expected.T).float(), atol=1e-4)
+    # One step from anywhere, for the targets that it implies, is the solution for these.
+    missing = torch.randn(rows, 5)
+    step = problem.step(best, missing)
+    implied = inputs.T @ (problem.answer(best) + missing).double() / rows + 0.05 * own.T
+    assert torch.allclose(problem.weights(step), torch.linalg.solve(system, implied).T, atol=1e-3)
+    assert not torch.allclose(problem.weights(step), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("bounds", [None, RELU])
+def test_groups_that_are_solved_together_get_what_each_gets_alone(
+    bounds: Bounds | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, kernels = random_weight(12, 10, 4), random_kernels(12, 10, 4, 5)
+    parts = parts_of(kernels, weight)
+    samples = some_samples(weight, 900)
+    together = solve(weight, parts, samples, bounds)
+    monkeypatch.setattr(fxprune.calibration.least_squares, "TOGETHER", 1)
+    alone = solve(weight, parts, samples, bounds)
+    assert torch.allclose(together.weight, alone.weight, atol=1e-4 if bounds is None else 0.05)
+    assert together.fit.refitted == pytest.approx(alone.fit.refitted, rel=1e-4)
+    assert [len(bundle) for bundle in bundles(parts, 900)] == [1] * 4
+    monkeypatch.setattr(fxprune.calibration.least_squares, "TOGETHER", 6)
+    assert [len(bundle) for bundle in bundles(parts, 900)] == [2, 2]
+    assert [len(bundle) for bundle in bundles(parts, 19)] == [1] * 4  # 20 columns: by rows, each by itself
 
 
 def test_if_nothing_is_pruned_the_layer_stays_as_it_is() -> None:
@@ -112,7 +164,7 @@ def test_if_nothing_is_pruned_the_layer_stays_as_it_is() -> None:
     exact = inputs.double() @ weight.flatten(1).T
     samples = Samples(samples.inputs, samples.input_mean, exact.float(), exact.mean(0), samples.scale, samples.offset)
     for bounds in (None, RELU):
-        solution = solve(weight, random_kernels(8, 6, 2, 6), samples, bounds)
+        solution = solve(weight, parts_of(random_kernels(8, 6, 2, 6), weight), samples, bounds)
         assert torch.allclose(solution.weight, weight, atol=1e-4)
         assert torch.allclose(solution.intercept, torch.zeros(8, dtype=torch.float64), atol=1e-4)
 
@@ -127,7 +179,7 @@ def mean_error(samples: Samples, weight: Tensor) -> float:
 def test_the_error_falls_and_is_told_as_it_is(rows: int) -> None:
     weight, kernels = random_weight(), random_kernels(8, 6, 2, 3)
     samples = some_samples(weight, rows)
-    solution = solve(weight, kernels, samples)
+    solution = solve(weight, parts_of(kernels, weight), samples)
     assert solution.fit.rows == rows
     assert solution.fit.refitted == pytest.approx(mean_error(samples, solution.weight), rel=1e-4, abs=1e-6)
     masked = weight * kernels.mask()[:, :, None, None]
@@ -155,7 +207,10 @@ def test_the_one_sided_loss_ends_below_that_of_least_squares(
     for seed in range(4):
         weight, kernels = random_weight(), random_kernels(8, 6, 2, 3, seed)
         samples = some_samples(weight, 600, seed, centered=centered, scale=scale)
-        plain, one_sided = solve(weight, kernels, samples), solve(weight, kernels, samples, bounds)
+        plain, one_sided = (
+            solve(weight, parts_of(kernels, weight), samples),
+            solve(weight, parts_of(kernels, weight), samples, bounds),
+        )
         before, after = (let_through(samples, s.weight, s.intercept, bounds) for s in (plain, one_sided))
         assert after < 0.97 * before
         assert plain.fit == one_sided.fit
@@ -164,10 +219,10 @@ def test_the_one_sided_loss_ends_below_that_of_least_squares(
 def test_a_one_sided_step_in_the_wrong_direction_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, kernels = random_weight(), random_kernels(8, 6, 2, 3)
     samples = some_samples(weight, 600)
-    plain = solve(weight, kernels, samples)
+    plain = solve(weight, parts_of(kernels, weight), samples)
     honest = Tensor.clamp
     monkeypatch.setattr(Tensor, "clamp", lambda self, min=None, max=None: honest(self, min=max, max=min))
-    broken = solve(weight, kernels, samples, RELU)
+    broken = solve(weight, parts_of(kernels, weight), samples, RELU)
     monkeypatch.undo()
     before, after = (let_through(samples, s.weight, s.intercept, RELU) for s in (plain, broken))
     assert after > before
@@ -176,7 +231,7 @@ def test_a_one_sided_step_in_the_wrong_direction_is_seen(monkeypatch: pytest.Mon
 def test_the_one_sided_problem_is_solved_to_its_optimum() -> None:
     weight, kernels = random_weight(2, 3, 1), random_kernels(2, 3, 1, 2)
     samples = some_samples(weight, 500)
-    found = solve(weight, kernels, samples, RELU)
+    found = solve(weight, parts_of(kernels, weight), samples, RELU)
     free = torch.cat([found.weight.flatten(1), found.intercept[:, None]], 1).clone()
     mask = torch.cat([kernels.mask(), torch.ones(2, 1, dtype=torch.bool)], 1)
     variables = (free * mask).requires_grad_()
@@ -197,7 +252,7 @@ def test_the_one_sided_problem_is_solved_to_its_optimum() -> None:
 
     before = let_through(samples, found.weight, found.intercept, RELU)
     optimizer.step(closure)
-    plain = solve(weight, kernels, samples)
+    plain = solve(weight, parts_of(kernels, weight), samples)
     gained = let_through(samples, plain.weight, plain.intercept, RELU) - before
     assert before - loss().item() < 0.2 * gained  # 0.13 when written: it stops where little is left to gain
 
@@ -210,7 +265,7 @@ def test_inputs_without_variance_keep_the_dense_weights(constant: float, bounds:
     output = inputs.double() @ weight.flatten(1).T + 0.1
     mean = inputs.mean(0, dtype=torch.float64)
     samples = Samples(inputs - mean.float(), mean, output.float(), output.mean(0), torch.ones(8), torch.zeros(1, 8))
-    solution = solve(weight, kernels, samples, bounds)
+    solution = solve(weight, parts_of(kernels, weight), samples, bounds)
     assert torch.allclose(solution.weight, weight * kernels.mask()[:, :, None, None], atol=1e-6)
     given = inputs[0].double() @ solution.weight.flatten(1).T + solution.intercept
     assert torch.allclose(given, output[0], atol=1e-4)
@@ -223,7 +278,7 @@ def test_dead_channels_keep_their_weights() -> None:
     dead[:, 2] = 0
     mean = dead.mean(0, dtype=torch.float64)
     samples = Samples(dead - mean.float(), mean, samples.targets, samples.target_mean, samples.scale, samples.offset)
-    solution = solve(weight, kernels, samples)
+    solution = solve(weight, parts_of(kernels, weight), samples)
     kept = kernels.mask()[:, 2]
     assert torch.allclose(solution.weight[kept, 2], weight[kept, 2])
     assert solution.fit.refitted < solution.fit.masked
@@ -235,8 +290,8 @@ def test_samples_that_never_vary_leave_a_finite_fit() -> None:
     samples = Samples(
         zero, torch.zeros(24).double(), torch.zeros(10, 8), torch.zeros(8).double(), torch.ones(8), torch.zeros(1, 8)
     )
-    solution = solve(weight, random_kernels(8, 6, 2, 3), samples, RELU)
-    assert solution.fit == LayerFit(10, 0.0, 0.0)
+    solution = solve(weight, parts_of(random_kernels(8, 6, 2, 3), weight), samples, RELU)
+    assert solution.fit == LayerFit(10, 0.0, 0.0, solution.fit.ridge)
     assert torch.isfinite(solution.weight).all()
 
 
@@ -354,8 +409,8 @@ def test_refit_lowers_the_error_of_the_output_on_data_held_out(seed: int) -> Non
 
 
 def test_a_refit_to_wrong_targets_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    cross = Samples.cross
-    monkeypatch.setattr(Samples, "cross", lambda self, targets=None: cross(self, targets).roll(1, 0))
+    used = "fxprune.calibration.least_squares.mean_product"
+    monkeypatch.setattr(used, lambda targets, rows: mean_product(targets.roll(1, 1), rows))
     model = network()
     masked, new, _ = refitted(model, images(64))
     held_out = images(64, seed=1000)

@@ -341,15 +341,37 @@ def test_a_seed_gives_one_draw_and_global_random_state_is_not_used(monkeypatch: 
 
 def test_moments_are_means_over_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fxprune.calibration.samples, "CHUNK", 64)
+    monkeypatch.setattr(fxprune.calibration.samples, "BAND", 10)
     samples, _, values = drawn(randomize(Block("norm +")), images(3, 2))
+    assert samples.inputs.shape[1] == 36
     u, t = samples.inputs.double(), samples.targets.double()
     assert torch.allclose(samples.gram(), u.T @ u / len(u), atol=1e-6)
     assert torch.allclose(samples.cross(), t.T @ u / len(u), atol=1e-6)
-    assert torch.allclose(samples.cross(2 * samples.targets), 2 * samples.cross(), atol=1e-6)
+    assert samples.mean_square == pytest.approx(float(samples.gram().diagonal().mean()))
     assert torch.allclose(samples.energy(), t.var(0, correction=0), atol=1e-6)
     squares = values["patches"].double().square().view(len(u), 4, 9).mean((0, 2))
     assert torch.allclose(samples.second_moment(4), squares, atol=1e-6)
     assert samples.gram().dtype == samples.cross().dtype == samples.energy().dtype == torch.float64
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_halves_are_other_rows_and_make_up_the_whole(rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    u, t, offset = (torch.randn(rows, width, generator=generator) for width in (5, 3, 3))
+    none = torch.zeros(5).double(), t, torch.zeros(3).double(), torch.ones(3)
+    samples = Samples(u, *none, offset, centered=False)
+    first, second = samples.parts()
+    assert (first.rows, second.rows) == ((rows + 1) // 2, max(1, rows // 2))
+    if rows > 1:
+        assert torch.equal(torch.cat([first.inputs, second.inputs]), u)
+        assert torch.equal(torch.cat([first.targets, second.targets]), t)
+        assert torch.equal(torch.cat([first.offset, second.offset]), offset)
+    for half, moments in zip((first, second), samples.halves, strict=True):
+        assert torch.allclose(moments.gram, (half.inputs.T @ half.inputs / half.rows).double(), atol=1e-6)
+    assert torch.allclose(samples.gram(), (u.T @ u / rows).double(), atol=1e-6)
+    some = samples.of(torch.tensor([2, 0]))
+    assert torch.equal(some.targets, t[:, [2, 0]])
+    assert torch.equal(some.offset, offset[:, [2, 0]])
 
 
 def test_energy_without_an_intercept_is_not_taken_about_the_mean() -> None:

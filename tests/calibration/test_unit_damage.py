@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.calibration.damage import loss_of
-from fxprune.calibration.least_squares import RIDGES
+from fxprune.calibration.held_out import RIDGES
 from fxprune.calibration.survey import measured
 from fxprune.calibration.unit_damage import Reader, StiffReader, space_damage
 from fxprune.graph.convolutions import Layer

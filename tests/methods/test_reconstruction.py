@@ -375,7 +375,8 @@ def test_channels_go_in_the_order_in_which_they_cost_least(area: int, monkeypatc
     monkeypatch.setattr(MODULE, "LARGE", 1)
     _, by_cost_at_start = elimination_order(given.weight, given.gram, given.cross, 2)
     for members, channels in zip(filters.tolist(), by_cost_at_start, strict=True):
-        assert channels.tolist() == np.argsort(costs_of(members, np.ones(12, dtype=np.bool_))).tolist()
+        costs = np.array(costs_of(members, np.ones(12, dtype=np.bool_)))[channels]
+        assert (np.diff(costs) > -1e-4 * costs.max()).all()  # up to what float32 sees
     assert by_cost_at_start.tolist() != order.tolist()
 
 

@@ -19,7 +19,7 @@ from fxprune.planning import auto
 from fxprune.planning.requests import Request
 from fxprune.plans import PrunePlan
 
-NAMES = ["kernels alone", "filters alone", *auto.SPLITS]
+NAMES = ["kernels alone", "filters alone", *auto.SPLITS, "branches alone"]
 
 
 class Net(nn.Module):
@@ -86,10 +86,18 @@ def test_every_division_meets_the_budget_and_is_exact(net: Net, name: str, monke
     report, plan = fxprune.report(small), record_of(small).plan
     assert report.macs_dense is not None
     assert report.macs_pruned is not None
-    assert report.macs_pruned / report.macs_dense == pytest.approx(0.5, rel=0.01)
+    if name == "branches alone":  # the only one, and more than half of the network
+        assert report.macs_pruned / report.macs_dense < 0.45
+        assert plan.branches == {"outer": ("inner", "outer")}
+    else:
+        assert report.macs_pruned / report.macs_dense == pytest.approx(0.5, rel=0.01)
     assert f"{name} (taken)" in plan.remarks[0]  # control: whatever the judge says is done
-    assert bool(plan.layers) == (name != "filters alone")
-    assert bool(plan.removed) == (name != "kernels alone")
+    assert bool(plan.layers) == (name not in ("filters alone", "branches alone"))
+    assert bool(plan.removed) == (name not in ("kernels alone", "branches alone"))
+    assert any(
+        remark.startswith(f"{auto.BRANCHES_FIRST}: ") and "nothing to do for the rest" in remark
+        for remark in plan.remarks
+    )
     if name in auto.SPLITS:
         gone = fxprune.rewrite(fxprune.mask(net, filters := PrunePlan({}, removed=plan.removed)), filters, images(2))
         left = fxprune.report(gone).macs_pruned
@@ -168,10 +176,10 @@ def test_it_needs_data(net: Net) -> None:
 @pytest.mark.parametrize(
     "asked, message",
     [
-        ({}, "granularity='auto' divides a budget among filters and kernels; pass macs= or params= alone"),
-        ({"ratio": 0.5}, "granularity='auto' divides a budget among filters and kernels; pass macs= or params= alone"),
-        ({"macs": 0.5, "params": 0.5}, "ratio, macs, params and latency exclude one another"),
-        ({"latency": 0.5, "target": "cpu"}, "granularity='auto' divides MACs or parameters; latency=0.5 is for"),
+        ({}, "granularity='auto' divides a budget among filters and kernels; pass macs=, params= or latency="),
+        ({"ratio": 0.5}, "granularity='auto' divides a budget among filters and kernels; pass macs=, params= or lat"),
+        ({"macs": 0.5, "ratio": 0.5}, "granularity='auto' divides a budget among filters and kernels"),
+        ({"latency": 0.5}, "latency=0.5 needs the device to be fast on"),
         (
             {"macs": 0.5, "after": PrunePlan({})},
             "after=a PrunePlan does not fit the network that removed filters leave",

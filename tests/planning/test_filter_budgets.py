@@ -98,7 +98,7 @@ def test_scores_rise_in_the_order_of_elimination(net: Net) -> None:
     found, units = measured(net)
     costs: tuple[Cost | None, ...] = ("macs", "params", None)
     for cost in costs:
-        scores = found.scores(found.table, cost)
+        scores = found.scores(found.table, None if cost is None else found.prices(cost))
         assert (scores > 0).all()
         for space in range(len(units.names)):
             mine = found.order[units.space[found.order] == space]
@@ -108,7 +108,7 @@ def test_scores_rise_in_the_order_of_elimination(net: Net) -> None:
 def test_a_unit_is_worth_the_loss_for_each_unit_of_cost(net: Net) -> None:
     found, units = measured(net)
     plain = found.scores(found.table, None)
-    by_macs = found.scores(found.table, "macs")
+    by_macs = found.scores(found.table, found.prices("macs"))
     for space, layer in enumerate(found.table.layers):
         mine = units.space == space
         np.testing.assert_allclose(by_macs[mine] * layer.macs / mine.sum(), plain[mine], rtol=1e-3, atol=1e-7)

@@ -23,7 +23,7 @@ from fxprune.criteria.variety import VARIETIES, Array, Variety, cosine_similarit
 from fxprune.errors import PlanError
 from fxprune.methods import Labels
 from fxprune.planning.requests import Request
-from fxprune.planning.selection import FLOOR, _Costs, _Steps, random_units
+from fxprune.planning.selection import FLOOR, _Products, _Steps, _Widths, random_units
 from fxprune.planning.unit_scores import unit_scores, varied
 from fxprune.plans.shapes import kept_channels
 from fxprune.vocabulary import Scope
@@ -607,7 +607,7 @@ def test_costs_of_many_choices_are_those_of_the_network(seed: int, round_to: int
     steps = _Steps.make(
         units, sizes_of(units), some_scores(units, seed), gone, Request(round_to=round_to, granularity="filter")
     )
-    costs = _Costs(units, steps, gone, "macs")
+    costs = _Products(units, _Widths(units, steps, gone), "macs")
 
     def exact(taken: Chosen) -> float:
         removed = gone.copy()
@@ -653,7 +653,7 @@ def test_random_units_are_as_many_of_each_space() -> None:
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"ratio": 0.5, "macs": 0.5}, "ratio is 0.5, macs 0.5 and params None; pass exactly one"),
+        ({"ratio": 0.5, "macs": 0.5}, "ratio=0.5 is what each layer loses, and macs=0.5 what may remain"),
         ({"ratio": 1.0}, r"ratio.* 1.0"),
         ({"ratio": {"stem": -0.1}}, r"stem: .*-0.1"),
         ({"macs": 0.0}, r"macs is 0.0; it must be a share in \(0, 1\]"),

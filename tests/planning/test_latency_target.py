@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clock_harness import Clock, Net, image, net, wind
 from hypothesis import example, given
 from hypothesis import strategies as st
 from products_harness import examples, fewer
-from torch import Tensor, nn
+from torch import nn
 
 import fxprune
 from fxprune import (
@@ -28,13 +29,14 @@ from fxprune import (
     PlanError,
 )
 from fxprune.cli import program as cli
-from fxprune.inference import acceleration, forms
+from fxprune.inference import forms
 from fxprune.inference import stopwatch as measurements
 from fxprune.inference.engines import LibraryConv2d
-from fxprune.inference.race import Timing
-from fxprune.planning import Request, latency_budget, latency_measure
-from fxprune.planning.latency_budget import as_patterns, damages, meet
-from fxprune.planning.latency_table import LatencyOption, LayerLatency, _silent
+from fxprune.planning import Request, latency_measure, latency_meeting, layer_times
+from fxprune.planning.knapsack import silent
+from fxprune.planning.latency_budget import as_patterns, damages
+from fxprune.planning.latency_meeting import Meeting
+from fxprune.planning.latency_table import LatencyOption, LayerLatency
 from fxprune.planning.planner import Planner
 from fxprune.vocabulary import FormChoice
 
@@ -182,6 +184,20 @@ FINE = table_of(10.0, *((10.0, [10.0 - step / 4 for step in range(1, 36)]) for _
 FINE_DAMAGE = {layer.name: [(10 - o.seconds) ** 2 for o in layer.options] for layer in FINE.layers}
 
 
+def meet(
+    table: LatencyTable, share: float, damage: Damage, measure: Callable[[Mapping[str, LatencyOption]], float]
+) -> dict[str, LatencyOption]:
+    meeting = Meeting(
+        share,
+        choose=lambda budget: table.choose(budget, damage),
+        predicted=table.predicted,
+        damage=lambda choice: total(table, choice, damage),
+        measure=measure,
+        least=table.least,
+    )
+    return meeting.met().choice
+
+
 def tried(factor: float, share: float = 0.6) -> tuple[list[float], float]:
     """The shares measured on a machine that is off by a factor, and that of the result."""
     seen = []
@@ -202,7 +218,7 @@ def test_the_budget_is_corrected_by_what_was_measured(factor: float, attempts: i
 
 
 def test_control_without_corrections_the_share_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_budget, "CORRECTIONS", 0)
+    monkeypatch.setattr(latency_meeting, "CORRECTIONS", 0)
     seen, reached = tried(1.2)
     assert len(seen) == 1
     assert reached > 0.7
@@ -283,75 +299,7 @@ def test_control_plain_names_match_several_modules() -> None:
 # --- the damage -------------------------------------------------------------------------------------------------------
 
 
-class Net(nn.Module):
-    """Two wide stages with a stride, a shortcut and a convolution that is called twice."""
-
-    def __init__(self, width: int = 32) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, padding=1)
-        self.first = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-        self.twice = nn.Conv2d(width, width, 3, padding=1)
-        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
-        self.point = nn.Conv2d(2 * width, 2 * width, 1)
-        self.head = nn.Linear(2 * width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x).relu()
-        x = (self.norm(self.first(x)) + x).relu()
-        x = self.twice(self.twice(x).relu()).relu()
-        return self.head(self.point(self.down(x).relu()).relu().mean((2, 3)))
-
-
 NAMES = ["first", "twice", "down", "point"]
-
-
-def net() -> Net:
-    torch.manual_seed(0)
-    return Net().eval()
-
-
-def image(count: int = 1, size: int = 12) -> Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
-class Clock:
-    """A machine on which a call takes a nanosecond for each multiply-accumulate of a convolution, and 1 us beside it;
-    whole graphs that are pruned take `factor` times that, and all calls `busy` times.
-    """
-
-    def __init__(self) -> None:
-        self.factor, self.busy = 1.0, 1.0
-        self.races = 0
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        macs = 0
-
-        def count(module: nn.Module, inputs: Any, output: Any) -> None:
-            nonlocal macs
-            if isinstance(module, LibraryConv2d):
-                macs += output.numel() * module.conv.weight[0].numel()
-
-        handle = nn.modules.module.register_module_forward_hook(count)
-        call()
-        handle.remove()
-        return self.busy * (1e-9 * macs + 1e-6)
-
-    def race(self, variants: Mapping[str, Callable[[], object]], **_: Any) -> dict[str, Timing]:
-        self.races += 1
-        whole = {name: self.factor if name.startswith("pruned c") else 1.0 for name in variants}
-        return {name: Timing((whole[name] * self.seconds(call),)) for name, call in variants.items()}
-
-
-def wind(patch: pytest.MonkeyPatch, cache: Path) -> Clock:
-    """A clock in place of the real one."""
-    clock = Clock()
-    patch.setenv("FXPRUNE_CACHE", str(cache))
-    for module in (forms, latency_measure):
-        patch.setattr(module, "ENGINES", (LibraryConv2d,))
-    for race in (acceleration, latency_measure, measurements):
-        patch.setattr(race, "race", clock.race)
-    return clock
 
 
 @pytest.fixture
@@ -473,7 +421,7 @@ def test_real_times_are_positive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(measurements, "TURN_SECONDS", 1e-5)
     monkeypatch.setattr(measurements, "ROUNDS", 2)
     monkeypatch.setattr(latency_measure, "RATIOS", (0.5,))
-    for module in (forms, latency_measure):
+    for module in (forms, layer_times):
         monkeypatch.setattr(module, "ENGINES", (LibraryConv2d,))
     table = fxprune.measure_latency(net(), example_inputs=image(), groups=2)
     assert [layer.name for layer in table.layers] == NAMES
@@ -541,7 +489,7 @@ def test_the_compiled_network_reaches_its_share(clock: Clock, table: LatencyTabl
     compiled = fxprune.compile(model, latency=share, target="cpu", example_inputs=image(), latency_table=table)
     told = fxprune.acceleration_report(compiled)
     assert share * 0.8 < told.relative <= share * 1.05
-    assert f"latency: asked for {share:.2f} of the best dense time, reached {told.relative:.2f}" in str(told)
+    assert f"latency: asked for {share:.2f} of the best dense time in torch, reached {told.relative:.2f}" in str(told)
     assert shapes_of(compiled)
     # control: half of each layer is another share
     half = fxprune.acceleration_report(fxprune.compile(model, 0.5, target="cpu", example_inputs=image()))
@@ -563,7 +511,7 @@ def test_a_network_that_is_slower_than_the_sum_of_its_layers(
     options: dict[str, Any] = {"latency": 0.6, "target": "cpu", "example_inputs": image(), "latency_table": table}
     found = fxprune.acceleration_report(fxprune.compile(net(), **options))
     assert found.relative <= 0.6 * 1.05
-    monkeypatch.setattr(latency_budget, "CORRECTIONS", 0)  # control
+    monkeypatch.setattr(latency_meeting, "CORRECTIONS", 0)  # control
     assert fxprune.acceleration_report(fxprune.compile(net(), **options)).relative > 0.6 * 1.05
 
 
@@ -611,9 +559,7 @@ def bad(**options: Any) -> dict[str, Any]:
 
 
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "ratio": (bad(ratio=0.5), PlanError, "ratio, macs, params and latency exclude one another"),
-    "macs": (bad(macs=0.5), PlanError, "exclude one another"),
-    "params": (bad(params=0.5), PlanError, "exclude one another"),
+    "ratio": (bad(ratio=0.5), PlanError, r"ratio=0\.5 is what each layer loses, and latency=0\.6 what may remain"),
     "no target": (bad(target=None), PlanError, r"latency=0\.6 needs the device to be fast on; pass target='cpu'"),
     "no inputs": (bad(example_inputs=None), AccelerationError, "needs example_inputs to time the model on"),
     "another device": (bad(target="cuda"), AccelerationError, "target='cuda', but the model is on cpu"),
@@ -681,15 +627,17 @@ def test_the_command_line_plans_by_latency(clock: Clock, nets: None, capsys: pyt
     assert Path("wide.pt").is_file()
     assert cli.main(arguments) == 2
     assert "latency=0.6 needs the device to be fast on" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main([*arguments, "--target", "cpu", "--macs", "0.5"])
+    assert cli.main([*arguments, "--target", "cpu", "--ratio", "0.5"]) == 2
+    assert "pass a ratio or budgets" in capsys.readouterr().err
+    assert cli.main([*arguments, "--target", "cpu", "--runtime", "tensorrt"]) == 2
+    assert "latency for runtime='tensorrt': fxprune does not run it" in capsys.readouterr().err
 
 
 def test_what_the_solver_prints_is_kept_off_the_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
     libc = ctypes.CDLL(None)
     libc.printf(b"seen\n")
     libc.fflush(None)
-    with _silent():
+    with silent():
         libc.printf(b"spoils\n")
     print("json")
     assert capfd.readouterr().out.splitlines() == ["seen", "json"]

@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "form": {"form": "overlap"},
     "block": {"block": 4},
     "target": {"target": "cuda"},
+    "runtime": {"runtime": "openvino"},
     "share_groups": {"share_groups": True},
     "criterion": {"criterion": "l1"},
     "variety": {"variety": "soft"},
@@ -62,7 +63,7 @@ def net(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     def received(*arguments: Any, **_: Any) -> None:
         raise Stop(next(argument for argument in arguments if isinstance(argument, Request)))
 
-    for name in ("plan_for", "sensitivity_of", "group_counts"):
+    for name in ("plan_for", "sensitivity_of", "measure_for"):
         monkeypatch.setattr(f"fxprune.api.{name}", received)
     monkeypatch.setattr("fxprune.api.Subject", lambda *_: None)
     monkeypatch.setattr("fxprune.api.check_target", lambda *_: None)
@@ -140,7 +141,7 @@ def test_every_argument_of_what_measures_arrives(net: nn.Module, name: str) -> N
     options = OPTIONS[name]
     assert request_of(fxprune.measure_sensitivity, net, **options) == Request(**options)
     if name != "seed":
-        expected = Request(**{"target": "cpu", **options})  # by default that of the model
+        expected = Request(**{"target": "cpu", "latency": 1.0, **options})  # by default the device of the model
         assert request_of(fxprune.measure_latency, net, **options, example_inputs=X) == expected
 
 
@@ -161,14 +162,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"granularity": "filter", "share_groups": True}, "share_groups=True is for granularity='kernel'"),
     ({"granularity": "filter", "method": "cocluster"}, "method='cocluster' is for granularity='kernel'"),
     ({"granularity": "filter", "sensitivity": SENSITIVITY}, "sensitivity=a Sensitivity is for granularity='kernel'"),
-    ({"granularity": "filter", "latency": 0.5}, "latency=0.5 chooses groups of kernels; give filters a ratio or macs="),
     ({"scope": "global"}, "scope='global' is for granularity='filter'; leave it out for kernels"),
     ({"round_to": 8}, "round_to=8 is for granularity='filter'"),
     ({"after": PrunePlan({})}, "after=a PrunePlan is for granularity='filter'"),
     # how much
-    ({"ratio": 0.5, "macs": 0.5}, "ratio, macs, params and latency exclude one another; pass one of them"),
-    ({"params": 0.5, "latency": 0.5, "target": "cpu"}, "ratio, macs, params and latency exclude one another"),
-    ({"granularity": "filter", "ratio": 0.5, "macs": 0.6}, "ratio is 0.5, macs 0.6 and params None; pass exactly one"),
+    ({"ratio": 0.5, "macs": 0.5}, "ratio=0.5 is what each layer loses, and macs=0.5 what may remain of the whole net"),
+    (
+        {"ratio": {"a": 0.5}, "params": 0.5, "latency": 0.6, "target": "cpu"},
+        "ratio=a dict is what each layer loses, and params=0.5, latency=0.6 what may remain of the whole network",
+    ),
+    ({"granularity": "filter", "ratio": 0.5, "macs": 0.6}, "pass a ratio or budgets"),
     ({"macs": 0.5, "form": "partition"}, "a budget needs ratios of any value, which the partition form has not"),
     ({"sensitivity": "{}", "macs": 0.5}, "sensitivity is a str; pass what fxprune.measure_sensitivity returned"),
     ({"latency_table": {}, "latency": 0.5}, "latency_table is a dict; pass what fxprune.measure_latency returned"),
@@ -192,6 +195,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"form": "overlapping"}, "form is 'overlapping' (near: 'overlap')"),
     ({"method": "srgkp", "form": "partition"}, "method 'srgkp' is for the overlap form; use form='auto'"),
     ({"target": "gpu"}, "target is 'gpu'"),
+    ({"runtime": "onnx"}, "runtime is 'onnx' (near: 'onnxruntime', 'openvino'); it must be one of"),
+    ({"runtime": "auto"}, "runtime='auto' needs the device to run on; pass target='cpu' or 'cuda'"),
+    ({"runtime": "onnxruntime", "target": "cuda"}, "runtime='onnxruntime' runs on the CPU, and the target is 'cuda'"),
+    ({"latency": 0.5, "runtime": "inductor"}, "latency for runtime='inductor': it compiles whole graphs"),
+    ({"latency": 0.5, "runtime": "auto", "target": "cpu"}, "latency for runtime='auto': a table of times is of one"),
+    ({"latency": 0.5, "runtime": "tensorrt", "target": "cuda"}, "latency for runtime='tensorrt': fxprune does not run"),
     ({"block": 0}, "block is 0; it must be a positive integer, such as 8, or None"),
     ({"block": 8, "method": "srgkp"}, "method 'srgkp' chooses channels one by one; leave block out"),
     ({"share_groups": 1}, "share_groups is 1; it must be True, False, or None"),
@@ -292,6 +301,18 @@ def test_a_combined_granularity_is_served_in_two_parts() -> None:
     first, second = Request(granularity=ratios, scope="global", target="cuda").parts()
     assert (first.scope, second.scope) == ("global", None)
     assert first.target == second.target == "cuda"
+
+
+def test_several_budgets_and_a_runtime_that_says_the_target() -> None:
+    request = Request(macs=0.5, params=0.6, latency=0.7, runtime="onnxruntime")
+    assert request.budgets == {"macs": 0.5, "params": 0.6}
+    assert request.shares == {"macs": 0.5, "params": 0.6, "latency": 0.7}
+    assert (request.target, request.runs_in) == ("cpu", "onnxruntime")
+    assert (Request(target="cuda").runs_in, Request().target) == ("torch", None)
+    assert not Request(ratio=0.5).has_budget
+    bare = request.without_budgets(ratio=0.5)
+    assert (bare.has_budget, bare.ratio, bare.runtime) == (False, 0.5, "onnxruntime")
+    assert request.with_shares({"params": 0.9}).shares == {"params": 0.9}
 
 
 @pytest.mark.parametrize("granularity", ["kernel", "filter"])

@@ -15,7 +15,7 @@ from fxprune.inference.forms import form_key
 from fxprune.inference.instructions import forced_isa
 from fxprune.inference.reporting import LayerChoice
 from fxprune.inference.runtimes.model import Program, RuntimeModel
-from fxprune.inference.runtimes.onnx_graphs import filled, single_layer
+from fxprune.inference.runtimes.onnx_graphs import filled, passing_on, single_layer
 from fxprune.inference.runtimes.onnx_layers import DENSE, GROUPED, forms_of
 from fxprune.inference.runtimes.runtime import Network, Runtime
 
@@ -68,19 +68,32 @@ class OnnxBased(Runtime):
     def _choice(self, network: Network, node: str, name: str, conv: FusedConv2d) -> LayerChoice:
         """Time the forms of a layer."""
         shapes = network.shapes[node]
-        keys = {
-            f"{self.name} {self.program.version()} {form_key(form, conv, shapes, torch.contiguous_format)}": form  # type: ignore[arg-type]  # only its name counts
-            for form in forms_of(conv)
-        }
+        keys = {self.layer_key(conv, form, shapes): form for form in forms_of(conv)}
         timed = network.stopwatch.times(keys)
         if timed is None:
-            timed = network.stopwatch.race({key: self._call(conv, form, shapes) for key, form in keys.items()})
+            timed = network.stopwatch.race({key: self.layer_call(conv, form, shapes) for key, form in keys.items()})
         seconds = {form: timed[key] for key, form in keys.items()}
         return LayerChoice(name, tuple(shapes[0]), min(seconds, key=seconds.__getitem__), seconds, {})
 
-    def _call(self, conv: FusedConv2d, form: str, shapes: Sequence[Sequence[int]]) -> Callable[[], object]:
+    def layer_key(self, conv: FusedConv2d, form: str, shapes: Sequence[torch.Size]) -> str:
+        """All that the time of a layer between neighbours depends on, but for the machine."""
+        key = form_key(form, conv, list(shapes), torch.contiguous_format)  # type: ignore[arg-type]  # only its name counts
+        return f"{self.name} {self.program.version()} {key}"
+
+    def layer_call(self, conv: FusedConv2d, form: str, shapes: Sequence[Sequence[int]]) -> Callable[[], object]:
         """A call of a layer, between neighbours, on random inputs."""
-        run = self.program(single_layer(conv, form, shapes).SerializeToString()).load(torch.get_num_threads())
+        return self._call(single_layer(conv, form, shapes), shapes)
+
+    def neighbours_key(self, shape: Sequence[int], count: int) -> str:
+        """All that the time of neighbours alone depends on, but for the machine."""
+        return f"{self.name} {self.program.version()} {count} neighbours {list(shape)}"
+
+    def neighbours_call(self, shape: Sequence[int], count: int) -> Callable[[], object]:
+        """A call of so many neighbours in a row: what a layer between them takes is the difference."""
+        return self._call(passing_on(shape, count), [shape])
+
+    def _call(self, model: Any, shapes: Sequence[Sequence[int]]) -> Callable[[], object]:
+        run = self.program(model.SerializeToString()).load(torch.get_num_threads())
         generator = torch.Generator().manual_seed(0)
         return functools.partial(run, [torch.randn(tuple(shape), generator=generator) for shape in shapes])
 

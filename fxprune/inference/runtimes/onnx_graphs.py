@@ -20,7 +20,7 @@ from fxprune.graph.editing import calls
 from fxprune.graph.fused import FusedConv2d
 from fxprune.graph.values import first_line
 from fxprune.inference.runtimes.calls import CallForm, Flat
-from fxprune.inference.runtimes.onnx_layers import DENSE, IR_VERSION, OPSET, layer_nodes
+from fxprune.inference.runtimes.onnx_layers import DENSE, IR_VERSION, OPSET, Nodes, layer_nodes
 
 DOMAIN = "fxprune"
 HOLE = "Layer"
@@ -33,20 +33,15 @@ class _Hole(nn.Module):
 
     def __init__(self, name: str, conv: FusedConv2d) -> None:
         super().__init__()
-        self.name, self.filters = name, conv.out_channels
-        self.axes = tuple(zip(conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True))
+        self.name, self.result_shape = name, conv.result_shape
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        sizes = [
-            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, (kernel, stride, padding, dilation) in zip(x.shape[2:], self.axes, strict=True)
-        ]
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{HOLE}",
             (x,) if residual is None else (x, residual),
             attrs={"layer": self.name},
             dtype=x.dtype,
-            shape=(x.shape[0], self.filters, *sizes),
+            shape=self.result_shape(x.shape),
             version=1,
         )
 
@@ -122,22 +117,36 @@ def single_layer(conv: FusedConv2d, form: str, shapes: Sequence[Sequence[int]]) 
         form: one of its forms.
         shapes: `(N, C, H, W)` of its input and, if it adds one, of the residual.
     """
+    names = ["input", "residual"][: len(shapes)]
+    made = [
+        layer_nodes(_passing(shape[1]), DENSE, f"before_{name}", [name], f"{name}_passed")
+        for name, shape in zip(names, shapes, strict=True)
+    ]
+    made.append(layer_nodes(conv, form, "layer", [f"{name}_passed" for name in names], "result"))
+    made.append(layer_nodes(_passing(conv.out_channels), DENSE, "after", ["result"], "output"))
+    return _model(made, dict(zip(names, shapes, strict=True)))
+
+
+def passing_on(shape: Sequence[int], count: int) -> Any:
+    """A model of `count` such neighbours in a row, for an input of a shape `(N, C, H, W)`."""
+    names = ["input", *(f"passed_{place}" for place in range(1, count)), "output"]
+    made = [
+        layer_nodes(_passing(shape[1]), DENSE, f"pass_{place}", [names[place]], names[place + 1])
+        for place in range(count)
+    ]
+    return _model(made, {"input": shape})
+
+
+def _model(made: Sequence[Nodes], inputs: Mapping[str, Sequence[int]]) -> Any:
+    """A model of layers, one behind the other; the last gives `output`."""
     from onnx import helper
 
-    names = ["input", "residual"][: len(shapes)]
-    nodes, constants = [], []
-    for name, shape in zip(names, shapes, strict=True):
-        neighbour = layer_nodes(_passing(shape[1]), DENSE, f"before_{name}", [name], f"{name}_passed")
-        nodes += neighbour.nodes
-        constants += neighbour.constants
-    layer = layer_nodes(conv, form, "layer", [f"{name}_passed" for name in names], "result")
-    after = layer_nodes(_passing(conv.out_channels), DENSE, "after", ["result"], "output")
     graph = helper.make_graph(
-        [*nodes, *layer.nodes, *after.nodes],
+        [node for layer in made for node in layer.nodes],
         "layer",
-        [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in zip(names, shapes, strict=True)],
+        [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in inputs.items()],
         [helper.make_tensor_value_info("output", FLOAT, None)],
-        [*constants, *layer.constants, *after.constants],
+        [constant for layer in made for constant in layer.constants],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 

@@ -15,8 +15,9 @@ Layer by layer in graph order, each by least squares in closed form, without lab
   treat the same loss by relaxation.)
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ from torch import Tensor, fx
 
 from fxprune.calibration.batches import Batch
 from fxprune.calibration.following import Bounds, Following, follow
-from fxprune.calibration.least_squares import GroupedRidge, choose_ridge, columns_of
+from fxprune.calibration.held_out import choose_ridge
+from fxprune.calibration.least_squares import Part, Problem, bundles, columns_of, problem_of, pull_of
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.samples import MAX_ROWS, Samples, draw
-from fxprune.graph.convolutions import kernels_of, layer_at
+from fxprune.graph.convolutions import Layer, kernels_of, layer_at
 from fxprune.graph.editing import call_sites
 from fxprune.plans import GroupedKernels
 
@@ -44,11 +46,13 @@ class LayerFit:
         rows: positions of the calibration data that were used.
         masked: mean squared error of the output with the dense weights, masked, relative to the variance of the target.
         refitted: the same with the weights of least squares, before a rectifier that follows allows to do better.
+        ridge: the pull toward the dense weights, relative to the mean square of what the layer reads.
     """
 
     rows: int
     masked: float
     refitted: float
+    ridge: float
 
 
 FITS = "fxprune_fits"
@@ -56,6 +60,9 @@ FITS = "fxprune_fits"
 
 Choose = Callable[[str, Any, Samples], GroupedKernels]  # the layer, as whichever class the function is written for
 """Decides, when its turn comes, how a layer is grouped: name, dense layer, samples of its input and target."""
+
+Kept = Callable[[str, Any, Samples], Sequence[Part]]
+"""The same as outputs and columns of the flattened weight that stay; all else becomes zero."""
 
 Follow = Callable[[fx.GraphModule, fx.Node], Following]
 """Finds what the fit of a convolution takes account of beside its own output."""
@@ -71,19 +78,55 @@ def reconstruct(
     follow: Follow = follow,
     seed: int = 0,
     rows: int = MAX_ROWS,
+    ridges: Mapping[str, float] = MappingProxyType({}),
     progress: bool = False,
 ) -> tuple[dict[str, GroupedKernels], dict[str, LayerFit]]:
     """Prune and refit convolutions and linear layers of a network one after the other, in graph order.
 
     Args:
+        choose: how each is grouped. The others are those of `refit_layers`.
+
+    Raises:
+        CalibrationError: see there.
+    """
+    chosen: dict[str, GroupedKernels] = {}
+
+    def kept(name: str, layer: Layer, samples: Samples) -> list[Part]:
+        kernels = chosen[name] = choose(name, layer, samples)
+        return parts_of(kernels, kernels_of(layer))
+
+    fits = refit_layers(
+        dense, pruned, batches, layers, kept, follow=follow, seed=seed, rows=rows, ridges=ridges, progress=progress
+    )
+    return chosen, fits
+
+
+def refit_layers(
+    dense: fx.GraphModule,
+    pruned: fx.GraphModule,
+    batches: Sequence[Batch],
+    layers: Collection[str],
+    kept: Kept,
+    *,
+    follow: Follow = follow,
+    seed: int = 0,
+    rows: int = MAX_ROWS,
+    ridges: Mapping[str, float] = MappingProxyType({}),
+    progress: bool = False,
+) -> dict[str, LayerFit]:
+    """Refit convolutions and linear layers of a network one after the other, in graph order.
+
+    Args:
         dense: the reference, traced.
-        pruned: a trace of a copy of the same model. Weights, biases and BatchNorm means of it are changed in place.
+        pruned: a trace of a copy of the same model, which may have been trained since. Weights, biases and BatchNorm
+            means of it are changed in place.
         batches: arguments of forward.
         layers: names of these. One that is called several times is pruned, but not refitted.
-        choose: how each is grouped.
+        kept: what stays of each.
         follow: what comes after a convolution and is fitted with it; `Following()` makes plain least squares of it.
         seed: of the sampled positions.
         rows: about how many of these there are at most, see `draw`.
+        ridges: the pull toward the present weights of layers where it is known, see `LayerFit`.
         progress: show a bar on stderr.
 
     Raises:
@@ -91,32 +134,43 @@ def reconstruct(
     """
     sites = [nodes for nodes in call_sites(dense).values() if str(nodes[0].target) in layers]
     stops = frozenset(node.name for nodes in sites for node in nodes)
-    chosen: dict[str, GroupedKernels] = {}
     fits: dict[str, LayerFit] = {}
     with torch.no_grad(), Lockstep(dense, pruned, batches, progress=progress) as networks:
         for node, *more in sites:
             name = str(node.target)
-            original, conv = layer_at(dense, name), layer_at(pruned, name)
-            weight = kernels_of(conv)  # a view: written in place
+            original, layer = layer_at(dense, name), layer_at(pruned, name)
+            weight = kernels_of(layer)  # a view: written in place
             following = Following() if more else follow(dense, node)
             if following.other and not networks.can_look_ahead(node.name, following.other, stops):
                 following = following.without_other()
             samples = draw(name, node.name, original, following, networks.pause_before(node.name), seed, rows)
-            kernels = chosen[name] = choose(name, original, samples)
+            parts = kept(name, original, samples)
             if more:
-                stays = kernels.mask().to(weight.device)
-                weight.mul_(stays.view(*stays.shape, *[1] * (weight.dim() - 2)))
+                weight.copy_(_only(parts, weight))
                 continue
-            solution = solve(kernels_of(original), kernels, samples, following.bounds)
+            solution = solve(weight, parts, samples, following.bounds, ridges.get(name))
             fits[name] = solution.fit
             weight.copy_(solution.weight)
-            if conv.bias is not None:
-                conv.bias.copy_(solution.intercept)
+            if layer.bias is not None:
+                layer.bias.copy_(solution.intercept)
             elif following.norm is not None:
                 mean = pruned.get_submodule(following.norm).running_mean
                 assert isinstance(mean, Tensor)
                 mean.sub_(solution.intercept)
-    return chosen, fits
+    return fits
+
+
+def parts_of(kernels: GroupedKernels, weight: Tensor) -> list[Part]:
+    """The outputs and columns of each group of a layer with a weight `(O, C, *kernel)`."""
+    return columns_of(kernels.out_order, kernels.kept, weight[0, 0].numel(), weight.device)
+
+
+def _only(parts: Sequence[Part], weight: Tensor) -> Tensor:
+    """The weight, zero where it is in no part."""
+    flat, masked = weight.flatten(1), torch.zeros_like(weight.flatten(1))
+    for outputs, columns in parts:
+        masked[outputs[:, None], columns] = flat[outputs[:, None], columns]
+    return masked.view_as(weight)
 
 
 @dataclass(frozen=True)
@@ -128,50 +182,70 @@ class Solution:
     fit: LayerFit
 
 
-def solve(weight: Tensor, kernels: GroupedKernels, samples: Samples, bounds: Bounds | None = None) -> Solution:
+def solve(
+    weight: Tensor, parts: Sequence[Part], samples: Samples, bounds: Bounds | None = None, ridge: float | None = None
+) -> Solution:
     """Solve one layer.
 
     Args:
-        weight: `(O, C, *kernel)` of the dense layer.
-        kernels: which kernels stay.
+        weight: `(O, C, *kernel)` toward which it is pulled.
+        parts: which outputs and columns stay.
         samples: what the layer reads and should give.
         bounds: of the rectifier that reads the result.
+        ridge: the pull toward the dense weights if it is known, else the one that suits the samples.
     """
     prior = weight.detach().double().flatten(1)
-    parts = columns_of(kernels.out_order, kernels.kept, weight[0, 0].numel(), weight.device)
-    cross = samples.cross()
-    problem = GroupedRidge(samples.gram(), parts, prior, choose_ridge(samples, parts, prior))
-    new, mean = problem.solve(cross), samples.target_mean
-    energy = float(samples.energy().sum())
-    masked = problem.error(problem.mask(prior), cross, energy)
-    refitted = problem.error(new, cross, energy)
-    if bounds is not None:
-        new, mean = _one_sided(problem, new, samples, bounds)
-    fit = LayerFit(len(samples.inputs), masked, refitted)
+    if ridge is None:
+        ridge = choose_ridge(samples, parts, prior)
+    pull = pull_of(samples.mean_square, ridge)
+    gram = samples.gram() if any(len(columns) <= samples.rows for _, columns in parts) else None
+    new, mean = torch.zeros_like(prior), samples.target_mean.clone()
+    energy = masked = refitted = 0.0
+    for bundle in bundles(parts, samples.rows):  # one after the other: there is memory for the rows and factors of one
+        problem = problem_of(samples, gram, bundle, prior, pull)
+        outputs, columns = problem.outputs, problem.columns
+        targets = samples.targets[:, outputs] - samples.target_mean[outputs].float()
+        best = problem.solve(targets)
+        energy += _energy(targets)
+        masked += _energy(targets - problem.answer(problem.prior()))
+        refitted += _energy(targets - problem.answer(best))
+        if bounds is not None:
+            best, mean[outputs] = _one_sided(problem, best, samples.of(outputs), bounds)
+        new[outputs[:, None], columns] = problem.weights(best)
+    masked, refitted = (error / energy if energy > 0 else 0.0 for error in (masked, refitted))
+    fit = LayerFit(samples.rows, masked, refitted, ridge)
     return Solution(new.view_as(weight), mean - new @ samples.input_mean, fit)
 
 
-def _one_sided(problem: GroupedRidge, weight: Tensor, samples: Samples, bounds: Bounds) -> tuple[Tensor, Tensor]:
-    """Minimize the error that a rectifier lets through. Returns weights `(O, D)` and the mean of the answer `(O,)`."""
+def _energy(values: Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))
+
+
+def _one_sided(problem: Problem, start: Tensor, samples: Samples, bounds: Bounds) -> tuple[Tensor, Tensor]:
+    """Minimize the error that a rectifier lets through, from the coefficients of least squares on. Returns the best
+    coefficients, and the mean of the answer `(o,)`.
+
+    The targets of each round are the answer and what it misses, so only the latter has to be solved for.
+    """
     low, high = bounds
     scale = torch.where(samples.scale == 0, 1, samples.scale)
     wanted = samples.targets * scale + samples.offset  # what the rectifier should read
-    best = ahead = weight, samples.target_mean
+    best = ahead = start, samples.target_mean
     momentum, before = 1.0, float("inf")
     for _ in range(ROUNDS):
-        answer = samples.inputs @ ahead[0].T.float() + ahead[1].float()
+        answer = problem.answer(ahead[0]) + ahead[1].float()
         reads = answer * scale + samples.offset
         forgiven = torch.where(wanted <= low, reads.clamp(max=low), wanted)
         forgiven = torch.where(wanted >= high, reads.clamp(min=high), forgiven)
-        targets = (forgiven - samples.offset) / scale
-        loss = float((targets - answer).square().sum(dtype=torch.float64))
-        mean = targets.mean(0, dtype=torch.float64) if samples.centered else samples.target_mean
-        new = problem.solve(samples.cross(targets)), mean
+        missing = (forgiven - reads) / scale
+        loss = _energy(missing)
         if loss > before * (1 - ENOUGH):
             if momentum == 1.0:
                 break
             momentum, ahead = 1.0, best  # overshot, or slow: once more without momentum
             continue
+        drift = missing.mean(0, dtype=torch.float64) * samples.centered
+        new = problem.step(ahead[0], missing - drift.float()), ahead[1] + drift
         step = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         rate = (momentum - 1) / step
         ahead = new[0] + rate * (new[0] - best[0]), new[1] + rate * (new[1] - best[1])

@@ -1,0 +1,326 @@
+"""Plan which residual branches are removed: the one that the network misses least for what it costs, then the next.
+
+What a branch is worth depends on which others are gone, so each is chosen anew, by trying: the branch is made its
+constant, and the output is compared with that of the dense network. What the layers behind it would see is another
+distribution, and the refit will mend that; so networks are compared in two ways, and what comes of each is refitted and
+judged (`fxprune.calibration.judging`):
+
+- *as they are*;
+- *normalized anew*: BatchNorm takes the statistics of the sample itself (Li et al., "EagleEye: Fast Sub-net Evaluation
+  for Efficient Neural Network Pruning", ECCV 2020, section 3.3, adaptive batch normalization).
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fxprune.calibration.agreement import measure_agreement
+from fxprune.calibration.batches import Batch, rows_of, samples_in
+from fxprune.calibration.judging import Judge, best
+from fxprune.calibration.subject import Subject
+from fxprune.channels.branches import residual_branches
+from fxprune.errors import PlanError
+from fxprune.exact.rewriting import rewrite
+from fxprune.graph.copying import copied
+from fxprune.planning.candidates import told
+from fxprune.planning.filters import judged_plans
+from fxprune.planning.latency_budget import inputs_to_time
+from fxprune.planning.latency_meeting import Meeting, WholeNetwork
+from fxprune.planning.patterns import match_patterns
+from fxprune.planning.requests import Request
+from fxprune.planning.sensitivity import Cost
+from fxprune.plans import PrunePlan
+from fxprune.plans.masking import masked_copy
+
+SAMPLE = 128
+"""Inputs on which branches are compared, at most."""
+TRIED = 5
+"""How many branches are tried for each place: those which alone are missed least."""
+WAYS = {"as they are": False, "normalized anew": True}
+"""Ways to compare, with whether BatchNorm takes the statistics of the sample."""
+
+Branches = tuple[str, ...]
+
+
+def plan_branches(subject: Subject, request: Request) -> PrunePlan:
+    """Choose the branches to remove. A graph is needed: a user's own forward computes them.
+
+    Raises:
+        PlanError: there are no calibration data or no branches, the result is to be the user's own module, or so much
+            cannot be removed.
+        CalibrationError: the calibration data do not fit the model.
+        AccelerationError: a latency is asked for, and the model cannot be accelerated.
+    """
+    plans = BranchPlanner(subject, request).plans(request)
+    if len(plans) == 1:
+        return next(iter(plans.values()))
+    found = judged_plans(Judge(subject), plans)
+    way = best(found)
+    remark = told("ways to choose branches", found, way)
+    return replace(plans[way], remarks=(*plans[way].remarks, remark))
+
+
+class BranchPlanner:
+    """Plans of branches for one model, for several amounts; what a network without some of them gives is measured once.
+
+    Args:
+        subject: the model.
+        request: what layers are to be ignored, and what counts as cost.
+
+    Raises:
+        PlanError: see `plan_branches`.
+    """
+
+    def __init__(self, subject: Subject, request: Request) -> None:
+        if subject.batches is None:
+            raise PlanError("branches are compared on data; pass calibration= for granularity='branch'")
+        if subject.is_recorded:
+            raise PlanError(
+                "whole branches go from a graph only, the model's own forward computes them; pass output='graph', or "
+                "granularity='kernel' or 'filter'"
+            )
+        self._subject = subject
+        self.layers = _removable(subject, request.patterns)
+        self._shares = {cost: _shares(subject, self.layers, cost) for cost in get_args(Cost)}
+        counted = tuple(request.budgets) or ("macs",)
+        worth = {name: sum(self._shares[cost][name] for cost in counted) for name in self.layers}
+        self._network: WholeNetwork | None = None
+        self._times: dict[frozenset[str], float] = {}
+        trials = _Trials(subject, request.progress)
+        self._orders = {
+            way: _Order(worth, trials.distances(renews)) for way, renews in WAYS.items() if trials.suit(renews)
+        }
+
+    def plans(self, request: Request, way: str | None = None) -> dict[str, PrunePlan]:
+        """Plans of branches by the way in which they were compared, or of one way alone.
+
+        Raises:
+            PlanError: so much cannot be removed.
+        """
+        found: dict[str, PrunePlan] = {}
+        for name, order in self._orders.items():
+            if way not in (None, name):
+                continue
+            gone, remarks = self._gone(request, order)
+            branches = {end: layers for end, layers in self.layers.items() if end in gone}
+            if all(branches.keys() != plan.branches.keys() for plan in found.values()):
+                ratio = {} if request.filter_ratio is None else request.filter_ratio
+                found[name] = PrunePlan(
+                    {}, {}, ratio, f"branch, {name}", "distance", request.seed, remarks=remarks, branches=branches
+                )
+        return found
+
+    def _gone(self, request: Request, order: "_Order") -> tuple[Branches, tuple[str, ...]]:
+        if not request.has_budget:
+            ratio = request.filter_ratio
+            if isinstance(ratio, Mapping):
+                raise PlanError("ratio maps patterns to shares, but branches go one by one; pass one ratio, or macs=")
+            assert ratio is not None
+            return order.first(round(ratio * len(self.layers))), ()
+        if request.latency is None:
+            return self._within(order, request.budgets), ()
+        macs = request.budgets.get("macs", 1.0)
+        meeting = Meeting[Branches](
+            request.latency,
+            choose=lambda share: self._within(order, {**request.budgets, "macs": min(share, macs)}),
+            predicted=lambda gone: 1 - sum(self._shares["macs"][name] for name in gone),
+            damage=len,
+            measure=lambda gone: self.share_without(gone, request),
+        )
+        met = meeting.met()
+        return met.choice, (
+            f"latency: asked for {request.latency:.2f} of the best dense time in {request.runs_in}; without "
+            f"{len(met.choice)} branches it was {1.0 if met.reached is None else met.reached:.2f}",
+        )
+
+    def share_without(self, gone: Collection[str], request: Request) -> float:
+        """The share of the dense time that the network takes without some branches, measured once.
+
+        Raises:
+            AccelerationError: the model cannot be accelerated.
+        """
+        key = frozenset(gone)
+        if key not in self._times:
+            inputs = inputs_to_time(self._subject, request)
+            if self._network is None:
+                self._network = WholeNetwork(self._subject.model, inputs, request.runs_in, request.progress)
+            plan = PrunePlan({}, branches={name: self.layers[name] for name in gone})
+            pruned = rewrite(masked_copy(self._subject.model, plan), plan, inputs)
+            self._times[key] = self._network.share_of(self._network.accelerated(pruned))
+        return self._times[key]
+
+    def _within(self, order: "_Order", budgets: Mapping[Cost, float]) -> Branches:
+        """The fewest branches, in order, without which all budgets are kept.
+
+        Raises:
+            PlanError: they are not, whatever goes.
+        """
+        for cost, share in budgets.items():
+            least = 1 - sum(self._shares[cost].values())
+            if least > share * (1 + 1e-9):
+                raise PlanError(
+                    f"{cost}={share:.4g} cannot be reached by branches alone: without all {len(self.layers)} that can "
+                    f"go {least:.4g} remain; ask for that or more, or use granularity='auto'"
+                )
+        count = 0
+        while any(
+            1 - sum(self._shares[cost][name] for name in order.first(count)) > share * (1 + 1e-9)
+            for cost, share in budgets.items()
+        ):
+            count += 1
+        return order.first(count)
+
+
+class _Order:
+    """The branches in the order in which they go, found as far as it is asked for.
+
+    Args:
+        worth: what each saves.
+        distance: of the network without some of them from the dense one.
+    """
+
+    def __init__(self, worth: Mapping[str, float], distance: Callable[[Branches], float]) -> None:
+        self._worth, self._distance = worth, distance
+        self._gone: Branches = ()
+
+    def first(self, count: int) -> Branches:
+        """The first ones."""
+        while len(self._gone) < min(count, len(self._worth)):
+            self._gone = (*self._gone, self._next())
+        return self._gone[:count]
+
+    def _next(self) -> str:
+        """Of those that alone are missed least, the one whose loss adds least, for what it saves."""
+        alone = {name: self._distance((name,)) / max(saved, 1e-12) for name, saved in self._worth.items()}
+        tried = sorted(self._worth.keys() - set(self._gone), key=lambda name: (alone[name], name))[:TRIED]
+        now = self._distance(self._gone)
+        return min(tried, key=lambda name: (self._distance((*self._gone, name)) - now) / max(self._worth[name], 1e-12))
+
+
+def _removable(subject: Subject, ignored: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The branches that can go, none of whose layers is to be ignored, each with its layers.
+
+    Raises:
+        PlanError: there are none.
+    """
+    found, refused = residual_branches(subject.trace.module, subject.trace.values)
+    names = [name for name, _ in subject.layers.named_modules() if name]
+    kept = match_patterns("ignore", dict.fromkeys(ignored, True), names)
+    layers = {name: branch.modules for name, branch in found.items() if kept.keys().isdisjoint(branch.modules)}
+    if layers:
+        return layers
+    reasons = "; ".join(f"{name}: {why}" for name, why in list(refused.items())[:3])
+    if found:
+        reasons = "layers of all of them are to be ignored"
+    raise PlanError(
+        f"no residual branch of the network can go as a whole "
+        f"({reasons or 'nothing is added to what it was computed from'}); use granularity='kernel' or 'filter'"
+    )
+
+
+def _shares(subject: Subject, branches: Mapping[str, tuple[str, ...]], cost: Cost) -> dict[str, float]:
+    """What each branch has of the MACs or parameters of the network."""
+    if cost == "params":
+        modules = dict(subject.layers.named_modules())
+        own = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+        total = sum(parameter.numel() for parameter in subject.trace.module.parameters())
+    else:
+        own = {name: macs or 0 for name, (_, macs) in subject.costs.items()}
+        total = sum(own.values())
+    return {name: sum(own.get(layer, 0) for layer in layers) / max(1, total) for name, layers in branches.items()}
+
+
+class _Trials:
+    """Distances of a network without some branches from the dense one, on a sample of the calibration data.
+
+    Args:
+        subject: the model, with calibration data.
+        progress: show a bar on stderr.
+    """
+
+    def __init__(self, subject: Subject, progress: bool) -> None:
+        assert subject.batches is not None
+        self._subject, self._progress = subject, progress
+        self._sample = list(_sample(subject.batches))
+        self._dense, self._network = copied(subject.model).eval(), copied(subject.model).eval()
+        self._given: dict[int, Any] = {}
+
+    def suit(self, renews: bool) -> bool:
+        """Whether the sample can be compared so: statistics need several inputs in a batch."""
+        return not renews or all((samples_in(batch) or 1) > 1 for batch in self._sample)
+
+    def distances(self, renews: bool) -> Callable[[Branches], float]:
+        """The function that gives them; `renews`: with the statistics of the sample in BatchNorm."""
+        known: dict[frozenset[str], float] = {}
+        bar = tqdm(desc="trying branches", unit="trial", disable=not self._progress)
+
+        def distance(gone: Branches) -> float:
+            key = frozenset(gone)
+            if key not in known:
+                known[key] = self._measured(key, renews)
+                bar.update()
+            return known[key]
+
+        return distance
+
+    def _measured(self, gone: frozenset[str], renews: bool) -> float:
+        with _without(self._network, gone), _renewed(self._network if renews else None):
+            found = measure_agreement(self._dense, self._network, self._sample, self._call, False)
+        return float("inf") if found is None else found.distance
+
+    def _call(self, model: nn.Module, batch: Batch) -> Any:
+        """What a model gives; the dense one is run once a batch."""
+        if model is self._dense and id(batch) in self._given:
+            return self._given[id(batch)]
+        own = torch.utils._pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+        given = self._subject.example(own).call(model)
+        if model is self._dense:
+            self._given[id(batch)] = given
+        return given
+
+
+@contextmanager
+def _without(network: nn.Module, gone: frozenset[str]) -> Iterator[None]:
+    """Make branches constant for a while."""
+    weights = [network.get_parameter(f"{name}.weight") for name in gone]
+    kept = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for weight in weights:
+            weight.zero_()
+        try:
+            yield
+        finally:
+            for weight, values in zip(weights, kept, strict=True):
+                weight.copy_(values)
+
+
+@contextmanager
+def _renewed(network: nn.Module | None) -> Iterator[None]:
+    """Let BatchNorm take the statistics of each batch for a while, and keep its own."""
+    norms = [] if network is None else [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    state = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+    for norm in norms:
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, state, strict=True):
+            norm.eval()
+            for name, values in buffers.items():
+                norm.get_buffer(name).copy_(values)
+
+
+def _sample(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """The first inputs, in batches as they are."""
+    left = SAMPLE
+    for batch in batches:
+        size = samples_in(batch)
+        yield batch if size is None or size <= left else rows_of(batch, range(left))
+        left -= size or 1
+        if left <= 0:
+            return

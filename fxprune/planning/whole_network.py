@@ -1,0 +1,91 @@
+"""The dense network in its fastest form, beside which pruned ones are timed."""
+
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import fx, nn
+
+from fxprune.calibration.subject import Subject
+from fxprune.errors import AccelerationError
+from fxprune.inference.acceleration import accelerate
+from fxprune.inference.duel import share_of_time
+from fxprune.inference.runtimes import RuntimeModel, TorchModel
+from fxprune.inference.runtimes.contest import check_runtime
+from fxprune.planning.requests import Request
+from fxprune.plans.shapes import TARGETS
+from fxprune.vocabulary import RuntimeName
+
+Accelerated = fx.GraphModule | RuntimeModel | TorchModel
+
+
+class WholeNetwork:
+    """A dense network and what runs it.
+
+    Args:
+        model: dense.
+        inputs: arguments of forward.
+        runtime: what runs it.
+        progress: show bars on stderr.
+    """
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], runtime: RuntimeName, progress: bool = False) -> None:
+        self.model, self.inputs, self.runtime, self.progress = model, inputs, runtime, progress
+
+    @classmethod
+    def of(cls, subject: Subject, request: Request) -> "WholeNetwork":
+        """The same one for all who ask about one subject: to accelerate it takes seconds.
+
+        Raises:
+            AccelerationError: there is nothing to time it with, or it cannot be accelerated as asked for.
+        """
+        check_target(subject.model, request.target, subject.example_inputs is not None, request.runs_in)
+        assert subject.example_inputs is not None
+        known = _KNOWN.get(subject)
+        if known is None or known.runtime != request.runs_in:
+            known = _KNOWN[subject] = cls(subject.model, subject.example_inputs, request.runs_in, request.progress)
+        return known
+
+    @cached_property
+    def dense(self) -> Accelerated:
+        """The network itself.
+
+        Raises:
+            AccelerationError: it cannot be accelerated.
+        """
+        return self.accelerated(self.model)
+
+    def accelerated(self, model: nn.Module) -> Accelerated:
+        """A network in its fastest form."""
+        return accelerate(model, self.inputs, runtime=self.runtime, progress=self.progress)
+
+    def share_of(self, fast: nn.Module) -> float:
+        """The share of the dense time that an accelerated network takes."""
+        return share_of_time(fast, self.dense, self.inputs)
+
+
+_KNOWN: WeakKeyDictionary[Subject, WholeNetwork] = WeakKeyDictionary()
+
+
+def check_target(model: nn.Module, target: str | None, has_inputs: bool, runtime: str) -> None:
+    """See that a model can be accelerated for `target` in a runtime before hours of planning.
+
+    Raises:
+        AccelerationError: there are no inputs to time it on, it is elsewhere, or the runtime is not installed or takes
+            no such model.
+    """
+    if target not in TARGETS:
+        return  # None: the device where the model is
+    if not has_inputs:
+        raise AccelerationError(
+            f"target={target!r} needs example_inputs to time the model on; pass them, or leave target out"
+        )
+    found = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
+    if found - {target}:
+        raise AccelerationError(
+            f"target={target!r}, but the model is on {', '.join(sorted(found))}; move model and example_inputs to "
+            f"{target} first, or plan with make_plan(target={target!r}) and accelerate there"
+        )
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    check_runtime(runtime, torch.device(target), dtype)
