@@ -29,11 +29,11 @@ from fxprune.exact.rewriting import rewrite
 from fxprune.graph.copying import copied
 from fxprune.planning.candidates import told
 from fxprune.planning.filters import judged_plans
-from fxprune.planning.latency_budget import inputs_to_time
-from fxprune.planning.latency_meeting import Meeting, WholeNetwork
+from fxprune.planning.latency_meeting import Meeting
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Cost
+from fxprune.planning.whole_network import WholeNetwork
 from fxprune.plans import PrunePlan
 from fxprune.plans.masking import masked_copy
 
@@ -89,7 +89,6 @@ class BranchPlanner:
         self._shares = {cost: _shares(subject, self.layers, cost) for cost in get_args(Cost)}
         counted = tuple(request.budgets) or ("macs",)
         worth = {name: sum(self._shares[cost][name] for cost in counted) for name in self.layers}
-        self._network: WholeNetwork | None = None
         self._times: dict[frozenset[str], float] = {}
         trials = _Trials(subject, request.progress)
         self._orders = {
@@ -146,12 +145,10 @@ class BranchPlanner:
         """
         key = frozenset(gone)
         if key not in self._times:
-            inputs = inputs_to_time(self._subject, request)
-            if self._network is None:
-                self._network = WholeNetwork(self._subject.model, inputs, request.runs_in, request.progress)
+            network = WholeNetwork.of(self._subject, request)
             plan = PrunePlan({}, branches={name: self.layers[name] for name in gone})
-            pruned = rewrite(masked_copy(self._subject.model, plan), plan, inputs)
-            self._times[key] = self._network.share_of(self._network.accelerated(pruned))
+            pruned = rewrite(masked_copy(self._subject.model, plan), plan, network.inputs)
+            self._times[key] = network.share_of(network.accelerated(pruned))
         return self._times[key]
 
     def _within(self, order: "_Order", budgets: Mapping[Cost, float]) -> Branches:
