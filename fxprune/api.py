@@ -244,6 +244,8 @@ def compile(
         reached = network.share_of(result)
         said = acceleration_report(result)
         note = f"latency: asked for {latency:.2f} of the best dense time in {request.runs_in}, reached {reached:.2f}"
+        if latency_table is not None and not latency_table.is_from_here:
+            note += f" here; it was planned for another machine: {latency_table.place()}"
         result.meta[ACCELERATION] = replace(said, notes=(*said.notes, note))
     return result
 

@@ -47,7 +47,8 @@ RuntimeName: TypeAlias = Literal["auto", "torch", "inductor", "onnxruntime", "op
 Rival: TypeAlias = Literal["dense", "torch-pruning"]
 ComparedMethod: TypeAlias = Literal[
     "dense", "tmi", "tmi-refit", "srgkp", "srgkp-refit", "fxprune", "fxprune-8", "filters", "filters-refit", "pairs",
-    "pairs-pure", "filters-error", "combined", "auto", "fxprune-8-recovered", "filters-error-recovered",
+    "pairs-pure", "filters-error", "combined", "branches", "auto", "fxprune-8-recovered", "filters-error-recovered",
+    "branches-recovered",
     "auto-recovered", "tp-magnitude", "tp-fpgm", "tp-taylor",
 ]  # fmt: skip
 """Of `fxprune.comparison.methods.METHODS`."""

@@ -1,12 +1,14 @@
 """Every Python block of README and docs runs, page by page, on a small network in place of a large one."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import docs_harness
 import pytest
-from docs_harness import NEEDS_A_LIBRARY, PAGES, ROOT, arguments_of, commands, follow
+from docs_harness import EVERY_PAGE, NEEDS_A_LIBRARY, PAGES, ROOT, arguments_of, commands, follow
 
+import fxprune
 from fxprune.cli import program
 
 
@@ -54,3 +56,21 @@ def test_pages_that_need_a_library_are_followed_elsewhere() -> None:
         followed = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "wild").glob("*.py"))
         assert (ROOT / "docs" / name).is_file()
         assert name.removesuffix(".md") in followed.lower()
+
+
+NAME = re.compile(r"(?<![\w./-])fxprune\.([A-Za-z]\w*)")
+
+
+def unknown_names(text: str) -> set[str]:
+    """What a page says of the package that is neither public nor a room."""
+    rooms = {path.stem for path in Path(fxprune.__file__).parent.iterdir()}
+    return set(NAME.findall(text)) - set(fxprune.__all__) - rooms
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.name)
+def test_every_name_that_a_page_uses_is_public(page: Path) -> None:
+    assert unknown_names(page.read_text(encoding="utf-8")) == set()
+
+
+def test_control_a_name_that_is_not() -> None:
+    assert unknown_names("`fxprune.fly` and fxprune.compile, fxprune.planning.auto") == {"fly"}

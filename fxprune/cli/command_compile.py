@@ -22,7 +22,7 @@ from fxprune.cli.options import (
     warn_of_random_weights,
 )
 from fxprune.cli.output import Subparsers, show, shows_progress, steps, verdict, warn
-from fxprune.errors import CalibrationError, PlanError
+from fxprune.errors import AccelerationError, CalibrationError, PlanError, TraceError
 from fxprune.tables import terminal_width
 from fxprune.vocabulary import AugmentName, Output
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fxprune.calibration.recovery import Recovery
     from fxprune.cli.data import Inputs
     from fxprune.comparison.evaluation import Evaluation
+    from fxprune.comparison.worth import Worth
 
 EXAMPLES = """\
 examples:
@@ -39,9 +40,11 @@ examples:
   fxprune compile resnet18 --ratio 0.75 --form partition --ignore 'layer4.*' --torchscript resnet18.ts.pt
   fxprune compile timm:resnest14d --weights resnest14d.pth --json -o resnest.pt
   fxprune compile resnet50 --weights resnet50.pth --calibration photos/ --macs 0.5 -o resnet50.pt
+  fxprune compile resnet50 --weights resnet50.pth --calibration photos/ --macs 0.5 --onnx resnet50.onnx --bench
   fxprune compile resnet50 --weights resnet50.pth --calibration photos/ --recover 300 --augment flip -o r50.pt
   fxprune compile resnet50 --weights resnet50.pth --calibration photos/ --latency 0.6 --target cpu -o resnet50.pt
-  fxprune compile resnet50 --weights resnet50.pth --granularity filter --macs 0.5 --scope global -o resnet50.pt
+  fxprune compile resnet50 --weights resnet50.pth --latency 0.6 --runtime onnxruntime --onnx resnet50.onnx
+  fxprune compile resnet50 --weights resnet50.pth --granularity filter --macs 0.5 --params 0.4 -o resnet50.pt
   fxprune compile resnet50 --weights resnet50.pth --granularity filter:0.25,kernel:0.5 -o resnet50.pt
   fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --granularity auto --macs 0.5 -o resnet50.pt
   fxprune compile mynets:small --weights last.pt --method tmi --snapshots epoch1.pt epoch2.pt --calibration images.pt
@@ -75,6 +78,12 @@ def add_to(subparsers: Subparsers) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where fxprune.save puts the result")
     parser.add_argument("--torchscript", type=Path, metavar="FILE", help="also write a TorchScript file")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="also write an ONNX file (batch size free)")
+    parser.add_argument(
+        "--bench",
+        action="store_true",
+        help="time it against the dense network in ONNX Runtime and OpenVINO, or else in PyTorch, and say whether it "
+        "is worth it; --onnx is then written as is fastest there",
+    )
     parser.add_argument("--no-verify", action="store_true", help="skip the check against the masked model")
     add_gathers(parser)
     add_output_options(parser)
@@ -86,12 +95,14 @@ def run(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     _check_targets(options)
     model = model_of(options.model, options)
+    if not _targets(options):
+        warn("nothing will be written: -o FILE, --onnx FILE or --torchscript FILE says where")
     warn_of_random_weights(options)
     recovery = _recovery_of(options)
     given = inputs_for(model, options)
     calibration = None if given is None else given.calibration
     inputs = inputs_of(model, options, calibration)
-    with steps(4 if recovery is None else 5, options) as step:
+    with steps(4 + (recovery is not None) + options.bench, options) as step:
         step("planning")
         plan = fxprune.make_plan(
             model, example_inputs=inputs, calibration=calibration, output=options.result, **pruning_of(options)
@@ -108,7 +119,11 @@ def run(options: argparse.Namespace) -> int:
         pruned = fxprune.rewrite(masked, plan, inputs, output=options.result)
         step("checking")
         check = None if options.no_verify else fxprune.verify(pruned, masked, inputs)
-    written = _write(pruned, inputs, options)
+        worth = None
+        if options.bench:
+            step("timing")
+            worth = _worth(model, pruned, inputs, options)
+    written = _write(pruned, inputs, options, worth)
     report = fxprune.report(pruned)
     evaluation = _evaluated(pruned, model, given)
     document = {
@@ -119,6 +134,7 @@ def run(options: argparse.Namespace) -> int:
         "report": report.to_dict(),
         "evaluation": None if evaluation is None else evaluation.to_dict(),
         "verification": None if check is None else asdict(check),
+        "time": None if worth is None else worth.to_dict(),
         "seconds": time.perf_counter() - began,
     }
     lines = [
@@ -128,6 +144,7 @@ def run(options: argparse.Namespace) -> int:
         *([] if evaluation is None else [str(evaluation)]),
         verdict(check),
         *(f"wrote {path} ({kind})" for kind, path in written.items()),
+        *([] if worth is None else [str(worth)]),
     ]
     return show(options, document, "\n".join(lines))
 
@@ -139,6 +156,17 @@ def _evaluated(pruned: nn.Module, dense: nn.Module, given: Inputs | None) -> Eva
     if given is None or given.held_out is None:
         return None
     return evaluate(pruned, given.held_out, given.labels, dense, source=given.source)
+
+
+def _worth(dense: nn.Module, pruned: nn.Module, inputs: tuple[Tensor], options: argparse.Namespace) -> Worth | None:
+    """Whether the result is faster, one input at a time; None, and a warning, if it cannot be accelerated."""
+    from fxprune.comparison.worth import measure_worth
+
+    try:
+        return measure_worth(dense, pruned, inputs[0][:1], progress=shows_progress(options))
+    except (AccelerationError, TraceError) as error:
+        warn(f"not timed: {error}")
+        return None
 
 
 def _recovery_of(options: argparse.Namespace) -> Recovery | None:
@@ -165,7 +193,7 @@ def _targets(options: argparse.Namespace) -> dict[str, Path]:
 
 
 def _check_targets(options: argparse.Namespace) -> None:
-    """See that the files can be written, before hours of work; say so if there will be none.
+    """See that the files can be written, before hours of work.
 
     Raises:
         StorageError: one cannot.
@@ -173,7 +201,6 @@ def _check_targets(options: argparse.Namespace) -> None:
     """
     targets = _targets(options)
     if not targets:
-        warn("nothing will be written: -o FILE, --onnx FILE or --torchscript FILE says where")
         return
     from fxprune.exports import check_onnx
     from fxprune.files import check_writable
@@ -184,8 +211,10 @@ def _check_targets(options: argparse.Namespace) -> None:
         check_onnx()
 
 
-def _write(pruned: nn.Module, inputs: tuple[Tensor], options: argparse.Namespace) -> dict[str, str]:
-    """Write the files that were asked for; return the path of each kind."""
+def _write(
+    pruned: nn.Module, inputs: tuple[Tensor], options: argparse.Namespace, worth: Worth | None
+) -> dict[str, str]:
+    """Write the files that were asked for, of ONNX that which was timed if it was; return the path of each kind."""
     from fxprune.exports import save_onnx, save_torchscript
 
     written = _targets(options)
@@ -195,6 +224,9 @@ def _write(pruned: nn.Module, inputs: tuple[Tensor], options: argparse.Namespace
         fxprune.save(pruned, written["fxprune"])
     if "TorchScript" in written:
         save_torchscript(pruned, written["TorchScript"])
-    if "ONNX" in written:
+    timed = None if worth is None else worth.models.get("onnxruntime")
+    if "ONNX" in written and timed is not None:
+        timed.save(written["ONNX"])
+    elif "ONNX" in written:
         save_onnx(pruned, inputs, written["ONNX"])
     return {kind: str(path) for kind, path in written.items()}

@@ -23,6 +23,11 @@ examples:
   fxprune eval resnet18.pt resnet18 --weights resnet18.pth --data photos/
   fxprune eval resnet18 --pretrained --data photos/ --labels labels.csv
 """
+FLATTERS = (
+    "note: of pictures that it was calibrated with this says more good than is true; "
+    "`fxprune compile` tells how it is on those that it held back"
+)
+"""Of a file: nobody wrote down on which pictures it was fitted."""
 
 
 def add_to(subparsers: Subparsers) -> None:
@@ -57,8 +62,8 @@ def run(options: argparse.Namespace) -> int:
         raise FxpruneError(f"{options.data}: is no folder of pictures")
     file = options.source if options.model else None
     options.model = options.model or options.source
-    warn_of_random_weights(options)
     dense = model_of(options.model, options)
+    warn_of_random_weights(options)
     gallery = find_pictures(options.data)
     with steps(3, options) as step:
         step("loading")
@@ -73,4 +78,5 @@ def run(options: argparse.Namespace) -> int:
                 f"{options.data}: the pictures have no labels, so there is nothing to measure; give --labels"
             )
         found = evaluate(network, inputs, labels, against, source=source)
-    return show(options, found.to_dict() | {"pictures": how}, f"{found}\npictures: {how}")
+    lines = [str(found), f"pictures: {how}", *([] if file is None else [FLATTERS])]
+    return show(options, found.to_dict() | {"pictures": how}, "\n".join(lines))

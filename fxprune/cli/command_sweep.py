@@ -72,8 +72,8 @@ def run(options: argparse.Namespace) -> int:
         require("matplotlib")
     if options.threads:
         torch.set_num_threads(options.threads)
-    warn_of_random_weights(options)
     model = model_of(options.model, options)
+    warn_of_random_weights(options)
     given = inputs_for(model, options)
     assert given is not None
     if given.held_out is None:

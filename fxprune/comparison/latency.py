@@ -29,6 +29,7 @@ from fxprune.comparison.rivals import (
     torch_pruning_network,
 )
 from fxprune.comparison.runtimes import LAYOUTS, RUNTIMES, Call, prepare
+from fxprune.comparison.worth import NOISE
 from fxprune.environment import environment
 from fxprune.inference.race import Timing, race
 from fxprune.models import default_input_size, load_model
@@ -260,7 +261,25 @@ class Latency:
 
     def __str__(self) -> str:
         given = ", ".join(f"{name} {_words(value)}" for name, value in self.settings.items() if value is not None)
-        return f"{given}\n{table(self.rows)}" + (f"\n\n{layer_table(self.layers)}" if self.layers else "")
+        parts = [f"{given}\n{table(self.rows)}", *([layer_table(self.layers)] if self.layers else [])]
+        slow = [batch for batch in dict.fromkeys(row.batch for row in self.rows) if not self.is_worth_it(batch)]
+        if slow and not self.is_wrong:
+            batches = " and ".join(map(str, slow))
+            parts.append(
+                f"not worth pruning for time at batch {batches}: no pruned network is faster than the best dense"
+            )
+        return "\n\n".join(parts)
+
+    def is_worth_it(self, batch: int) -> bool:
+        """Whether a pruned network is faster at this batch than the dense one wherever that is fastest; True where no
+        pruned one was timed.
+        """
+        pruned = [
+            row.relative_to_best
+            for row in self.rows
+            if row.network != "dense" and row.batch == batch and row.relative_to_best is not None
+        ]
+        return not pruned or min(pruned) < 1 - NOISE
 
 
 def measure_model(

@@ -24,7 +24,7 @@ from fxprune.graph.tracing import trace
 from fxprune.planning import Request
 from fxprune.planning.planner import Planner
 from fxprune.plans.shapes import Groups
-from fxprune.vocabulary import VarietyName
+from fxprune.vocabulary import GranularityChoice, VarietyName
 
 ROUND_TO = 4
 """Where kernels go after filters, layers keep a multiple of so many filters, or they would not divide into groups."""
@@ -110,15 +110,13 @@ def combined(case: Case) -> Pruned:
     return _masked(case, replace(grouped, removed=plan.removed), refit=True)
 
 
-def by_error(case: Case) -> Pruned:
-    """Whole filters for the error that the refit leaves, spread as is best on held-out images; refitted."""
-    plan = fxprune.make_plan(case.model, macs=case.share, calibration=case.images, granularity="filter", seed=case.seed)
-    return _masked(case, plan, refit=True)
-
-
-def auto(case: Case) -> Pruned:
-    """Filters, kernels or both, whatever is best on held-out images; refitted."""
-    plan = fxprune.make_plan(case.model, macs=case.share, calibration=case.images, granularity="auto", seed=case.seed)
+def by_error(case: Case, *, granularity: GranularityChoice) -> Pruned:
+    """Whole filters for the error that the refit leaves, whole branches by what the output loses without them, or
+    whatever is best on held-out images; refitted.
+    """
+    plan = fxprune.make_plan(
+        case.model, macs=case.share, calibration=case.images, granularity=granularity, seed=case.seed
+    )
     return _masked(case, plan, refit=True)
 
 
@@ -213,6 +211,7 @@ class Method:
 
 DENSE = Method("dense", "dense", dense)
 EIGHT_GROUPS = partial(kernels, groups=PUBLISHED_GROUPS)
+FILTERS, BRANCHES, AUTO = (partial(by_error, granularity=name) for name in ("filter", "branch", "auto"))
 METHODS = {
     method.name: method
     for method in (
@@ -227,12 +226,14 @@ METHODS = {
         Method("filters-refit", "filters", partial(filters, refit=True)),
         Method("pairs", "filters, variety", partial(filters, refit=True, variety="pairs")),
         Method("pairs-pure", "filters, variety (pure)", partial(filters, refit=True, variety="pairs-pure")),
-        Method("filters-error", "filters, by the error", by_error),
+        Method("filters-error", "filters, by the error", FILTERS),
         Method("combined", "filters and kernels", combined),
-        Method("auto", "auto", auto),
+        Method("branches", "branches", BRANCHES),
+        Method("auto", "auto", AUTO),
         Method("fxprune-8-recovered", "kernels, 8 groups, recovered", partial(recovered, prune=EIGHT_GROUPS)),
-        Method("filters-error-recovered", "filters, recovered", partial(recovered, prune=by_error)),
-        Method("auto-recovered", "auto, recovered", partial(recovered, prune=auto)),
+        Method("filters-error-recovered", "filters, recovered", partial(recovered, prune=FILTERS)),
+        Method("branches-recovered", "branches, recovered", partial(recovered, prune=BRANCHES)),
+        Method("auto-recovered", "auto, recovered", partial(recovered, prune=AUTO)),
         Method(
             "tp-magnitude",
             "Torch-Pruning, magnitude",

@@ -104,7 +104,10 @@ def preprocessing_of(name: str, model: nn.Module, weights: Path | None, shape: t
     channels, height, width = shape[-3:]
     short = None if height != width or height < 96 else round(height * SHORT_SIDE)
     mean, std = ((0.5,), (0.5,)) if channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
-    source = "the statistics of ImageNet, for want of others" if channels == 3 else "a guess"
+    statistics = "statistics of ImageNet for want of others" if channels == 3 else "mean and deviation are a guess"
+    named = isinstance(config, dict) and "input_size" in config
+    size = f"{height}x{width} is what {name} is made for" if named else f"{height}x{width} is the usual size"
+    source = f"{size}, {statistics}; --size, --mean and --std say it"
     return Preprocessing(height, width, short, mean, std, source=source)
 
 

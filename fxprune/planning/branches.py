@@ -1,32 +1,19 @@
 """Plan which residual branches are removed: the one that the network misses least for what it costs, then the next.
 
-What a branch is worth depends on which others are gone, so each is chosen anew, by trying: the branch is made its
-constant, and the output is compared with that of the dense network. What the layers behind it would see is another
-distribution, and the refit will mend that; so networks are compared in two ways, and what comes of each is refitted and
-judged (`fxprune.calibration.judging`):
-
-- *as they are*;
-- *normalized anew*: BatchNorm takes the statistics of the sample itself (Li et al., "EagleEye: Fast Sub-net Evaluation
-  for Efficient Neural Network Pruning", ECCV 2020, section 3.3, adaptive batch normalization).
+What a branch is worth depends on which others are gone, so each is chosen anew, by trying (`branch_trials`); what comes
+of each way to compare is refitted and judged (`fxprune.calibration.judging`).
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import get_args
 
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from fxprune.calibration.agreement import measure_agreement
-from fxprune.calibration.batches import Batch, rows_of, samples_in
 from fxprune.calibration.judging import Judge, best
 from fxprune.calibration.subject import Subject
 from fxprune.channels.branches import residual_branches
 from fxprune.errors import PlanError
 from fxprune.exact.rewriting import rewrite
-from fxprune.graph.copying import copied
+from fxprune.planning.branch_trials import TRIED, WAYS, Branches, Trials
 from fxprune.planning.candidates import told
 from fxprune.planning.filters import judged_plans
 from fxprune.planning.latency_meeting import Meeting
@@ -36,15 +23,6 @@ from fxprune.planning.sensitivity import Cost
 from fxprune.planning.whole_network import WholeNetwork
 from fxprune.plans import PrunePlan
 from fxprune.plans.masking import masked_copy
-
-SAMPLE = 128
-"""Inputs on which branches are compared, at most."""
-TRIED = 5
-"""How many branches are tried for each place: those which alone are missed least."""
-WAYS = {"as they are": False, "normalized anew": True}
-"""Ways to compare, with whether BatchNorm takes the statistics of the sample."""
-
-Branches = tuple[str, ...]
 
 
 def plan_branches(subject: Subject, request: Request) -> PrunePlan:
@@ -90,7 +68,7 @@ class BranchPlanner:
         counted = tuple(request.budgets) or ("macs",)
         worth = {name: sum(self._shares[cost][name] for cost in counted) for name in self.layers}
         self._times: dict[frozenset[str], float] = {}
-        trials = _Trials(subject, request.progress)
+        trials = Trials(subject, len(self.layers))
         self._orders = {
             way: _Order(worth, trials.distances(renews)) for way, renews in WAYS.items() if trials.suit(renews)
         }
@@ -230,94 +208,3 @@ def _shares(subject: Subject, branches: Mapping[str, tuple[str, ...]], cost: Cos
         own = {name: macs or 0 for name, (_, macs) in subject.costs.items()}
         total = sum(own.values())
     return {name: sum(own.get(layer, 0) for layer in layers) / max(1, total) for name, layers in branches.items()}
-
-
-class _Trials:
-    """Distances of a network without some branches from the dense one, on a sample of the calibration data.
-
-    Args:
-        subject: the model, with calibration data.
-        progress: show a bar on stderr.
-    """
-
-    def __init__(self, subject: Subject, progress: bool) -> None:
-        assert subject.batches is not None
-        self._subject, self._progress = subject, progress
-        self._sample = list(_sample(subject.batches))
-        self._dense, self._network = copied(subject.model).eval(), copied(subject.model).eval()
-        self._given: dict[int, Any] = {}
-
-    def suit(self, renews: bool) -> bool:
-        """Whether the sample can be compared so: statistics need several inputs in a batch."""
-        return not renews or all((samples_in(batch) or 1) > 1 for batch in self._sample)
-
-    def distances(self, renews: bool) -> Callable[[Branches], float]:
-        """The function that gives them; `renews`: with the statistics of the sample in BatchNorm."""
-        known: dict[frozenset[str], float] = {}
-        bar = tqdm(desc="trying branches", unit="trial", disable=not self._progress)
-
-        def distance(gone: Branches) -> float:
-            key = frozenset(gone)
-            if key not in known:
-                known[key] = self._measured(key, renews)
-                bar.update()
-            return known[key]
-
-        return distance
-
-    def _measured(self, gone: frozenset[str], renews: bool) -> float:
-        with _without(self._network, gone), _renewed(self._network if renews else None):
-            found = measure_agreement(self._dense, self._network, self._sample, self._call, False)
-        return float("inf") if found is None else found.distance
-
-    def _call(self, model: nn.Module, batch: Batch) -> Any:
-        """What a model gives; the dense one is run once a batch."""
-        if model is self._dense and id(batch) in self._given:
-            return self._given[id(batch)]
-        own = torch.utils._pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
-        given = self._subject.example(own).call(model)
-        if model is self._dense:
-            self._given[id(batch)] = given
-        return given
-
-
-@contextmanager
-def _without(network: nn.Module, gone: frozenset[str]) -> Iterator[None]:
-    """Make branches constant for a while."""
-    weights = [network.get_parameter(f"{name}.weight") for name in gone]
-    kept = [weight.detach().clone() for weight in weights]
-    with torch.no_grad():
-        for weight in weights:
-            weight.zero_()
-        try:
-            yield
-        finally:
-            for weight, values in zip(weights, kept, strict=True):
-                weight.copy_(values)
-
-
-@contextmanager
-def _renewed(network: nn.Module | None) -> Iterator[None]:
-    """Let BatchNorm take the statistics of each batch for a while, and keep its own."""
-    norms = [] if network is None else [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    state = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
-    for norm in norms:
-        norm.train()
-    try:
-        yield
-    finally:
-        for norm, buffers in zip(norms, state, strict=True):
-            norm.eval()
-            for name, values in buffers.items():
-                norm.get_buffer(name).copy_(values)
-
-
-def _sample(batches: Sequence[Batch]) -> Iterator[Batch]:
-    """The first inputs, in batches as they are."""
-    left = SAMPLE
-    for batch in batches:
-        size = samples_in(batch)
-        yield batch if size is None or size <= left else rows_of(batch, range(left))
-        left -= size or 1
-        if left <= 0:
-            return

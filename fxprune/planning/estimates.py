@@ -17,8 +17,11 @@ from fxprune.calibration.judging import ROWS
 from fxprune.calibration.recovery import SECONDS
 from fxprune.calibration.samples import rows_for
 from fxprune.calibration.subject import Subject
+from fxprune.channels.branches import residual_branches
 from fxprune.graph.convolutions import convolutions, kernels_of
-from fxprune.planning.requests import AUTO, DEFAULT_RATIO, Request
+from fxprune.planning.branch_trials import SAMPLE, TRIALS, trial_count
+from fxprune.planning.branch_trials import WAYS as WAYS_OF_BRANCHES
+from fxprune.planning.requests import AUTO, BRANCH, DEFAULT_RATIO, Request
 
 ROUNDS = 14
 """Rounds of the one-sided problem of a layer, as measured."""
@@ -62,7 +65,12 @@ def foreseen(subject: Subject, request: Request, *, compiles: bool = False) -> d
             counts[JUDGING] = judged
         counts[PLAN] = work.plan(share)
     elif request.granularity == AUTO:
-        counts = {SENSITIVITY: 3 * work.sensitivity(), JUDGING: 3 * judged, PLAN: work.plan(share)}
+        trials = _trials(subject, work, share)
+        counts = {TRIALS: trials, SENSITIVITY: 3 * work.sensitivity(), JUDGING: 3 * judged, PLAN: work.plan(share)}
+    elif request.granularity == BRANCH:
+        counts = {TRIALS: _trials(subject, work, share), JUDGING: len(WAYS_OF_BRANCHES) * work.refit(share, ROWS)}
+        if compiles:
+            counts[REFIT] = work.refit(share)
     else:
         counts = {SENSITIVITY: work.sensitivity(), JUDGING: judged if request.has_budget else 0.0}
         if not isinstance(request.granularity, str):  # kernels of what filters leave
@@ -95,6 +103,14 @@ SENSITIVITY, JUDGING, PLAN, REFIT, TELLING, RECOVERY = (
     "recovery",
 )
 """The stages: measuring layers, plans that are judged, plan with its refit, refit, judging the result, and training."""
+
+
+def _trials(subject: Subject, work: "_Work", share: float) -> float:
+    """Multiplications of comparing networks without some of their branches."""
+    assert subject.batches is not None
+    images = sum(samples_in(batch) or 1 for batch in subject.batches)
+    branches, _ = residual_branches(subject.trace.module, subject.trace.values)
+    return trial_count(len(branches), 1 - share) * CONVOLUTION * work.forward * min(1.0, SAMPLE / images)
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ SHOWN = (1 / 4, 1 / 2, 3 / 4)
 """Ratios that the printed table shows."""
 SHOWN_WIDTHS = (1 / 2, 1 / 4)
 """Widths that it shows."""
-PLACE = ("cpu", "instructions", "threads", "cuda_device")
-"""What makes two machines the same one for times, of `fxprune.environment.environment`."""
+PLACE: Mapping[str, tuple[str, ...]] = {"cpu": ("cpu", "instructions", "threads"), "cuda": ("cuda_device",)}
+"""What makes two machines the same one for times, by the kind of device; of `fxprune.environment.environment`."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class LatencyTable(Tabular):
         whole networks here have nothing to do with those in it.
         """
         here = environment()
-        return all(self.made[name] == here[name] for name in PLACE if name in self.made)
+        return all(self.made[name] == here[name] for name in PLACE.get(self.device, ()) if name in self.made)
 
     @property
     def _least_of_all(self) -> str:

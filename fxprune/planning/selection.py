@@ -190,6 +190,9 @@ class _Steps:
 class _Widths:
     """How wide layers are without some steps: the shares of filters and of input channels of each of `L` layers that
     remain, for many choices at once. Each step takes a share of both.
+
+    Attributes:
+        whole: `(L,)` the shares of the dense network, 1.
     """
 
     def __init__(self, units: ChannelUnits, steps: _Steps, gone: Chosen) -> None:
@@ -197,6 +200,7 @@ class _Widths:
         step[steps.order] = np.repeat(np.arange(len(steps.size)), steps.size)
         self._takes = [_taken_shares(channels, step, gone, len(steps.size)) for channels in _both(units)]
         self._left = shares_left(units, gone)
+        self.whole = np.ones(len(units.layers))
 
     def of(self, taken: Chosen) -> list[Array]:
         """Writes and reads, `(L,)` each, without the steps `taken (E,)`."""
@@ -221,8 +225,7 @@ class _Costs:
     @property
     def total(self) -> float:
         """What there is with all channels."""
-        whole = np.ones_like(self._widths.of(np.zeros(self._widths._takes[0].shape[1], np.bool_))[0])
-        return float(self._price(whole, whole))
+        return float(self._price(self._widths.whole, self._widths.whole))
 
     def of(self, taken: Chosen) -> float:
         """What is left without the steps `taken (E,)`."""

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from alone_harness import run_alone
 from PIL import Image
 from torch import Tensor, nn
 
+import fxprune
 from fxprune.calibration.pictures import find_pictures, with_labels
 from fxprune.cli import main
-from fxprune.errors import CalibrationError, StorageError
+from fxprune.errors import AccelerationError, CalibrationError, StorageError
 from fxprune.files import read_state_dict
 from fxprune.models import ModelNameError, Preprocessing, PreprocessingError, load_model, preprocessing_of
 
@@ -289,3 +291,61 @@ def test_a_pickled_module_is_refused_with_the_way_out() -> None:
 def test_published_weights_that_do_not_exist() -> None:
     with pytest.raises(ModelNameError, match="has no weights IMAGENET1K_V9; choose from DEFAULT, IMAGENET1K_V1"):
         load_model("resnet18", "IMAGENET1K_V9")
+
+
+def test_bench_tells_whether_it_is_worth_it_and_the_file_is_what_was_timed(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    for module in ("acceleration", "stopwatch"):
+        monkeypatch.setattr(f"fxprune.inference.{module}.ROUNDS", 1)
+    monkeypatch.setattr("fxprune.comparison.worth.GRAPH_RUNTIMES", ("onnxruntime",))
+    command = ["compile", NET, "--size", "16", "--calibration", str(photos), "--onnx", "net.onnx", "-o", "net.pt"]
+    assert main([*command, "--bench", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {"onnxruntime"} <= document["time"]["dense"].keys() == document["time"]["pruned"].keys()
+    images = torch.randn(3, 3, 16, 16)
+    ours = fxprune.load("net.pt", load_model(NET))(images).detach()
+    theirs = torch.from_numpy(run_alone("onnxruntime", tmp_path / "net.onnx", images.numpy()))
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
+    assert main([*command[:-4], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["time"] is None, "control"
+
+
+def test_what_cannot_be_accelerated_is_not_timed(
+    photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise AccelerationError("only a graph can be accelerated")
+
+    monkeypatch.setattr("fxprune.comparison.worth.accelerate", refuses)
+    assert main(["compile", NET, "--size", "16", "--bench"]) == 0
+    assert "warning: not timed: only a graph can be accelerated" in capsys.readouterr().err
+
+
+def test_a_wrong_name_is_all_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["compile", "resnet81"], ["eval", "resnet81", "--data", "."], ["sweep", "resnet81", *CALIBRATED]):
+        assert main(command) == 2
+        told = capsys.readouterr().err.splitlines()
+        assert [line for line in told if "resnet81: no such model" in line] == told
+
+
+CALIBRATED = ("--calibration", "photos")
+
+
+def test_eval_of_a_file_says_what_flatters(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", NET, "--size", "16", "-o", "net.pt"]) == 0
+    capsys.readouterr()
+    options = ["--size", "16", "--data", str(photos), "--labels", "names"]
+    assert main(["eval", "net.pt", NET, *options]) == 0
+    assert "note: of pictures that it was calibrated with this says more good than is true" in capsys.readouterr().out
+    assert main(["eval", NET, *options]) == 0
+    assert "note:" not in capsys.readouterr().out, "a dense network was calibrated with none"
+
+
+def test_it_is_said_what_was_guessed(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", "digits_resnet", "--calibration", str(photos)]) == 0
+    said = "8x8 is what digits_resnet is made for, mean and deviation are a guess; --size, --mean and --std say it"
+    assert said in capsys.readouterr().out
+    assert main(["compile", "digits_resnet", "--calibration", str(photos), "--mean", "0.3", "--std", "0.4"]) == 0
+    assert "a guess" not in capsys.readouterr().out, "control"

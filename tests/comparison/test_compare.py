@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fxprune
 from benchmarks.compare import main
@@ -58,11 +58,15 @@ FILTERS = (
 )  # fmt: skip
 
 
+BRANCHES = ("branches", "branches-recovered")
+UNTRIED = ("dense", *BRANCHES)
+
+
 SLOW = ("tmi", "tmi-refit", "fxprune-8", "filters-refit", "auto-recovered", "fxprune-8-recovered")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in METHODS if name != "dense"]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in METHODS if name not in UNTRIED]
 )
 def test_each_method_leaves_the_share_and_the_dense_network_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "RECOVERY_STEPS", 5)
@@ -80,6 +84,30 @@ def test_each_method_leaves_the_share_and_the_dense_network_alone(name: str, mon
         else:
             assert removed == (name in FILTERS)
             assert grouped == (name == "combined" or name not in FILTERS)
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_branches_leave_no_more_than_the_share(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(1, 8, 3), nn.Linear(8, 10)
+            self.inner = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for conv in self.inner:
+                x = x + conv(x.relu())
+            y: Tensor = self.head(x.mean((2, 3)))
+            return y
+
+    monkeypatch.setattr(methods, "RECOVERY_STEPS", 5)
+    given = replace(case(0.75), model=Residual().eval())
+    pruned = METHODS[name].prune(given)
+    assert pruned.plan is not None
+    assert len(pruned.plan.branches) == 1
+    share = count_macs(accuracy._rewritten(pruned, given), given.example) / count_macs(given.model, given.example)
+    assert 0.6 < share <= 0.75
 
 
 def test_refitted_networks_are_nearer_to_the_dense_one() -> None:

@@ -31,7 +31,9 @@ from fxprune.inference import stopwatch as measurements
 from fxprune.inference.acceleration import accelerate, acceleration_report
 from fxprune.inference.fused_graph import fused_graph
 from fxprune.inference.race import Timing
-from fxprune.inference.runtimes import OTHERS, RuntimeModel, TorchModel, onnx_layers
+from fxprune.inference.runtimes import OTHERS, RuntimeModel, TorchModel, onnx_layers, openvino
+from fxprune.inference.runtimes.onnx_based import OnnxBased
+from fxprune.inference.runtimes.onnx_graphs import single_layer
 from fxprune.inference.runtimes.onnx_layers import DENSE, GROUPED, SPLIT
 from fxprune.vocabulary import FormChoice, GraphRuntime
 
@@ -244,6 +246,52 @@ def test_a_batch_size_that_is_written_into_the_model(name: GraphRuntime) -> None
     same(fast, model, image(seed=1))
     with pytest.raises(AccelerationError, match=r"accelerated for x \(2, 3, 12, 12\) float32, and x is \(4, 3, 12, 12"):
         fast(image(4))
+
+
+class Shuffled(nn.Module):
+    """A permutation of channels that is not its own inverse, before an activation and a dense convolution."""
+
+    order: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3)
+        self.register_buffer("order", torch.arange(16).roll(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.first(x).index_select(1, self.order).sigmoid().relu())
+        return y
+
+
+@each_that_reads_onnx
+def test_a_permutation_before_a_dense_convolution(name: GraphRuntime) -> None:
+    model = net(Shuffled)
+    same(accelerate(model, image(), runtime=name), model, image(seed=1))
+
+
+@needs["openvino"]
+def test_control_openvino_moves_a_permutation_the_wrong_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this does not fail any more, OpenVINO has been mended, and `hide_permutations` can go."""
+    monkeypatch.setattr(openvino, "hide_permutations", lambda model: None)
+    with pytest.raises(VerificationError, match="differs by"):
+        accelerate(net(Shuffled), image(), runtime="openvino")
+
+
+@each_that_reads_onnx
+def test_the_weights_of_a_dense_layer_take_in_a_permutation(name: str) -> None:
+    torch.manual_seed(0)
+    conv = FusedConv2d(nn.Conv2d(16, 8, 3), 16)
+    conv.index = torch.randperm(16)
+    shape = torch.Size((1, 16, 6, 6))
+    kinds = [node.op_type for node in single_layer(conv, DENSE, [shape]).graph.node]
+    assert kinds == ["Conv"] * 3
+    runtime = OTHERS[name]
+    assert isinstance(runtime, OnnxBased)
+    x = torch.randn(shape)
+    (found,) = runtime.program.of(single_layer(conv, DENSE, [shape])).load(1)([x])
+    torch.testing.assert_close(found, conv(x / 2) / 2, rtol=1e-4, atol=1e-4)
+    conv.index[0] = conv.index[1]  # a channel twice: it stays a gather
+    assert "Gather" in [node.op_type for node in single_layer(conv, DENSE, [shape]).graph.node]
 
 
 # --- what they refuse -----------------------------------------------------------------------------------------------

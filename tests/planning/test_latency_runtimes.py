@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from clock_harness import Clock, Net, image, net, wind
+from products_harness import fewer
 from torch import Tensor, nn
 
 import fxprune
@@ -208,7 +209,7 @@ def test_a_layer_that_was_timed_before_costs_nothing(clock: OnnxClock, monkeypat
 
 
 @each_runtime
-@pytest.mark.parametrize("granularity", ["kernel", "filter"])
+@pytest.mark.parametrize("granularity", fewer(["kernel", "filter"], ["filter"]))
 def test_the_share_is_reached_in_the_runtime(
     clock: OnnxClock, tables: dict[str, LatencyTable], runtime: RuntimeName, granularity: Any
 ) -> None:

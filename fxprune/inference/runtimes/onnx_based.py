@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class OnnxBased(Runtime):
             layers = {node: (conv, form) for (node, conv, _), form in zip(found, forms, strict=True)}
             model = filled(network.onnx, layers)
             gathers = sum(node.op_type == "Gather" for node in model.graph.node)
-            program = self.program(model.SerializeToString())
+            program = self.program.of(model)
             choices = tuple(choice.of(form) for (_, _, choice), form in zip(found, forms, strict=True))
             built[name] = RuntimeModel(program, network.call, choices, not name.startswith("dense"), gathers)
         return built
@@ -93,7 +93,7 @@ class OnnxBased(Runtime):
         return self._call(passing_on(shape, count), [shape])
 
     def _call(self, model: Any, shapes: Sequence[Sequence[int]]) -> Callable[[], object]:
-        run = self.program(model.SerializeToString()).load(torch.get_num_threads())
+        run = self.program.of(model).load(torch.get_num_threads())
         generator = torch.Generator().manual_seed(0)
         return functools.partial(run, [torch.randn(tuple(shape), generator=generator) for shape in shapes])
 
@@ -108,6 +108,11 @@ class OnnxProgram(Program):
     def __init__(self, model: bytes) -> None:
         super().__init__()
         self.model = model
+
+    @classmethod
+    def of(cls, model: Any) -> Self:
+        """The program of an `onnx.ModelProto`, which may be changed."""
+        return cls(model.SerializeToString())
 
     @staticmethod
     def version() -> str:

@@ -7,7 +7,8 @@ A convolution that was pruned has three, which compute the same:
   and a `Concat` of the results: runtimes have their best kernels for dense convolutions.
 - *dense*: one `Conv` over all channels with zeros for what is gone: best where groups are narrow.
 
-Order of the output, residual and activation follow. A convolution that was not pruned is dense as it is.
+Order of the output, residual and activation follow. A convolution that was not pruned is dense as it is; if it reads
+its channels in another order, its weights are put into that order instead.
 """
 
 from collections.abc import Sequence
@@ -79,7 +80,7 @@ def layer_nodes(conv: FusedConv2d, form: str, prefix: str, inputs: Sequence[str]
         inputs: names of the input and, if it adds one, of the residual.
         output: name of the result.
     """
-    if form == DENSE and conv.dense_groups:
+    if form == DENSE and (conv.dense_groups or _permutes(conv)):
         conv = conv.dense()
     made = Nodes(prefix)
     x = inputs[0]
@@ -98,6 +99,13 @@ def layer_nodes(conv: FusedConv2d, form: str, prefix: str, inputs: Sequence[str]
         (y,) = made.add("Clip", [y, *bounds], "clip")
     made.nodes[-1].output[0] = output
     return made
+
+
+def _permutes(conv: FusedConv2d) -> bool:
+    """Whether it has no groups and reads all its channels once, in another order, which its weights can take in."""
+    if conv.groups != 1 or conv.index is None:
+        return False
+    return conv.index.sort().values.tolist() == list(range(conv.channels))
 
 
 def _whole(made: Nodes, conv: FusedConv2d, x: str) -> str:

@@ -8,8 +8,9 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,12 @@ class OpenVinoProgram(OnnxProgram):
 
     runtime = "openvino"
     suffixes = (".xml",)
+
+    @classmethod
+    def of(cls, model: Any) -> Self:
+        """The program of an ONNX model, whose permutations of channels OpenVINO will not take for its own to move."""
+        hide_permutations(model)
+        return super().of(model)
 
     @staticmethod
     def version() -> str:
@@ -94,6 +101,34 @@ class _Compiled:
                 model.reshape(dict(zip(model.inputs, shapes, strict=True)))
             self.compiled[shapes] = self.core.compile_model(model, "CPU", self.options)
         return self.compiled[shapes]
+
+
+def hide_permutations(model: Any) -> None:
+    """Give each permutation of channels a second axis, and take that off again, in place.
+
+    OpenVINO (2026.4) moves a Gather of all channels into the weights of a dense convolution that reads it, also behind
+    a ReLU or a depthwise convolution, as it does where a picture is to be BGR; but it permutes the weights by the order
+    itself, not by its inverse, so that the network computes something else unless the order is its own inverse. It does
+    not see through a change of the rank.
+    """
+    from onnx import helper, numpy_helper
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        model.graph.node.append(node)
+        if node.op_type != "Gather" or node.input[1] not in constants or [a.i for a in node.attribute] != [1]:
+            continue
+        order = numpy_helper.to_array(constants[node.input[1]])
+        if order.ndim != 1 or sorted(order.tolist()) != list(range(len(order))):
+            continue
+        name = node.output[0]
+        made = model.graph.node[-1]
+        made.input[1], made.output[0] = f"{name}_order", f"{name}_deep"
+        model.graph.initializer.append(numpy_helper.from_array(order[None], f"{name}_order"))
+        model.graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), f"{name}_axis"))
+        model.graph.node.append(helper.make_node("Squeeze", [f"{name}_deep", f"{name}_axis"], [name]))
 
 
 @functools.cache
