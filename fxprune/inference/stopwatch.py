@@ -1,11 +1,12 @@
 """Measured times of single layers, remembered in memory and in a file, so that nothing is timed twice on a machine.
 
-The time of a layer is its shortest round: other work on the machine only ever adds to it. On CUDA it is that of a
-replayed CUDA graph: a layer of a small batch takes less than its launch from Python, which would hide it.
+The time of a layer is its shortest round: other work on the machine only ever adds to it. Where the shortest came only
+once, all rounds may have been disturbed, and the layer races again. On CUDA it is that of a replayed CUDA graph: a
+layer of a small batch takes less than its launch from Python, which would hide it.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from fxprune.inference.race import race
 ROUNDS = 9
 WARMUP = 2
 TURN_SECONDS = 2e-3  # a turn lasts about as long: the clock and the caches of a single short call say little
+RACES = 6  # of `ROUNDS` each, at most
+ALIKE, WITHIN = 3, 0.05  # so many of the shortest rounds are this near to each other, or the layer races again
 CAPTURED_CALLS = 10  # in one CUDA graph: to launch that costs some microseconds too
 
 
@@ -46,8 +49,16 @@ class Stopwatch:
         times = 1
         if self.device.type == "cuda":
             calls, times = {key: captured(call, CAPTURED_CALLS) for key, call in calls.items()}, CAPTURED_CALLS
-        timings = race(calls, rounds=ROUNDS, warmup=WARMUP, device=self.device, min_seconds=TURN_SECONDS)
-        seconds = {key: timing.fastest / times for key, timing in timings.items()}
+        rounds: dict[str, list[float]] = {key: [] for key in calls}
+        left = dict(calls)
+        for _ in range(RACES):
+            timings = race(left, rounds=ROUNDS, warmup=WARMUP, device=self.device, min_seconds=TURN_SECONDS)
+            for key, timing in timings.items():
+                rounds[key] += timing.seconds
+            left = {key: call for key, call in left.items() if not _repeats(rounds[key])}
+            if not left:
+                break
+        seconds = {key: min(found) / times for key, found in rounds.items()}
         self._seconds.update(seconds)
         self._is_new = True
         return seconds
@@ -63,6 +74,12 @@ class Stopwatch:
         except OSError:
             return
         self._is_new = False
+
+
+def _repeats(seconds: Sequence[float]) -> bool:
+    """Whether the shortest of some rounds came more than once."""
+    shortest = sorted(seconds)[: min(ALIKE, ROUNDS)]
+    return shortest[-1] <= shortest[0] * (1 + WITHIN)
 
 
 def _machine(device: torch.device) -> str:

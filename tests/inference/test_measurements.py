@@ -118,3 +118,22 @@ def test_another_thread_count_has_another_file(cache: Path, monkeypatch: pytest.
     assert Stopwatch(CPU).times(("a",)) is None
     monkeypatch.setattr(torch, "__version__", "9.9")
     assert "9-9" in str(Stopwatch(CPU).path)
+
+
+def test_a_disturbed_layer_races_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine all rounds may be slow: the shortest counts once it has come again."""
+    busy = [(9.0, 5.0, 7.0), (2.0, 8.0, 6.0), (2.05, 2.0, 9.0), (1.0, 1.0, 1.0)]
+    given = {"busy": iter(busy), "quiet": iter([(3.0,) * 3])}
+    seen: list[list[str]] = []
+
+    def race(variants: Mapping[str, Callable[[], Any]], **_: object) -> dict[str, Timing]:
+        seen.append(list(variants))
+        return {name: Timing(next(given[name])) for name in variants}
+
+    monkeypatch.setattr(measurements, "race", race)
+    found = Stopwatch(torch.device("cpu")).race({"busy": lambda: None, "quiet": lambda: None})
+    assert found == {"busy": 2.0, "quiet": 3.0}
+    assert seen == [["busy", "quiet"], ["busy"], ["busy"]]
+    monkeypatch.setattr(measurements, "RACES", 1)  # control
+    given |= {"busy": iter(busy), "quiet": iter([(3.0,) * 3])}
+    assert Stopwatch(torch.device("cpu")).race({"busy": lambda: None, "quiet": lambda: None})["busy"] == 5.0
