@@ -500,8 +500,6 @@ def test_an_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
         ["compile"],
         ["compile", "m", "--groups", "x"],
         ["compile", "m", "--snapshots"],
-        ["compile", "m", "--ratio", "0.5", "--macs", "0.5"],
-        ["compile", "m", "--params", "0.5", "--macs", "0.5"],
         ["compile", "m", "--granularity", "filter:a,kernel:b"],
         ["compile", "m", "--granularity", "filter:0.5:1"],
         ["compile", "m", "--scope", "globe"],
@@ -515,6 +513,11 @@ def test_a_malformed_command_line_is_exit_code_2(capsys: pytest.CaptureFixture[s
         cli.main(arguments)
     assert exit_.value.code == 2
     assert "usage: fxprune" in capsys.readouterr().err
+
+
+def test_a_ratio_beside_a_budget_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compile", "resnet18", "--ratio", "0.5", "--macs", "0.5"]) == 2
+    assert "pass a ratio or budgets" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["compile", "report", "verify", "analyze", "bench", "train", "compare", "demo"])
