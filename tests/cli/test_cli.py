@@ -516,6 +516,11 @@ def test_a_malformed_command_line_is_exit_code_2(capsys: pytest.CaptureFixture[s
     assert "usage: fxprune" in capsys.readouterr().err
 
 
+def test_a_ratio_beside_a_budget_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compile", "resnet18", "--ratio", "0.5", "--macs", "0.5"]) == 2
+    assert "pass a ratio or budgets" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["compile", "report", "verify", "analyze", "bench", "train", "compare", "demo"])
 def test_each_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as exit_:

@@ -259,11 +259,11 @@ def test_control_a_wrong_shift_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_batch_norm_of_a_sequence_without_a_batch_stays() -> None:
     """It takes the channels for samples: folded, it would normalise another dimension."""
-    model = prepared(nn.Sequential(nn.Conv1d(4, 5, 1), nn.BatchNorm1d(4)))
-    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = prepared(nn.Sequential(nn.Flatten(0, 1), nn.Conv1d(4, 5, 1), nn.BatchNorm1d(4)))
+    x = torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gm = trace(model, x).module.eval()
     outcome = FoldBatchNorm()(gm)
     assert outcome.rewritten == ()
-    assert "BatchNorm1d is no BatchNorm2d" in reasons(outcome)["_1"]
+    assert "BatchNorm1d is no BatchNorm2d" in reasons(outcome)["_2"]
     gm.recompile()
     assert torch.equal(gm(x), model(x))
