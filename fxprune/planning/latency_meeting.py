@@ -11,7 +11,7 @@ from fxprune.planning.latency_table import TOLERANCE, LatencyTable
 
 T = TypeVar("T")
 
-CORRECTIONS = 2
+CORRECTIONS = 3
 """If the time of the whole network is further than `TOLERANCE` from what was predicted, the prediction is corrected, so
 many times at most."""
 

@@ -224,8 +224,8 @@ def test_control_without_corrections_the_share_is_missed(monkeypatch: pytest.Mon
     assert reached > 0.7
 
 
-def test_at_most_two_corrections_and_the_fastest_if_none_will_do() -> None:
-    shares = iter((0.9, 0.7, 0.8))
+def test_at_most_three_corrections_and_the_fastest_if_none_will_do() -> None:
+    shares = iter((0.9, 0.7, 0.8, 0.75))
     choices = []
 
     def measure(choice: Mapping[str, LatencyOption]) -> float:
