@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import FxpruneError, StorageError
 from fxprune.files import write_whole
+from fxprune.inference.runtimes.openvino import hide_permutations
 
 # What torch.jit says of any GraphModule: that the format is deprecated (since torch 2.10), and that it does not like an
 # annotation in GraphModule.__init__. Who asks for the format by name need not be told.
@@ -48,6 +49,9 @@ def save_torchscript(model: nn.Module, path: str | os.PathLike[str]) -> torch.ji
 def save_onnx(model: nn.Module, inputs: tuple[Tensor, ...], path: str | os.PathLike[str]) -> None:
     """Export `model` to one ONNX file whose batch size, the first dimension of each input, is free.
 
+    Permutations of channels that remain have a second axis for a moment, so that OpenVINO computes them rightly, see
+    `fxprune.inference.runtimes.openvino.hide_permutations`.
+
     Raises:
         FxpruneError: onnx or onnxscript is not installed, or the exporter cannot express the model.
         StorageError: the file cannot be written.
@@ -71,7 +75,9 @@ def save_onnx(model: nn.Module, inputs: tuple[Tensor, ...], path: str | os.PathL
                 "inputs) says more"
             ) from error
         assert program is not None
-        _write(path, lambda partial: program.save(partial, external_data=False))
+        exported = program.model_proto
+        hide_permutations(exported)  # who reads the file is not known
+        _write(path, lambda partial: partial.write_bytes(exported.SerializeToString()))
 
 
 def check_onnx() -> None:

@@ -22,6 +22,7 @@ from equality import randomize
 from torch import Tensor, fx, nn
 
 import fxprune
+from fxprune import exports
 from fxprune.errors import AccelerationError, FxpruneError, VerificationError
 from fxprune.graph.containers import tensors_in
 from fxprune.graph.editing import calls
@@ -275,6 +276,18 @@ def test_control_openvino_moves_a_permutation_the_wrong_way(monkeypatch: pytest.
     monkeypatch.setattr(openvino, "hide_permutations", lambda model: None)
     with pytest.raises(VerificationError, match="differs by"):
         accelerate(net(Shuffled), image(), runtime="openvino")
+
+
+@needs["openvino"]
+@pytest.mark.parametrize("hides", [True, False], ids=["hidden", "control"])
+def test_a_portable_file_is_right_in_openvino(hides: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hides:
+        monkeypatch.setattr(exports, "hide_permutations", lambda model: None)
+    model, path = net(Shuffled), tmp_path / "net.onnx"
+    exports.save_onnx(model, (image(),), path)
+    core = openvino.core_of(os.getpid())
+    found = torch.from_numpy(core.compile_model(core.read_model(str(path)), "CPU")([image(5).numpy()])[0])
+    assert torch.allclose(found, model(image(5)), rtol=0.05, atol=0.05) == hides  # it may compute in bfloat16
 
 
 @each_that_reads_onnx

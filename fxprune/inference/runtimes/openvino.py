@@ -129,6 +129,9 @@ def hide_permutations(model: Any) -> None:
         model.graph.initializer.append(numpy_helper.from_array(order[None], f"{name}_order"))
         model.graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), f"{name}_axis"))
         model.graph.node.append(helper.make_node("Squeeze", [f"{name}_deep", f"{name}_axis"], [name]))
+    read = {name for node in model.graph.node for name in node.input}
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
+        model.graph.initializer.remove(tensor)
 
 
 @functools.cache
