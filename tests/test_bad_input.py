@@ -299,7 +299,6 @@ def strict() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval()
 
 
-@pytest.mark.parametrize("build", [unbatched, strict])
 @pytest.mark.parametrize(
     "use",
     [
@@ -311,9 +310,20 @@ def strict() -> nn.Sequential:
         lambda model, x: fxprune.verify(model, model, x),
     ],
 )
-def test_an_image_without_its_batch(build: Callable[[], nn.Module], use: Callable[..., Any]) -> None:
+def test_an_image_without_its_batch(use: Callable[..., Any]) -> None:
     with pytest.raises(TraceError, match=r"shape \(3, 12, 12\), .* forget the batch dimension\? Pass x.unsqueeze\(0\)"):
-        use(build(), torch.randn(3, 12, 12))
+        use(strict(), torch.randn(3, 12, 12))
+
+
+@pytest.mark.parametrize("granularity", ["kernel", "filter"])
+@pytest.mark.filterwarnings("ignore::fxprune.NothingRewrittenWarning")
+def test_control_what_runs_on_one_image_gets_in(granularity: Any) -> None:
+    """Its channels keep their order, and its MACs are those of one image."""
+    model, x = unbatched(), torch.randn(3, 12, 12)
+    pruned = fxprune.compile(model, 0.5, example_inputs=x, granularity=granularity)
+    report, batched = (fxprune.report(fxprune.compile(model, 0.5, example_inputs=i)) for i in (x, x[None]))
+    assert pruned(x).shape == (16, 8, 8)
+    assert (report.macs_dense, report.macs_pruned) == (batched.macs_dense, batched.macs_pruned)
 
 
 class Spectrogram(nn.Module):

@@ -115,7 +115,9 @@ class Compaction:
     def keep(self, labels: Tensor) -> Keep | None:
         """Positions that stay along each dimension of a value with these labels; None if they form no rectangle."""
         atoms = labels.numpy()
-        stays = np.where(atoms == UNLABELLED, True, ~self._removed[atoms])
+        stays = np.ones(atoms.shape, dtype=np.bool_)
+        labelled = atoms != UNLABELLED
+        stays[labelled] = ~self._removed[atoms[labelled]]
         found: Keep = {}
         whole = np.ones_like(stays)
         for d in varying(labels):

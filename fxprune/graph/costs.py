@@ -106,7 +106,13 @@ def _macs(layer: nn.Module, source: Any, value: Any) -> int | None:
 
 
 def batch_size(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> int:
-    """Number of samples in the inputs that the values were found for; 1 if no input has a batch dimension."""
+    """Number of samples in the inputs that the values were found for; 1 if no input has a batch dimension, or a
+    convolution reads one image without it.
+    """
+    for node, conv in calls(gm, Convolution):
+        read = values.get(next(iter(node.all_input_nodes), node))
+        if isinstance(read, Tensor) and read.dim() == len(conv.kernel_size) + 1:
+            return 1
     placeholders = [values.get(node) for node in gm.graph.nodes if node.op == "placeholder"]
     tensors = [leaf for leaf in tensors_in(placeholders) if leaf.dim() > 1]
     return max(1, tensors[0].shape[0]) if tensors else 1

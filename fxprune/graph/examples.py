@@ -134,11 +134,12 @@ SPATIAL = ((nn.Conv1d, 1), (nn.Conv2d, 2), (nn.Conv3d, 3))
 
 
 def _check_batched(example: Example, model: nn.Module) -> None:
-    """See that a single tensor is no image without its batch axis. Only where it might be one is the model run, and
-    then a copy: a model may well take `(N, H, W)` and add the channels itself.
+    """See that a single tensor is no image without its batch axis, where the model needs one. Only where it might be is
+    the model run, and then a copy: it may well take `(N, H, W)` and add the channels itself, and convolutions alone run
+    on single images.
 
     Raises:
-        TraceError: a convolution would see an image without its batch.
+        TraceError: the model does not run on the tensor, and would with a batch axis.
     """
     if len(example.args) != 1 or example.kwargs or not isinstance(example.args[0], Tensor):
         return
@@ -147,12 +148,7 @@ def _check_batched(example: Example, model: nn.Module) -> None:
     if x.is_meta or x.dim() not in single:
         return
     copy = copied(model).eval()
-    seen: list[bool] = []
-    for layer in copy.modules():
-        for kind, count in SPATIAL:
-            if isinstance(layer, kind):
-                layer.register_forward_pre_hook(lambda _, given, n=count + 1: seen.append(given[0].dim() == n))
-    if any(seen) if _runs(copy, x) else _runs(copy, x.unsqueeze(0)):
+    if not _runs(copy, x) and _runs(copy, x.unsqueeze(0)):
         raise TraceError(
             f"example_inputs has shape {tuple(x.shape)}, and {type(model).__name__} takes batches; did you forget the "
             "batch dimension? Pass x.unsqueeze(0)"

@@ -415,8 +415,8 @@ def test_layers_without_cost_are_left_alone() -> None:
 
 
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "ratio and macs": ({"ratio": 0.5, "macs": 0.5}, "ratio, macs, params and latency exclude one another"),
-    "macs and params": ({"macs": 0.5, "params": 0.5}, "ratio, macs, params and latency exclude one another"),
+    "ratio and macs": ({"ratio": 0.5, "macs": 0.5}, "pass a ratio or budgets"),
+    "ratio and both": ({"ratio": 0.5, "macs": 0.5, "params": 0.5}, "macs=0.5, params=0.5 what may remain"),
     "partition": ({"macs": 0.5, "form": "partition"}, "a budget needs ratios of any value"),
     "partition and params": ({"params": 0.5, "form": "partition"}, "a budget needs ratios of any value"),
     "table without budget": ({"sensitivity": Sensitivity((), 1, 1)}, "sensitivity is for a budget; pass macs= or par"),

@@ -429,7 +429,7 @@ PLAN = fxprune.make_plan(net())
         (lambda: fxprune.sparsify(net(), steps=5, calibration=X), PlanError, r"calibration has no meaning while"),
         (lambda: fxprune.sparsify(net(), steps=5, form="partition"), PlanError, r"form is 'partition', but schedule"),
         (lambda: fxprune.sparsify(net(), steps=5, method="tmi"), PlanError, r"method is 'tmi', but schedule 'agp'"),
-        (lambda: fxprune.sparsify(net(), steps=5, ratio=0.5, macs=0.5), PlanError, r"exclude one another"),
+        (lambda: fxprune.sparsify(net(), steps=5, ratio=0.5, macs=0.5), PlanError, r"pass a ratio or budgets"),
         (lambda: fxprune.sparsify(net(), steps=5, ignore="stem"), PlanError, r"'stem' matches no convolution"),
         (lambda: fxprune.sparsify(net(), steps=5, optimizer=sgd(net())), PlanError, r"no parameter of the model"),
         (lambda: fxprune.sparsify(net(), steps=5, optimizer="sgd"), PlanError, r"optimizer is a str"),  # type: ignore[arg-type]
