@@ -7,7 +7,7 @@ network on these; so the result is worse than one alone only where these inputs 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -115,6 +115,8 @@ class _Trials:
         self._spread: str | None = None
         self._asked, self._branches = request.of_branches(), _branches_of(subject, request)
         self._chosen: str | None = None
+        if subject.is_recorded:
+            self.failures.append("branches: they go from a graph only; output='graph' would try them")
 
     @property
     def has_branches(self) -> bool:
@@ -145,12 +147,8 @@ class _Trials:
     def filters_alone(self) -> tuple[_Division, Agreement | None]:
         """The best way to spend all on filters."""
         plans = self._planner.plans(self._filters)
-        agreements = judged_plans(self._judge, plans)
-        way = self._spread = best(agreements)
-        if len(plans) > 1:
-            self.remarks.append(told("filters alone, ways to spread them", agreements, way))
-        self.remarks.extend(f"filters alone, {remark}" for remark in plans[way].remarks)
-        return _Division(plans[way]), agreements[way]
+        self._spread, plan, agreement = self._best_of("filters alone, ways to spread them", plans)
+        return _Division(plan), agreement
 
     def both(self, part: float) -> tuple[_Division, Agreement | None]:
         """Filters for a part of the saving, spread as was best for all of it; kernels of what they leave for the
@@ -175,12 +173,8 @@ class _Trials:
         """The best way to choose branches for all of the saving."""
         assert self._branches is not None
         plans = self._branches.plans(self._asked)
-        agreements = judged_plans(self._judge, plans)
-        way = self._chosen = best(agreements)
-        if len(plans) > 1:
-            self.remarks.append(told("branches alone, ways to choose them", agreements, way))
-        self.remarks.extend(f"branches alone, {remark}" for remark in plans[way].remarks)
-        return _Division(plans[way]), agreements[way]
+        self._chosen, plan, agreement = self._best_of("branches alone, ways to choose them", plans)
+        return _Division(plan), agreement
 
     def branches_first(self) -> tuple[_Division, Agreement | None]:
         """Branches for half of the saving, and of what they leave whichever was better alone, by the least damage."""
@@ -207,6 +201,15 @@ class _Trials:
         if masked is None:
             return _Division(plan), judged_plans(self._judge, {"": plan})[""]
         return _Division(branches, asked[0]), self._judge.agreement(masked)
+
+    def _best_of(self, what: str, plans: Mapping[str, PrunePlan]) -> tuple[str, PrunePlan, Agreement | None]:
+        """The best of several plans of what goes as a whole, with its name and how near it comes; all is remarked."""
+        agreements = judged_plans(self._judge, plans)
+        way = best(agreements)
+        if len(plans) > 1:
+            self.remarks.append(told(what, agreements, way))
+        self.remarks.extend(f"{what.partition(',')[0]}, {remark}" for remark in plans[way].remarks)
+        return way, plans[way], agreements[way]
 
     def _of_rest(self, rest: Subject, request: Request, time: float | None) -> Request:
         """What the network that something left has to keep, so that the whole budget is kept.
