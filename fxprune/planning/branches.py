@@ -4,6 +4,7 @@ What a branch is worth depends on which others are gone, so each is chosen anew,
 of each way to compare is refitted and judged (`fxprune.calibration.judging`).
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import get_args
@@ -16,7 +17,7 @@ from fxprune.exact.rewriting import rewrite
 from fxprune.planning.branch_trials import TRIED, WAYS, Branches, Trials
 from fxprune.planning.candidates import told
 from fxprune.planning.filters import judged_plans
-from fxprune.planning.latency_meeting import Meeting
+from fxprune.planning.latency_table import TOLERANCE
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Cost
@@ -99,20 +100,23 @@ class BranchPlanner:
                 raise PlanError("ratio maps patterns to shares, but branches go one by one; pass one ratio, or macs=")
             assert ratio is not None
             return order.first(round(ratio * len(self.layers))), ()
+        gone = self._within(order, request.budgets)
         if request.latency is None:
-            return self._within(order, request.budgets), ()
-        macs = request.budgets.get("macs", 1.0)
-        meeting = Meeting[Branches](
-            request.latency,
-            choose=lambda share: self._within(order, {**request.budgets, "macs": min(share, macs)}),
-            predicted=lambda gone: 1 - sum(self._shares["macs"][name] for name in gone),
-            damage=len,
-            measure=lambda gone: self.share_without(gone, request),
-        )
-        met = meeting.met()
-        return met.choice, (
+            return gone, ()
+        limit = request.latency * (1 + TOLERANCE)
+        counts = range(len(gone), len(self.layers) + 1)
+        place = bisect_left(counts, True, key=lambda n: self.share_without(order.first(n), request) <= limit)
+        if place == len(counts):
+            least = self.share_without(order.first(len(self.layers)), request)
+            raise PlanError(
+                f"latency={request.latency:.4g} cannot be reached by branches alone: without all {len(self.layers)} "
+                f"that can go {least:.4g} remains; ask for that or more, or use granularity='auto'"
+            )
+        gone = order.first(counts[place])
+        reached = self.share_without(gone, request)
+        return gone, (
             f"latency: asked for {request.latency:.2f} of the best dense time in {request.runs_in}; without "
-            f"{len(met.choice)} branches it was {1.0 if met.reached is None else met.reached:.2f}",
+            f"{len(gone)} branches it was {reached:.2f}",
         )
 
     def share_without(self, gone: Collection[str], request: Request) -> float:
@@ -122,6 +126,8 @@ class BranchPlanner:
             AccelerationError: the model cannot be accelerated.
         """
         key = frozenset(gone)
+        if not key:
+            return 1.0
         if key not in self._times:
             network = WholeNetwork.of(self._subject, request)
             plan = PrunePlan({}, branches={name: self.layers[name] for name in gone})
