@@ -73,7 +73,7 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
         "--block",
         type=int,
         metavar="N",
-        help="keep input channels in aligned blocks of N, for wide loads (default: 8 for target cuda, else 1)",
+        help="keep input channels in aligned blocks of N, for wide loads (default: 16 for target cuda, else 1)",
     )
     parser.add_argument("--target", choices=get_args(Target), help="kind of device to plan groups and blocks for")
     parser.add_argument(

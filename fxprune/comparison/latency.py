@@ -265,8 +265,15 @@ class Latency:
         slow = [batch for batch in dict.fromkeys(row.batch for row in self.rows) if not self.is_worth_it(batch)]
         if slow and not self.is_wrong:
             batches = " and ".join(map(str, slow))
+            runtimes = list(dict.fromkeys(row.runtime for row in self.rows))
             parts.append(
-                f"not worth pruning for time at batch {batches}: no pruned network is faster than the best dense"
+                f"not worth pruning for time at batch {batches} in {', '.join(runtimes)}: no pruned network is faster "
+                "than the best dense"
+                + (
+                    "; eager PyTorch is slow at small layers, ask --runtime accelerate,onnxruntime"
+                    if runtimes == ["eager"]
+                    else ""
+                )
             )
         return "\n\n".join(parts)
 

@@ -205,8 +205,8 @@ class Report(Tabular):
         return Table(columns, tuple(self._row(layer, narrower, extra) for layer in self.layers), before)
 
     def _row(self, layer: LayerReport, narrower: bool, extra: list[str]) -> tuple[Cell, ...]:
-        if layer.form == "dense":
-            return (layer.name, "dense", layer.reason)
+        if layer.form in ("dense", "branch"):
+            return (layer.name, layer.form, layer.reason)
         return (
             layer.name,
             layer.form,
@@ -323,7 +323,9 @@ def _became(plan: PrunePlan, name: str, conv: Convolution | None) -> dict[str, A
 
 def _why_left(plan: PrunePlan) -> str:
     """Why a convolution that the plan does not name kept its filters."""
-    return "none of its filters was chosen" if plan.removed else "the plan does not name it"
+    if plan.removed:
+        return "none of its filters was chosen"
+    return "it is in no branch that goes" if plan.branches else "the plan does not name it"
 
 
 def _gathers(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> tuple[GatherReport, ...]:

@@ -69,8 +69,8 @@ def plan_auto(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module 
     """
     if subject.batches is None:
         raise PlanError(
-            "granularity='auto' compares filters and kernels on data; pass calibration=, or granularity='kernel' or "
-            "'filter'"
+            "granularity='auto' compares branches, filters and kernels on data; pass calibration=, or "
+            "granularity='kernel' or 'filter'"
         )
     trials = _Trials(subject, request)
     trials.of("kernels alone", trials.kernels_alone)

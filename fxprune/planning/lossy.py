@@ -388,5 +388,6 @@ def put_back(masked: nn.Module, smaller: nn.Module, plan: PrunePlan) -> None:
 
 
 _WAY_OUT = (
-    "more calibration images help most; then recover=True, a smaller ratio or larger budget, groups=8, or fine-tuning"
+    "more calibration images help most; then recovery (recover=True, --recover), a smaller ratio or larger budget, "
+    "8 groups for kernels, or fine-tuning"
 )

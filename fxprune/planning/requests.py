@@ -278,9 +278,9 @@ class Request:
         """See that there is a budget to divide, and nothing that fits one part of the network only."""
         if not self.has_budget or self.ratio is not None:
             raise PlanError(
-                "granularity='auto' divides a budget among filters and kernels; pass macs=, params= or latency=, or "
-                "several of them, and no ratio; or map both to their ratios: granularity={'filter': 0.25, 'kernel': "
-                "0.5}"
+                "granularity='auto' divides a budget among branches, filters and kernels; pass macs=, params= or "
+                "latency=, or several of them, and no ratio; or map two to their ratios: granularity={'filter': 0.25, "
+                "'kernel': 0.5}"
             )
         for name in ("sensitivity", "snapshots", "after"):
             if (value := getattr(self, name)) is not None:

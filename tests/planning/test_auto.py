@@ -169,16 +169,19 @@ def test_a_budget_that_nothing_meets_says_how_near_each_comes(net: Net) -> None:
 
 
 def test_it_needs_data(net: Net) -> None:
-    with pytest.raises(PlanError, match="granularity='auto' compares filters and kernels on data; pass calibration="):
+    with pytest.raises(PlanError, match="granularity='auto' compares branches, filters and kernels on data; pass cal"):
         fxprune.make_plan(net, macs=0.5, granularity="auto", example_inputs=images(2))
 
 
 @pytest.mark.parametrize(
     "asked, message",
     [
-        ({}, "granularity='auto' divides a budget among filters and kernels; pass macs=, params= or latency="),
-        ({"ratio": 0.5}, "granularity='auto' divides a budget among filters and kernels; pass macs=, params= or lat"),
-        ({"macs": 0.5, "ratio": 0.5}, "granularity='auto' divides a budget among filters and kernels"),
+        (
+            {},
+            "granularity='auto' divides a budget among branches, filters and kernels; pass macs=, params=",
+        ),
+        ({"ratio": 0.5}, "granularity='auto' divides a budget among branches, filters and kernels; pass macs=, para"),
+        ({"macs": 0.5, "ratio": 0.5}, "granularity='auto' divides a budget among branches, filters and kernels"),
         ({"latency": 0.5}, "latency=0.5 needs the device to be fast on"),
         (
             {"macs": 0.5, "after": PrunePlan({})},
