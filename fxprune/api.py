@@ -164,8 +164,8 @@ def compile(
             or `"auto"`. With `latency` the times are those in this runtime, and the share is of the best dense form in
             it; there it must be `"torch"`, `"onnxruntime"` or `"openvino"`. None is `"torch"` if there is a target.
         block: keep input channels in aligned blocks of this many, so that wide loads of a fused kernel bring a block:
-            16 are a sector of memory in half precision. What it costs is in the report, as are layers that do not divide into
-            blocks; these are pruned channel by channel. None is 16 for target `"cuda"`, else 1.
+            16 are a sector of memory in half precision. What it costs is in the report, as are layers that do not
+            divide into blocks; these are pruned channel by channel. None is 16 for target `"cuda"`, else 1.
         share_groups: layers that write the same channels (the blocks of a residual stage) and have equally many groups
             get the same groups of filters, so that one order suits all and their outputs need no gather. It costs some
             accuracy. None is True with a target and channels kept one by one, else False.
