@@ -3,12 +3,9 @@
 import math
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from fxprune.calibration.agreement import Agreement, hold_out, measure_agreement
-from fxprune.calibration.batches import Batch
 from fxprune.calibration.subject import Subject
 from fxprune.graph.copying import copied
 from fxprune.graph.modes import in_evaluation
@@ -39,15 +36,8 @@ class Judge:
 
     def agreement(self, masked: nn.Module) -> Agreement | None:
         """Of a model that was pruned and refitted on `fitted`; None if its outputs cannot be compared."""
-        device = next((p.device for p in masked.parameters()), torch.device("cpu"))
-
-        def call(model: nn.Module, batch: Batch) -> object:
-            """Each model has its own copy: it may write into its input."""
-            own = tree_map(lambda leaf: leaf.to(device, copy=True) if isinstance(leaf, Tensor) else leaf, batch)
-            return self.fitted.example(own).call(model)
-
         with in_evaluation(masked):
-            return measure_agreement(self._dense, masked, self._judged, call, self.held_out)
+            return measure_agreement(self._dense, masked, self._judged, self.fitted.output_of, self.held_out)
 
 
 def best(agreements: Mapping[str, Agreement | None]) -> str:

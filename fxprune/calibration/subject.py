@@ -19,6 +19,7 @@ from fxprune.calibration.samples import MAX_ROWS
 from fxprune.calibration.stages import Run
 from fxprune.channels.capture import capture, recorded
 from fxprune.errors import CalibrationError, TraceError
+from fxprune.graph.containers import convert_tensors
 from fxprune.graph.convolutions import Layer, kernels_of
 from fxprune.graph.costs import layer_costs
 from fxprune.graph.examples import Example, Inputs, as_examples, in_order, positional_parameters
@@ -272,6 +273,12 @@ class Subject:
         """The recording of a model that runs on batches of any size."""
         small, large = (recorded(model, [self.example(_first(batch, size))], modes=("eval",)) for size in SIZES)
         return free_batch(small, large)
+
+    def output_of(self, model: nn.Module, batch: Batch) -> object:
+        """What a model gives for a batch, of which it has a copy of its own, on its device: it may write into it."""
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        own = convert_tensors(batch, lambda tensor: tensor.to(device, copy=True))
+        return self.example(own).call(model)
 
     def example(self, batch: Batch) -> Example:
         """A batch as arguments of forward."""

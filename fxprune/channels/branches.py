@@ -17,6 +17,7 @@ from fxprune.graph.convolutions import Convolution, has_own_forward
 from fxprune.graph.editing import BATCH_NORMS, call_sites, called_module, first_reader, is_addition, label, read_by_name
 from fxprune.graph.memory import Memory
 from fxprune.graph.tracing import is_hooked
+from fxprune.plans.eligibility import parameters_of_several_modules
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,13 @@ def residual_branches(gm: fx.GraphModule, values: Mapping[fx.Node, Any]) -> tupl
     found: dict[str, Branch] = {}
     refused: dict[str, str] = {}
     memory, sites, named = Memory(gm), call_sites(gm), read_by_name(gm)
-    owners: dict[int, int] = {}
-    for module in gm.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    shared = parameters_of_several_modules(gm)
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
     for branch in _candidates(gm, position):
         reason = _obstacle(gm, branch, values, memory, sites)
         if not reason:
             tensors = list(called_module(gm, branch.end).parameters(recurse=False))
-            if any(owners[id(tensor)] > 1 for tensor in tensors) or first_reader(tensors, named):
+            if any(id(tensor) in shared for tensor in tensors) or first_reader(tensors, named):
                 reason = "the layer at its end shares its parameters"
         if reason:
             refused[label(branch.end)] = reason

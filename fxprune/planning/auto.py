@@ -18,9 +18,9 @@ from fxprune.calibration.judging import Judge, best
 from fxprune.calibration.subject import Subject
 from fxprune.errors import PlanError
 from fxprune.planning.branches import BranchPlanner
-from fxprune.planning.candidates import told
+from fxprune.planning.candidates import judged_plans, told
 from fxprune.planning.estimates import PLAN
-from fxprune.planning.filters import FilterPlanner, judged_plans
+from fxprune.planning.filters import FilterPlanner
 from fxprune.planning.joint import with_rest
 from fxprune.planning.kernels import judged_ways, planned, ways_to_spend
 from fxprune.planning.latency_parts import measure_for
@@ -157,17 +157,8 @@ class _Trials:
         eased = {name: 1 - part * (1 - share) for name, share in self._filters.shares.items()}
         asked = replace(self._filters.with_shares(eased), round_to=math.lcm(self._filters.round_to, ROUND_TO))
         filters = next(iter(self._planner.plans(asked, self._spread).values()))
-        ways: list[Request] = []
-
-        def of_rest(rest: Subject) -> tuple[PrunePlan, nn.Module | None]:
-            time = None if self._kernels.latency is None else self._planner.share_of(filters)
-            left = self._of_rest(rest, self._kernels, time)
-            ways.append(next(iter(ways_to_spend(rest, left)[0].values())))
-            return planned(rest, ways[0], accurate=serves_accuracy(rest, ways[0]))
-
-        _, masked = with_rest(self._judge.fitted, filters, of_rest)
-        assert masked is not None
-        return _Division(filters, ways[0]), self._judge.agreement(masked)
+        time = None if self._filters.latency is None else self._planner.share_of(filters)
+        return self._followed(filters, time)
 
     def branches_alone(self) -> tuple[_Division, Agreement | None]:
         """The best way to choose branches for all of the saving."""
@@ -184,23 +175,34 @@ class _Trials:
         branches = replace(branches, remarks=())
         alone = {name: told[1] for name, told in self.found.items() if name in ("kernels alone", "filters alone")}
         narrows = best(alone) == "filters alone" if alone else False
+        time = None
+        if self._asked.latency is not None:
+            time = self._branches.share_without(branches.branches, self._asked)
+        return self._followed(branches, time, narrows)
+
+    def _followed(
+        self, first: PrunePlan, time: float | None, narrows: bool = False
+    ) -> tuple[_Division, Agreement | None]:
+        """What goes as a whole, and kernels, or filters, of what it leaves for the rest of the budget.
+
+        Args:
+            first: what goes first.
+            time: the share of the dense time that it leaves, where time counts.
+            narrows: whether filters follow.
+        """
         asked: list[Request] = []
 
         def of_rest(rest: Subject) -> tuple[PrunePlan, nn.Module | None]:
-            assert self._branches is not None
-            time = None
-            if self._asked.latency is not None:
-                time = self._branches.share_without(branches.branches, self._asked)
             left = self._of_rest(rest, self._filters if narrows else self._kernels, time)
             if narrows:
                 return replace(next(iter(FilterPlanner(rest).plans(left, self._spread).values())), remarks=()), None
             asked.append(next(iter(ways_to_spend(rest, left)[0].values())))
             return planned(rest, asked[0], accurate=serves_accuracy(rest, asked[0]))
 
-        plan, masked = with_rest(self._judge.fitted, branches, of_rest)
+        plan, masked = with_rest(self._judge.fitted, first, of_rest)
         if masked is None:
             return _Division(plan), judged_plans(self._judge, {"": plan})[""]
-        return _Division(branches, asked[0]), self._judge.agreement(masked)
+        return _Division(first, asked[0]), self._judge.agreement(masked)
 
     def _best_of(self, what: str, plans: Mapping[str, PrunePlan]) -> tuple[str, PrunePlan, Agreement | None]:
         """The best of several plans of what goes as a whole, with its name and how near it comes; all is remarked."""

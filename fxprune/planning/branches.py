@@ -6,24 +6,19 @@ of each way to compare is refitted and judged (`fxprune.calibration.judging`).
 
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import get_args
 
-from fxprune.calibration.judging import Judge, best
 from fxprune.calibration.subject import Subject
 from fxprune.channels.branches import residual_branches
 from fxprune.errors import PlanError
-from fxprune.exact.rewriting import rewrite
 from fxprune.planning.branch_trials import TRIED, WAYS, Branches, Trials
-from fxprune.planning.candidates import told
-from fxprune.planning.filters import judged_plans
+from fxprune.planning.candidates import best_plan
 from fxprune.planning.latency_table import TOLERANCE
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Cost
 from fxprune.planning.whole_network import WholeNetwork
 from fxprune.plans import PrunePlan
-from fxprune.plans.masking import masked_copy
 
 
 def plan_branches(subject: Subject, request: Request) -> PrunePlan:
@@ -36,12 +31,7 @@ def plan_branches(subject: Subject, request: Request) -> PrunePlan:
         AccelerationError: a latency is asked for, and the model cannot be accelerated.
     """
     plans = BranchPlanner(subject, request).plans(request)
-    if len(plans) == 1:
-        return next(iter(plans.values()))
-    found = judged_plans(Judge(subject), plans)
-    way = best(found)
-    remark = told("ways to choose branches", found, way)
-    return replace(plans[way], remarks=(*plans[way].remarks, remark))
+    return best_plan(subject, plans, "ways to choose branches")
 
 
 class BranchPlanner:
@@ -129,10 +119,8 @@ class BranchPlanner:
         if not key:
             return 1.0
         if key not in self._times:
-            network = WholeNetwork.of(self._subject, request)
             plan = PrunePlan({}, branches={name: self.layers[name] for name in gone})
-            pruned = rewrite(masked_copy(self._subject.model, plan), plan, network.inputs)
-            self._times[key] = network.share_of(network.accelerated(pruned))
+            self._times[key] = WholeNetwork.of(self._subject, request).share_with(plan)
         return self._times[key]
 
     def _within(self, order: "_Order", budgets: Mapping[Cost, float]) -> Branches:

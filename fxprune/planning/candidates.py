@@ -12,9 +12,14 @@ from dataclasses import replace
 
 from fxprune.calibration.agreement import Agreement
 from fxprune.calibration.damage import loss_of
+from fxprune.calibration.judging import Judge, best
+from fxprune.calibration.subject import Subject
 from fxprune.errors import PlanError
+from fxprune.planning.estimates import JUDGING
+from fxprune.planning.lossy import masked_by
 from fxprune.planning.sensitivity import Cost, LayerSensitivity, Sensitivity
 from fxprune.planning.several_budgets import ratios_within
+from fxprune.plans import PrunePlan
 
 MOST_DAMAGE = 1 - 1e-12
 
@@ -73,6 +78,27 @@ def between(first: Sensitivity, second: Sensitivity) -> Sensitivity:
         return replace(a, damage=tuple(map(damage_of, losses)))
 
     return replace(first, layers=tuple(map(mean, first.layers, second.layers)))
+
+
+def best_plan(subject: Subject, plans: Mapping[str, PrunePlan], what: str) -> PrunePlan:
+    """Of several plans of what goes as a whole the one that does best on held-out inputs; it says what all gave.
+
+    Args:
+        subject: the model, with calibration data if there are several.
+        plans: by way.
+        what: the ways are for.
+    """
+    if len(plans) == 1:
+        return next(iter(plans.values()))
+    found = judged_plans(Judge(subject), plans)
+    way = best(found)
+    return replace(plans[way], remarks=(told(what, found, way), *plans[way].remarks))
+
+
+def judged_plans(judge: Judge, plans: Mapping[str, PrunePlan]) -> dict[str, Agreement | None]:
+    """What comes of plans of what goes as a whole, refitted without the inputs on which they are judged."""
+    judge.fitted.begin(JUDGING, len(plans))
+    return {way: judge.agreement(masked_by(judge.fitted, plan)) for way, plan in plans.items()}
 
 
 def told(what: str, found: Mapping[str, Agreement | None], taken: str) -> str:

@@ -110,10 +110,8 @@ SENSITIVITY, JUDGING, PLAN, REFIT, TELLING, RECOVERY = (
 
 def _trials(subject: Subject, work: "_Work", share: float) -> float:
     """Multiplications of comparing networks without some of their branches."""
-    assert subject.batches is not None
-    images = sum(samples_in(batch) or 1 for batch in subject.batches)
     branches, _ = residual_branches(subject.trace.module, subject.trace.values)
-    return trial_count(len(branches), 1 - share) * CONVOLUTION * work.forward * min(1.0, SAMPLE / images)
+    return trial_count(len(branches), 1 - share) * CONVOLUTION * work.forward * min(1.0, SAMPLE / work.images)
 
 
 @dataclass(frozen=True)
@@ -121,13 +119,16 @@ class _Work:
     """Multiplications of passes over the layers of a network, forward passes included."""
 
     layers: tuple[_Layer, ...]
+    images: int
     forward: float
 
     @classmethod
     def of(cls, subject: Subject) -> "_Work":
         assert subject.batches is not None
         images = sum(samples_in(batch) or 1 for batch in subject.batches)
-        return cls(tuple(_layers(subject, images)), images * sum(macs or 0 for _, macs in subject.costs.values()))
+        return cls(
+            tuple(_layers(subject, images)), images, images * sum(macs or 0 for _, macs in subject.costs.values())
+        )
 
     def refit(self, share: float, rows: int | None = None) -> float:
         """Both networks pass, and each layer is solved with a share of its columns."""

@@ -1,7 +1,5 @@
 """Filters that go so that a share of the dense time remains: by the times of narrower layers, and the whole network."""
 
-from typing import Any
-
 import numpy as np
 
 from fxprune.calibration.subject import Subject
@@ -9,14 +7,12 @@ from fxprune.channels.removal import Removable
 from fxprune.channels.units import ChannelUnits, Chosen
 from fxprune.criteria.variety import Array
 from fxprune.errors import PlanError
-from fxprune.exact.rewriting import rewrite
 from fxprune.planning.latency_measure import Wanted, measure_layers
 from fxprune.planning.latency_meeting import Meeting
 from fxprune.planning.requests import Request
 from fxprune.planning.selection import choose_units, shares_left
 from fxprune.planning.whole_network import WholeNetwork
 from fxprune.plans import PrunePlan
-from fxprune.plans.masking import masked_copy
 
 
 class FilterTimes:
@@ -109,5 +105,4 @@ class FilterTimes:
                 "what filters leave has to be timed anew before kernels of it can be planned, and the table is of "
                 f"another machine ({self.table.place()})"
             )
-        pruned: Any = rewrite(masked_copy(self._network.model, plan), plan, self._network.inputs)
-        return self._network.share_of(self._network.accelerated(pruned))
+        return self._network.share_with(plan)

@@ -7,8 +7,6 @@ import numpy as np
 from torch import Tensor
 
 from fxprune.calibration import survey
-from fxprune.calibration.agreement import Agreement
-from fxprune.calibration.judging import Judge, best
 from fxprune.calibration.subject import Subject
 from fxprune.calibration.unit_damage import Reader, StiffReader
 from fxprune.channels.removal import Removable, find_removable
@@ -19,10 +17,10 @@ from fxprune.criteria.variety import Array, Redundancy
 from fxprune.errors import PlanError
 from fxprune.exact.narrowing import CountedError
 from fxprune.graph.convolutions import conv_at, convolutions
-from fxprune.planning.candidates import between, told, uniform
-from fxprune.planning.estimates import JUDGING, SENSITIVITY
+from fxprune.planning.candidates import best_plan, between, uniform
+from fxprune.planning.estimates import SENSITIVITY
 from fxprune.planning.filter_times import FilterTimes
-from fxprune.planning.lossy import masked_by, without_removed
+from fxprune.planning.lossy import without_removed
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.requests import RECONSTRUCTION, Request
 from fxprune.planning.selection import choose_units
@@ -41,17 +39,7 @@ def plan_filters(subject: Subject, request: Request) -> PrunePlan:
         CalibrationError: the calibration data do not fit the model.
     """
     plans = FilterPlanner(subject).plans(request)
-    if len(plans) == 1:
-        return next(iter(plans.values()))
-    found = judged_plans(Judge(subject), plans)
-    way = best(found)
-    return replace(plans[way], remarks=(told("ways to spread the filters", found, way), *plans[way].remarks))
-
-
-def judged_plans(judge: Judge, plans: Mapping[str, PrunePlan]) -> dict[str, Agreement | None]:
-    """What comes of plans of filters, refitted without the inputs on which they are judged."""
-    judge.fitted.begin(JUDGING, len(plans))
-    return {way: judge.agreement(masked_by(judge.fitted, plan)) for way, plan in plans.items()}
+    return best_plan(subject, plans, "ways to spread the filters")
 
 
 class FilterPlanner:

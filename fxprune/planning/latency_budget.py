@@ -13,13 +13,11 @@ from torch import nn
 
 from fxprune.calibration.subject import Subject
 from fxprune.errors import PlanError
-from fxprune.exact.rewriting import rewrite
 from fxprune.graph.convolutions import convolutions
 from fxprune.methods import Matrix, cocluster
 from fxprune.planning.latency_measure import GROUP_COUNTS, Wanted, measure_layers
 from fxprune.planning.latency_meeting import Meeting
 from fxprune.planning.latency_table import LatencyOption, LatencyTable, Limit
-from fxprune.planning.lossy import mask
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.planner import Planner, prunable_shapes
 from fxprune.planning.requests import PUBLISHED, Request
@@ -63,9 +61,7 @@ def meet_latency(
     def share_of(choice: Mapping[str, LatencyOption]) -> float:
         ratios, groups = as_patterns(open_, choice)
         planner = Planner(model, replace(cheapest, ratio=ratios, groups=groups), writers=writers)
-        plan = planner.from_weights(request.progress)
-        pruned = rewrite(mask(model, plan), plan, inputs)
-        return network.share_of(network.accelerated(pruned))
+        return network.share_with(planner.from_weights(request.progress))
 
     damage = damages(model, open_, sensitivity, request.seed)
     others = _limits(request, sensitivity)

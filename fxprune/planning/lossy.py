@@ -1,7 +1,7 @@
 """The one step that changes the function: what a plan drops becomes zero, and what stays is refitted."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -306,9 +306,7 @@ def refit_readers(subject: Subject, masked: nn.Module, plan: PrunePlan, *, progr
     layers: dict[str, Layer] = {**convolutions(masked), **refittable_linears(subject.layers, subject.trace)}
 
     def choose(name: str, layer: Layer, samples: object) -> GroupedKernels:
-        filters, channels = kernels_of(layer).shape[:2]
-        kept = tuple(remaining(channels, plan.removed[name].inputs).tolist())
-        return GroupedKernels(tuple(range(filters)), (kept,), channels, 0.0)
+        return _one_group(layer, plan.removed[name].inputs)
 
     subject.reconstruct(masked, _readers(layers, plan), choose, plan.seed, progress)
     zero_pruned(masked, entries_without_removed(masked, plan))  # the fit gives the removed filters a value again
@@ -316,9 +314,10 @@ def refit_readers(subject: Subject, masked: nn.Module, plan: PrunePlan, *, progr
 
 def refit_behind_branches(subject: Subject, masked: nn.Module, plan: PrunePlan, *, progress: bool = False) -> None:
     """Refit, in place, all layers behind the first branch that `plan` removes, toward what they gave in the dense
-    network; those that feed a sum so that the sum comes out right, see `fxprune.calibration.refit`.
+    network; those that feed a sum so that the sum comes out right, see `fxprune.calibration.refitting`.
     """
-    subject.reconstruct(masked, _behind_branches(subject, plan), keep_all, plan.seed, progress)
+    layers = _behind_branches(subject, plan)
+    subject.reconstruct(masked, layers, lambda name, layer, samples: _one_group(layer), plan.seed, progress)
 
 
 def _behind_branches(subject: Subject, plan: PrunePlan) -> list[str]:
@@ -338,10 +337,10 @@ def _behind_branches(subject: Subject, plan: PrunePlan) -> list[str]:
     return [name for name in behind if name in layers and name not in gone]
 
 
-def keep_all(name: str, layer: Layer, samples: object) -> GroupedKernels:
-    """A layer that is solved anew as it is: one group of all its kernels."""
+def _one_group(layer: Layer, removed: Collection[int] = ()) -> GroupedKernels:
+    """A layer that is solved anew as it is, without some of its input channels."""
     filters, channels = kernels_of(layer).shape[:2]
-    return GroupedKernels(tuple(range(filters)), (tuple(range(channels)),), channels, 0.0)
+    return GroupedKernels(tuple(range(filters)), (tuple(remaining(channels, removed).tolist()),), channels, 0.0)
 
 
 def without_removed(subject: Subject, masked: nn.Module, plan: PrunePlan) -> nn.Module:
