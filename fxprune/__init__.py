@@ -11,6 +11,7 @@ exactly.
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+import fxprune.inference.instructions  # noqa: F401  sets variables that PyTorch reads at its first operator
 from fxprune.errors import (
     AccelerationError,
     ArgumentError,

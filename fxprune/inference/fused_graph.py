@@ -12,12 +12,14 @@ from torch.utils._pytree import tree_map
 from fxprune.errors import AccelerationError
 from fxprune.exact.pipeline import common_block
 from fxprune.exact.record import find_record
+from fxprune.graph.containers import tensors_in
 from fxprune.graph.editing import calls
 from fxprune.graph.fused import FusedConv2d, gather_channels
 from fxprune.graph.layers import ChannelGather
 from fxprune.graph.tracing import trace
 from fxprune.inference.engines import Engine
 from fxprune.inference.forking import check_fork, forks
+from fxprune.inference.pooling import use_native_pools
 from fxprune.passes import FoldBatchNorm, FuseConvs
 
 
@@ -48,6 +50,8 @@ def with_engines(
         _replace(gm, node, engines[node.name])
     for node, gather in calls(gm, ChannelGather):
         _replace(gm, node, FormatKeepingGather(gather))
+    if memory_format == torch.channels_last and all(_is_for_native(example) for example in tensors_in(inputs)):
+        use_native_pools(gm)
     for node, example in zip([n for n in gm.graph.nodes if n.op == "placeholder"], inputs, strict=False):
         if isinstance(example, Tensor) and node.users:
             path = f"entry_{node.name}"
@@ -58,6 +62,10 @@ def with_engines(
     gm.graph.lint()
     gm.recompile()
     return gm.eval().requires_grad_(False)
+
+
+def _is_for_native(example: Tensor) -> bool:
+    return example.device.type == "cpu" and example.dtype in (torch.float32, torch.int64)
 
 
 def _replace(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> None:

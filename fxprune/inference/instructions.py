@@ -1,8 +1,8 @@
 """`FXPRUNE_ISA=avx2`: stay within the instructions of other machines, to measure here what is fast there.
 
 It holds for all that PyTorch computes: its own loops, oneDNN, and the compiled kernel. The first two read a variable of
-theirs when they are first used, so it is set as this module is imported. Runtimes that have no such variable are left
-out of races then.
+theirs when they are first used, so it is set as this module is imported, which `import fxprune` does. Runtimes without
+such a variable are left out of races then.
 """
 
 import os

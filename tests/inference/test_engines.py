@@ -136,6 +136,44 @@ def test_random_convolutions(seed: int, threads: None) -> None:
     assert native.obstacle() or conv.groups == conv.channels > 1 or names.count("native") == len(FORMATS)
 
 
+def depthwise(g: torch.Generator, channels: int, kernel: int, stride: int, dilation: int) -> FusedConv2d:
+    padding = choose(g, (0, 1, kernel // 2 * dilation))
+    conv = nn.Conv2d(channels, channels, kernel, stride, padding, dilation, channels, bias=choose(g, (True, False)))
+    fused = FusedConv2d(conv, channels)
+    fused.minimum, fused.maximum = choose(g, BOUNDS)
+    return fused
+
+
+@pytest.mark.parametrize("channels", [3, 7, 8, 19, 40])
+@pytest.mark.parametrize("kernel, stride, dilation", [(3, 1, 1), (3, 2, 1), (3, 1, 2), (5, 3, 1)])
+def test_depthwise_convolutions(channels: int, kernel: int, stride: int, dilation: int, threads: None) -> None:
+    g = torch.Generator().manual_seed(channels * kernel)
+    conv = depthwise(g, channels, kernel, stride, dilation)
+    for height, width in ((kernel * dilation, kernel * dilation + 4), (21, 40)):
+        x = torch.randn(2, channels, height, width, generator=g)
+        names = check(conv, x, torch.randn(shape_of(conv, x), generator=g))
+        assert native.obstacle() or names.count("depthwise") == 1
+
+
+@pytest.mark.parametrize("kernel, stride", [(1, 1), (1, 2), (3, 1), (3, 2)])
+@pytest.mark.parametrize("channels", [512, 1024])
+def test_pixels_that_share_sets_of_the_cache(kernel: int, stride: int, channels: int, threads: None) -> None:
+    g = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(channels, 40, kernel, stride, kernel // 2)
+    fused = FusedConv2d(conv, channels)
+    x = torch.randn(3, channels, 9, 21, generator=g)
+    check(fused, x, torch.randn(shape_of(fused, x), generator=g))
+
+
+@pytest.mark.parametrize("size", [(7, 7), (1, 13), (14, 14), (3, 20)])
+def test_images_narrower_than_a_tile(size: tuple[int, int], threads: None) -> None:
+    g = torch.Generator().manual_seed(0)
+    for padding in ((1, 1), (2, 0), (0, 1)):
+        conv = make(g, groups=2, kept=5, width=40, padding=padding, kernel=(1, 3))
+        x = torch.randn(3, conv.channels, *size, generator=g)
+        check(conv, x, torch.randn(shape_of(conv, x), generator=g))
+
+
 def test_images_that_many_tasks_share(threads: None) -> None:
     g = torch.Generator().manual_seed(0)
     for padding, stride in (((0, 0), (1, 1)), ((2, 1), (2, 1)), ((5, 2), (1, 2))):  # (5, 2): rows of padding alone

@@ -27,6 +27,17 @@ x = torch.randn(1, 3, 8, 8)
 fast = fxprune.accelerate(net, x, remember=False)
 torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)
 assert "native" not in fxprune.acceleration_report(fast).layers[0].obstacles
+from fxprune.graph.fused import FusedConv2d
+from fxprune.inference.engines import NativeConv2d, NativeDepthwiseConv2d
+for size in ((7, 7), (14, 14), (3, 20), (30, 30)):  # tiles that go across rows, and such that do not
+    conv = FusedConv2d(torch.nn.Conv2d(8, 40, 3, padding=1), 8)
+    x, residual = torch.randn(3, 8, *size), torch.randn(3, 40, *size)
+    found = NativeConv2d(conv, torch.channels_last)(x, residual)
+    torch.testing.assert_close(found, conv(x, residual), rtol=0, atol=1e-5)
+    conv = FusedConv2d(torch.nn.Conv2d(19, 19, 3, padding=1, groups=19), 19)
+    x = torch.randn(3, 19, *size)
+    found = NativeDepthwiseConv2d(conv, torch.channels_last)(x)
+    torch.testing.assert_close(found, conv(x), rtol=0, atol=1e-5)
 print(int(torch.ops.fxprune_native.widest_lanes()), environment()["instructions"])
 """
 

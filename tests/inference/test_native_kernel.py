@@ -230,8 +230,8 @@ if not NO_KERNEL:
         "bias": ({"bias": RIGHT["bias"][:-1]}, "panel 1 does not fit"),
         "panels": ({"panels": RIGHT["panels"][:, :6].contiguous()}, "must be"),
         "larger kernel": ({"kernel": [3, 4]}, "panel 1 does not fit"),
-        "no stride": ({"stride": [0, 1]}, "no convolution has"),
-        "negative padding": ({"padding": [1, -1]}, "no convolution has"),
+        "no stride": ({"stride": [0, 1]}, "no convolution or pooling has"),
+        "negative padding": ({"padding": [1, -1]}, "no convolution or pooling has"),
         "a short list": ({"dilation": [1]}, "dilation"),
     }
 else:

@@ -23,7 +23,7 @@ from fxprune.errors import KernelError
 from fxprune.inference import instructions
 from fxprune.inference.cache import cache_directory, distrust, make_cache_directory
 
-SOURCES = ("native_channels_last.cpp", "native_contiguous.cpp", "native_ops.cpp")
+SOURCES = ("native_channels_last.cpp", "native_contiguous.cpp", "native_channelwise.cpp", "native_ops.cpp")
 HEADERS = ("native_conv.h", "native_vectors.h")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-std=c++20", "-fopenmp")
 SECONDS = 300  # a build takes about ten
@@ -73,6 +73,8 @@ def load() -> None:
     if not (gap := _test()) <= TOLERANCE:
         raise KernelError(f"the compiled kernel is wrong by {gap:.1e} on this processor; it is not used")
     torch.library.register_fake("fxprune_native::conv2d")(_fake_conv2d)
+    torch.library.register_fake("fxprune_native::depthwise_conv2d")(_fake_depthwise_conv2d)
+    torch.library.register_fake("fxprune_native::max_pool2d")(_fake_max_pool2d)
 
 
 def build() -> Path:
@@ -218,9 +220,30 @@ def _fake_conv2d(
     kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], channels: int,
     minimum: float | None, maximum: float | None, channels_last: bool = True,
 ) -> Tensor:  # fmt: skip
-    size = [(input.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return input.new_empty((input.shape[0], out.shape[0], *size)).contiguous(memory_format=memory_format)
+    return _fake_result(input, out.shape[0], kernel, stride, padding, dilation, memory_format)
+
+
+def _fake_depthwise_conv2d(
+    input: Tensor, weights: Tensor, bias: Tensor | None, residual: Tensor | None,
+    kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
+    minimum: float | None, maximum: float | None,
+) -> Tensor:  # fmt: skip
+    return _fake_result(input, input.shape[1], kernel, stride, padding, dilation, torch.channels_last)
+
+
+def _fake_max_pool2d(
+    input: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    return _fake_result(input, input.shape[1], kernel, stride, padding, dilation, torch.channels_last)
+
+
+def _fake_result(
+    input: Tensor, channels: int, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
+    memory_format: torch.memory_format,
+) -> Tensor:  # fmt: skip
+    size = [(input.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    return input.new_empty((input.shape[0], channels, *size)).contiguous(memory_format=memory_format)
 
 
 def _test() -> float:
@@ -239,5 +262,15 @@ def _test() -> float:
             x, packed.weights, packed.bias, packed.panels, index.int(), places.int(), residual,
             [3, 3], [1, 1], [1, 1], [1, 1], 6, 0.0, 6.0, channels_last,
         )  # fmt: skip
-        gaps.append(float((found - expected).abs().max() / expected.abs().max()))
-    return max(gaps)
+        gaps.append(_gap(found, expected))
+    filters = torch.randn(6, 1, 3, 3, generator=generator)
+    expected = F.conv2d(x, filters, bias[:6], 1, 1, 1, 6).clamp(0, 6)
+    found = torch.ops.fxprune_native.depthwise_conv2d(
+        x, filters.flatten(1).t().contiguous(), bias[:6], None, [3, 3], [1, 1], [1, 1], [1, 1], 0.0, 6.0
+    )
+    pooled = torch.ops.fxprune_native.max_pool2d(x, [3, 3], [2, 2], [1, 1], [1, 1])
+    return max(*gaps, _gap(found, expected), _gap(pooled, F.max_pool2d(x, 3, 2, 1)))
+
+
+def _gap(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())

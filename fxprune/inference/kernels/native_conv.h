@@ -42,6 +42,16 @@ struct Operands {
   int64_t panel_count;
 };
 
+// Of a convolution with one filter for each channel, or of a pooling.
+struct ChannelwiseOperands {
+  const float* x;
+  const float* weights;   // (taps, channels); unused by a pooling
+  const float* bias;      // (channels), or null
+  const float* residual;  // or null
+  float minimum, maximum;
+  float* y;
+};
+
 // What a thread does at a time.
 struct Task {
   int64_t image;                // contiguous only; rows of channels_last count over all images
@@ -50,12 +60,16 @@ struct Task {
   int64_t first_panel, last_panel;
 };
 
-// Floats of scratch that a task of up to `rows` rows needs; 0 if the input is read where it is.
-int64_t channels_last_scratch(const Geometry& geometry, int64_t rows);
+// Floats of scratch that a task of up to so many rows and columns needs; 0 if the input is read where it is.
+int64_t channels_last_scratch(const Geometry& geometry, int64_t rows, int64_t columns);
 int64_t contiguous_scratch(const Geometry& geometry, int64_t rows);
 
 void run_channels_last(const Geometry& geometry, const Operands& operands, const Task& task, float* scratch);
 void run_contiguous(const Geometry& geometry, const Operands& operands, const Task& task, float* scratch);
+
+// channels_last, rows of the output counted over all images.
+void run_depthwise(const Geometry& geometry, const ChannelwiseOperands& operands, int64_t first_row, int64_t last_row);
+void run_max_pool(const Geometry& geometry, const ChannelwiseOperands& operands, int64_t first_row, int64_t last_row);
 
 // What panels there are: channels_last up to two vectors of `widest_lanes`, one vector of a power of two from 4 on;
 // contiguous 1, 2, 4 or 8 filters up to `most_filters`, which are its `lanes`.

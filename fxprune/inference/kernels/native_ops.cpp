@@ -1,4 +1,4 @@
-// The operator fxprune_native::conv2d: checks, allocation and threads around the kernels.
+// The operators fxprune_native: checks, allocation and threads around the kernels.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -77,7 +77,8 @@ void run_channels_last(fxprune::Geometry g, const fxprune::Operands& a) {
   const int64_t row_step = std::min(rows, std::max<int64_t>(1, kBudget / per_row));
   const int64_t parts = (rows + row_step - 1) / row_step;
   const int64_t splits = shares(parts * cuts, a.panel_count);
-  in_parallel(parts * cuts * splits, fxprune::channels_last_scratch(g, row_step), [&](int64_t i, float* scratch) {
+  const int64_t scratch_size = fxprune::channels_last_scratch(g, row_step, (g.out_width + cuts - 1) / cuts);
+  in_parallel(parts * cuts * splits, scratch_size, [&](int64_t i, float* scratch) {
     const int64_t split = i % splits, cut = i / splits % cuts, part = i / splits / cuts;
     fxprune::Task task{};
     task.first_row = rows * part / parts;
@@ -113,32 +114,36 @@ void run_contiguous(fxprune::Geometry g, const fxprune::Operands& a) {
   });
 }
 
-// panels (P, 7) int64, see fxprune::Panel; index (groups, kept) int32; out (O,) int32.
-at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias, const at::Tensor& panels,
-                  const at::Tensor& index, const at::Tensor& out, const std::optional<at::Tensor>& residual,
-                  at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                  int64_t channels, std::optional<double> minimum, std::optional<double> maximum, bool channels_last) {
+// Rows of the output, as many at a time as have their input and output in the cache.
+template <typename Run>
+void run_channelwise(const fxprune::Geometry& g, const fxprune::ChannelwiseOperands& a, const Run& run) {
+  const int64_t rows = g.images * g.out_height;
+  const int64_t per_row = std::max(g.width * g.stride_height, g.out_width) * g.channels;
+  const int64_t step = std::max<int64_t>(1, kBudget / std::max<int64_t>(1, per_row));
+  at::parallel_for(0, rows, step, [&](int64_t begin, int64_t end) { run(g, a, begin, end); });
+}
+
+void check_input(const at::Tensor& input) {
   TORCH_CHECK(input.dim() == 4 && input.scalar_type() == at::kFloat && input.device().is_cpu(),
-              "fxprune: the compiled convolution takes float32 (N, C, H, W) on the CPU, not ", input.scalar_type(), " ",
+              "fxprune: the compiled kernel takes float32 (N, C, H, W) on the CPU, not ", input.scalar_type(), " ",
               input.sizes(), " on ", input.device());
-  TORCH_CHECK(input.size(1) == channels, "fxprune: the convolution reads ", channels, " channels; the input has ",
-              input.size(1));
+}
+
+fxprune::Geometry geometry(const at::Tensor& x, int64_t out_channels, int64_t kept, at::IntArrayRef kernel,
+                           at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
   const auto is_pair = [](at::IntArrayRef values, int64_t least) {
     return values.size() == 2 && values[0] >= least && values[1] >= least;
   };
   TORCH_CHECK(is_pair(kernel, 1) && is_pair(stride, 1) && is_pair(padding, 0) && is_pair(dilation, 1),
-              "fxprune: no convolution has kernel ", kernel, ", stride ", stride, ", padding ", padding, ", dilation ",
+              "fxprune: no convolution or pooling has kernel ", kernel, ", stride ", stride, ", padding ", padding, ", dilation ",
               dilation);
-  check_tables(weights, bias, panels, index, out, kernel[0] * kernel[1], channels, channels_last);
-  const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  const at::Tensor x = input.contiguous(format);
   fxprune::Geometry g{};
   g.images = x.size(0);
-  g.channels = channels;
+  g.channels = x.size(1);
   g.height = x.size(2);
   g.width = x.size(3);
-  g.kept = index.size(1);
-  g.out_channels = out.size(0);
+  g.kept = kept;
+  g.out_channels = out_channels;
   g.kernel_height = kernel[0];
   g.kernel_width = kernel[1];
   g.stride_height = stride[0];
@@ -151,30 +156,110 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weights, const at::
   g.out_width = out_size(g.width, kernel[1], stride[1], padding[1], dilation[1]);
   TORCH_CHECK(g.out_height > 0 && g.out_width > 0, "fxprune: an input of ", g.height, "x", g.width,
               " is smaller than the kernel");
-  at::Tensor y = at::empty({g.images, g.out_channels, g.out_height, g.out_width}, x.options().memory_format(format));
-  at::Tensor added;
-  if (residual) {
-    TORCH_CHECK(residual->sizes() == y.sizes() && residual->scalar_type() == at::kFloat,
-                "fxprune: the residual must be float32 ", y.sizes(), ", not ", residual->scalar_type(), " ",
-                residual->sizes());
-    added = residual->contiguous(format);
-  }
+  return g;
+}
+
+at::Tensor result(const fxprune::Geometry& g, const at::Tensor& x, at::MemoryFormat format) {
+  return at::empty({g.images, g.out_channels, g.out_height, g.out_width}, x.options().memory_format(format));
+}
+
+// The residual in the format of `y`; undefined if there is none.
+at::Tensor added(const std::optional<at::Tensor>& residual, const at::Tensor& y, at::MemoryFormat format) {
+  if (!residual) return {};
+  TORCH_CHECK(residual->sizes() == y.sizes() && residual->scalar_type() == at::kFloat,
+              "fxprune: the residual must be float32 ", y.sizes(), ", not ", residual->scalar_type(), " ",
+              residual->sizes());
+  return residual->contiguous(format);
+}
+
+const float* data_of(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
+
+float bound(std::optional<double> value, float otherwise) {
+  return value ? static_cast<float>(*value) : otherwise;
+}
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// panels (P, 7) int64, see fxprune::Panel; index (groups, kept) int32; out (O,) int32.
+at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weights, const at::Tensor& bias, const at::Tensor& panels,
+                  const at::Tensor& index, const at::Tensor& out, const std::optional<at::Tensor>& residual,
+                  at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                  int64_t channels, std::optional<double> minimum, std::optional<double> maximum, bool channels_last) {
+  check_input(input);
+  TORCH_CHECK(input.size(1) == channels, "fxprune: the convolution reads ", channels, " channels; the input has ",
+              input.size(1));
+  const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  const at::Tensor x = input.contiguous(format);
+  TORCH_CHECK(index.dim() == 2 && out.dim() == 1, "fxprune: index must be (groups, kept) and out (O), not ",
+              index.sizes(), " and ", out.sizes());
+  const fxprune::Geometry g = geometry(x, out.size(0), index.size(1), kernel, stride, padding, dilation);
+  check_tables(weights, bias, panels, index, out, kernel[0] * kernel[1], channels, channels_last);
+  at::Tensor y = result(g, x, format);
+  const at::Tensor addend = added(residual, y, format);
   if (!y.numel()) return y;
 
-  constexpr double infinity = std::numeric_limits<double>::infinity();
   fxprune::Operands a{};
-  a.x = x.const_data_ptr<float>();
-  a.weights = weights.const_data_ptr<float>();
-  a.bias = bias.const_data_ptr<float>();
+  a.x = data_of(x);
+  a.weights = data_of(weights);
+  a.bias = data_of(bias);
   a.index = index.const_data_ptr<int32_t>();
   a.out = out.const_data_ptr<int32_t>();
-  a.residual = added.defined() ? added.const_data_ptr<float>() : nullptr;
-  a.minimum = static_cast<float>(minimum.value_or(-infinity));
-  a.maximum = static_cast<float>(maximum.value_or(infinity));
+  a.residual = data_of(addend);
+  a.minimum = bound(minimum, -kInfinity);
+  a.maximum = bound(maximum, kInfinity);
   a.y = y.data_ptr<float>();
   a.panels = reinterpret_cast<const fxprune::Panel*>(panels.const_data_ptr<int64_t>());
   a.panel_count = panels.size(0);
   channels_last ? run_channels_last(g, a) : run_contiguous(g, a);
+  return y;
+}
+
+// weights (taps, C) and bias (C,) float32.
+at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weights, const std::optional<at::Tensor>& bias,
+                            const std::optional<at::Tensor>& residual, at::IntArrayRef kernel, at::IntArrayRef stride,
+                            at::IntArrayRef padding, at::IntArrayRef dilation, std::optional<double> minimum,
+                            std::optional<double> maximum) {
+  check_input(input);
+  const auto format = at::MemoryFormat::ChannelsLast;
+  const at::Tensor x = input.contiguous(format);
+  const fxprune::Geometry g = geometry(x, x.size(1), 1, kernel, stride, padding, dilation);
+  const auto is_table = [&](const at::Tensor& table, at::IntArrayRef sizes) {
+    return table.sizes() == sizes && table.is_contiguous() && table.device().is_cpu() &&
+           table.scalar_type() == at::kFloat;
+  };
+  TORCH_CHECK(is_table(weights, {kernel[0] * kernel[1], g.channels}), "fxprune: the weights ", weights.sizes(),
+              " are not contiguous float32 (", kernel[0] * kernel[1], ", ", g.channels, ")");
+  TORCH_CHECK(!bias || is_table(*bias, {g.channels}), "fxprune: the bias is not contiguous float32 (", g.channels, ")");
+  at::Tensor y = result(g, x, format);
+  const at::Tensor addend = added(residual, y, format);
+  if (!y.numel()) return y;
+
+  fxprune::ChannelwiseOperands a{};
+  a.x = data_of(x);
+  a.weights = data_of(weights);
+  a.bias = bias ? data_of(*bias) : nullptr;
+  a.residual = data_of(addend);
+  a.minimum = bound(minimum, -kInfinity);
+  a.maximum = bound(maximum, kInfinity);
+  a.y = y.data_ptr<float>();
+  run_channelwise(g, a, fxprune::run_depthwise);
+  return y;
+}
+
+at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                      at::IntArrayRef dilation) {
+  check_input(input);
+  const auto format = at::MemoryFormat::ChannelsLast;
+  const at::Tensor x = input.contiguous(format);
+  const fxprune::Geometry g = geometry(x, x.size(1), 1, kernel, stride, padding, dilation);
+  TORCH_CHECK(padding[0] * 2 <= kernel[0] && padding[1] * 2 <= kernel[1], "fxprune: padding ", padding,
+              " is more than half of the kernel ", kernel);
+  at::Tensor y = result(g, x, format);
+  if (!y.numel()) return y;
+  fxprune::ChannelwiseOperands a{};
+  a.x = data_of(x);
+  a.y = y.data_ptr<float>();
+  run_channelwise(g, a, fxprune::run_max_pool);
   return y;
 }
 
@@ -190,6 +275,14 @@ TORCH_LIBRARY(fxprune_native, m) {
       "conv2d(Tensor input, Tensor weights, Tensor bias, Tensor panels, Tensor index, Tensor out, Tensor? residual, "
       "int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, int channels, float? minimum, float? maximum, "
       "bool channels_last=True) -> Tensor");
+  m.def(
+      "depthwise_conv2d(Tensor input, Tensor weights, Tensor? bias, Tensor? residual, int[2] kernel, int[2] stride, "
+      "int[2] padding, int[2] dilation, float? minimum, float? maximum) -> Tensor");
+  m.def("max_pool2d(Tensor input, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fxprune_native, CPU, m) { m.impl("conv2d", &conv2d); }
+TORCH_LIBRARY_IMPL(fxprune_native, CPU, m) {
+  m.impl("conv2d", &conv2d);
+  m.impl("depthwise_conv2d", &depthwise_conv2d);
+  m.impl("max_pool2d", &max_pool2d);
+}
