@@ -36,8 +36,8 @@ Amp: TypeAlias = Literal["bf16", "fp16"]
 Dtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 Layout: TypeAlias = Literal["contiguous", "channels_last"]
 BenchRuntime: TypeAlias = Literal[
-    "eager", "compile", "script", "accelerate", "cudagraph", "max-autotune+cudagraph", "accelerate+cudagraph",
-    "onnxruntime", "openvino",
+    "eager", "compile", "script", "accelerate", "accelerate+script", "cudagraph", "max-autotune+cudagraph",
+    "accelerate+cudagraph", "onnxruntime", "openvino",
 ]  # fmt: skip
 """Of `fxprune.comparison.runtimes.RUNTIMES`."""
 GraphRuntime: TypeAlias = Literal["inductor", "onnxruntime", "openvino", "tensorrt"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.comparison.rivals import Network
 from fxprune.inference.cuda_graphs import captured
-from fxprune.inference.runtimes import OTHERS
+from fxprune.inference.runtimes import OTHERS, TorchModel
 from fxprune.vocabulary import GraphRuntime
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -69,6 +69,10 @@ def _accelerated(module: nn.Module, inputs: Tensor) -> Call:
     return _eager(fxprune.accelerate(module, inputs), inputs)
 
 
+def _accelerated_scripted(module: nn.Module, inputs: Tensor) -> Call:
+    return _eager(TorchModel(fxprune.accelerate(module, inputs), scripted=True), inputs)
+
+
 def _deployed(name: GraphRuntime, module: nn.Module, inputs: Tensor) -> Call:
     return _eager(fxprune.accelerate(module, inputs, runtime=name), inputs)
 
@@ -97,6 +101,7 @@ RUNTIMES: dict[str, Runtime] = {
     "compile": Runtime(_compiled),
     "script": Runtime(_scripted),
     "accelerate": Runtime(_accelerated, folds=True),
+    "accelerate+script": Runtime(_accelerated_scripted, folds=True),
     "cudagraph": Runtime(_graphed, cuda=True),
     "max-autotune+cudagraph": Runtime(_max_autotuned, cuda=True),
     "accelerate+cudagraph": Runtime(_accelerated_graphed, folds=True, cuda=True),

@@ -131,6 +131,10 @@ def accelerate(
     stopwatch.save()
 
     graphs: dict[str, Any] = {**dict(_candidates(graph, inputs, choices)), **others}
+    if runtime == AUTO:
+        scripted, unscripted = _scripted({name: graph for name, graph in graphs.items() if name not in others})
+        graphs |= scripted
+        skipped += unscripted
     timings = race(
         replayed({name: functools.partial(candidate, *inputs) for name, candidate in graphs.items()}, device),
         rounds=ROUNDS,
@@ -141,6 +145,8 @@ def accelerate(
     chosen = min(timings, key=lambda name: timings[name].fastest)
     best_dense = min((name for name in timings if name.startswith("dense")), key=lambda name: timings[name].fastest)
     result = graphs[chosen]
+    if runtime == AUTO and isinstance(result, fx.GraphModule):
+        result = TorchModel(result)
     gap = check_same(result, original, inputs, reference, dtype)
     in_torch = chosen not in others
     memory_format_name = chosen.split()[1] if in_torch else "own"
@@ -154,14 +160,16 @@ def accelerate(
         relative=timings[chosen].fastest / timings[best_dense].fastest,
         spread={name: timing.spread for name, timing in timings.items()},
         layers=layers,
-        gathers=sum(1 for _ in calls(result, FormatKeepingGather)) if in_torch else result.gathers,
+        gathers=sum(isinstance(module, FormatKeepingGather) for module in result.modules())
+        if in_torch
+        else result.gathers,
         difference=gap,
         notes=skipped,
         compiled=getattr(find_record(model), "report", None),
         runtime=TORCH if in_torch else result.runtime,
         absent=absent,
     )
-    return TorchModel(result) if in_torch and runtime == AUTO else result
+    return result
 
 
 def acceleration_report(accelerated: nn.Module) -> AccelerationReport:
@@ -234,6 +242,18 @@ def _candidates(
         if best != dense and totals[name] <= MARGIN * min(totals.values()):
             engines = _engines(graph, best, FORMATS[name])
             yield f"pruned {name}", with_engines(graph, inputs, engines, FORMATS[name])
+
+
+def _scripted(graphs: Mapping[str, fx.GraphModule]) -> tuple[dict[str, TorchModel], tuple[str, ...]]:
+    """The same called by TorchScript, and what it cannot take."""
+    found: dict[str, TorchModel] = {}
+    refused = []
+    for name, graph in graphs.items():
+        try:
+            found[f"{name} scripted"] = TorchModel(graph, scripted=True)
+        except AccelerationError as error:
+            refused.append(f"{name}: {error}")
+    return found, tuple(refused)
 
 
 def _layers(found: Choices, dense: bool) -> tuple[LayerChoice, ...]:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import inspect
 import json
 import multiprocessing
 import os
@@ -436,7 +437,9 @@ def test_control_another_batch_size_is_checked_too(name: GraphRuntime, monkeypat
     "winner",
     [
         "pruned channels_last",
+        "pruned channels_last scripted",
         "dense contiguous",
+        "dense contiguous scripted",
         *(f"{kind} {name}" for name in READS_ONNX for kind in ("pruned", "dense")),
     ],
 )
@@ -463,6 +466,37 @@ def test_auto_returns_the_fastest(winner: str, monkeypatch: pytest.MonkeyPatch, 
             AccelerationError, match=r"PyTorch was the fastest.*keep the pruned model with fxprune.save"
         ):
             fast.save(tmp_path / "model.onnx")
+
+
+def test_a_scripted_network_checks_its_inputs_and_is_copied_pickled_and_called_by_name() -> None:
+    slow = pruned()
+    graph = accelerate(slow, image())
+    fast = TorchModel(graph, scripted=True)
+    assert fast._run is not None, "control: it is TorchScript that runs"
+    name = next(iter(inspect.signature(graph.forward).parameters))
+    copies = {"itself": fast, "copied": copy.deepcopy(fast), "pickled": pickle.loads(pickle.dumps(fast))}
+    for label, model in copies.items():
+        for x in (image(), image(3), image().contiguous(memory_format=torch.channels_last)):
+            torch.testing.assert_close(model(x), slow(x), rtol=1e-4, atol=1e-4, msg=label)
+            torch.testing.assert_close(model(**{name: x}), slow(x), rtol=1e-4, atol=1e-4, msg=label)
+        with pytest.raises(AccelerationError, match=r"the input is torch.float64"):
+            model(image().double())
+        with pytest.raises(AccelerationError, match=r"add or remove the batch dimension"):
+            model(image()[0])
+        with pytest.raises(AccelerationError, match=r"is for inference; call eval"):
+            copy.deepcopy(model).train()(image())
+
+
+def test_what_torchscript_cannot_take_is_said_and_does_not_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(torch.jit, "script", refuse)
+    monkeypatch.setattr(type(OTHERS["inductor"]), "obstacle", lambda *_: "left out here")
+    fast = accelerate(pruned(), image(), runtime="auto", remember=False)
+    report = acceleration_report(fast)
+    assert not [name for name in report.seconds if "scripted" in name]
+    assert any("TorchScript cannot take the network: no such thing" in note for note in report.notes)
 
 
 def test_plain_torch_stays_a_graph() -> None:

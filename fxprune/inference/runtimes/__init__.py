@@ -6,11 +6,12 @@ ONNX (`onnx_based`), which is made once (`onnx_graphs`) and filled with the form
 """
 
 from fxprune.inference.runtimes.inductor import Inductor
-from fxprune.inference.runtimes.model import RuntimeModel, TorchModel
+from fxprune.inference.runtimes.model import RuntimeModel
 from fxprune.inference.runtimes.onnxruntime import OnnxRuntime
 from fxprune.inference.runtimes.openvino import OpenVino
 from fxprune.inference.runtimes.runtime import Runtime
 from fxprune.inference.runtimes.tensorrt import TensorRt
+from fxprune.inference.runtimes.torch_model import TorchModel
 
 __all__ = ["AUTO", "OTHERS", "RUNTIMES", "TORCH", "Runtime", "RuntimeModel", "TorchModel"]
 

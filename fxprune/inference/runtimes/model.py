@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxprune.errors import AccelerationError, StorageError
 from fxprune.inference.reporting import LayerChoice
@@ -88,38 +88,6 @@ class Program:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         _PROGRAMS.add(self)
-
-
-class TorchModel(nn.Module):
-    """What `fxprune.accelerate(runtime="auto")` returns where plain PyTorch is the fastest.
-
-    Args:
-        graph: the accelerated graph.
-    """
-
-    runtime = "torch"
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__()
-        self.network = graph
-        self.meta = graph.meta
-        self.training = False
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns."""
-        return self.network(*args, **kwargs)
-
-    def save(self, path: str | os.PathLike[str]) -> tuple[Path, ...]:
-        """Refuse: there is no such file.
-
-        Raises:
-            AccelerationError: always.
-        """
-        raise AccelerationError(
-            f"{path}: PyTorch was the fastest, and what it runs is packed for this process; keep the pruned model with "
-            "fxprune.save and accelerate it where it runs, or accelerate for a runtime that has files: 'onnxruntime', "
-            "'openvino' or 'inductor'"
-        )
 
 
 class RuntimeModel(nn.Module):
