@@ -151,11 +151,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _evaluated(pruned: nn.Module, dense: nn.Module, given: Inputs | None) -> Evaluation | None:
     """How good the result is on pictures that were held back; None if there are none."""
-    from fxprune.comparison.evaluation import evaluate
+    from fxprune.comparison.evaluation import HELD_BACK, evaluate
 
     if given is None or given.held_out is None:
         return None
-    return evaluate(pruned, given.held_out, given.labels, dense, source=given.source)
+    return evaluate(pruned, given.held_out, given.labels, dense, source=given.source, which=HELD_BACK)
 
 
 def _worth(dense: nn.Module, pruned: nn.Module, inputs: tuple[Tensor], options: argparse.Namespace) -> Worth | None:

@@ -27,13 +27,14 @@ from fxprune.graph.tracing import check_is_model
 from fxprune.graph.values import CarriedValues
 from fxprune.passes import RemoveBranches, RemoveChannels
 from fxprune.planning.estimates import REFIT, TELLING, foreseen_refit
-from fxprune.plans import GroupedKernels, PrunePlan, RemovedChannels
+from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.plans.eligibility import obstacle_of, parameters_of_several_modules, refittable_linears
 from fxprune.plans.fields import check_seed
 from fxprune.plans.masking import (
     entries_without_branches,
     entries_without_removed,
     kept_entries,
+    kernels_that_stay,
     masked_copy,
     remaining,
     zero_pruned,
@@ -185,7 +186,7 @@ def refit(
     layers: dict[str, Layer] = {**convolutions(result), **refittable_linears(subject.layers, subject.trace)}
     reading = {*_readers(layers, plan), *_behind_branches(subject, plan)}
     stays = {
-        name: _kernels_that_stay(name, layer, plan)
+        name: kernels_that_stay(plan, name, *kernels_of(layer).shape[:2])
         for name, layer in layers.items()
         if name in plan.layers or name in reading
     }
@@ -196,16 +197,6 @@ def refit(
     zero_pruned(result, kept)  # the fit gives the removed filters a bias again
     vars(result).pop(AGREEMENT, None)  # it was of what it was before
     return result
-
-
-def _kernels_that_stay(name: str, layer: Layer, plan: PrunePlan) -> torch.Tensor:
-    """`(O, C)` bool, what is left of a layer."""
-    filters, channels = kernels_of(layer).shape[:2]
-    removed = plan.removed.get(name, RemovedChannels())
-    rows, columns = remaining(filters, removed.outputs), remaining(channels, removed.inputs)
-    stays = torch.zeros(filters, channels, dtype=torch.bool)
-    stays[rows[:, None], columns] = plan.layers[name].mask() if name in plan.layers else True
-    return stays
 
 
 def _readers(layers: Mapping[str, Layer], plan: PrunePlan) -> list[str]:
