@@ -13,6 +13,7 @@ from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, 
 from fxprune.calibration.batches import rows_of, samples_in
 from fxprune.calibration.least_squares import Part, parts_that_stay
 from fxprune.calibration.lockstep import Lockstep
+from fxprune.calibration.misfits import check_batches, misfit
 from fxprune.calibration.recovery import RECOVERED, Recovery, recover
 from fxprune.calibration.refitting import refit_layers
 from fxprune.calibration.samples import MAX_ROWS
@@ -81,7 +82,10 @@ class Subject:
             if output != "module":
                 trace(model)  # it fails too if the model is at fault
             error = self._failure_on_batch() or failure
-            raise CalibrationError(f"calibration batch 0 does not fit the model: {error}") from error
+            said = misfit(model, self.batches[0], self.output_of) or error
+            raise CalibrationError(f"calibration batch 0 does not fit the model: {said}") from error
+        if self.batches is not None:
+            check_batches(model, [tuple(example.tensors) for example in self.examples], self.batches, self.output_of)
 
     @property
     def is_recorded(self) -> bool:
