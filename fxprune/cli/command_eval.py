@@ -20,7 +20,7 @@ from fxprune.errors import FxpruneError
 
 EXAMPLES = """\
 examples:
-  fxprune eval resnet18.pt resnet18 --weights resnet18.pth --data photos/
+  fxprune eval resnet50.pt resnet50 --weights resnet50.pth --data photos/
   fxprune eval resnet18 --pretrained --data photos/ --labels labels.csv
 """
 FLATTERS = (
