@@ -253,15 +253,32 @@ class Subject:
         setattr(masked, FITS, fits)
 
     def recover(
-        self, masked: nn.Module, kept: Mapping[str, Tensor], recovery: Recovery, seed: int, progress: bool
+        self,
+        masked: nn.Module,
+        kept: Mapping[str, Tensor],
+        branches: Collection[str],
+        recovery: Recovery,
+        seed: int,
+        progress: bool,
     ) -> None:
-        """Train `masked`, a copy of the model in which what is not `kept` is zero, in place."""
+        """Train `masked`, a copy of the model in which what is not `kept` is zero, in place; `branches` of it, named by
+        their last layers, are not computed, for they went.
+        """
         assert self.network_batches is not None
         tensors = dict(masked.named_parameters(remove_duplicate=False))
         entries = {id(tensors[name]): stays for name, stays in kept.items() if name in tensors}
         with torch.inference_mode(False), in_evaluation(masked):
             twin = self.runnable(masked)
-            done = recover(self.running, twin, self.network_batches, entries, recovery, seed=seed, progress=progress)
+            done = recover(
+                self.running,
+                twin,
+                self.network_batches,
+                entries,
+                recovery,
+                branches=branches,
+                seed=seed,
+                progress=progress,
+            )
         setattr(masked, RECOVERED, done)
 
     def _failure_on_batch(self) -> TraceError | None:

@@ -234,7 +234,7 @@ def recovered_by(
         raise CalibrationError("recovery learns from calibration data; pass calibration=, or leave recover out")
     result, kept = _copy_pruned_by(masked, plan)
     subject.finish()  # recovery has a bar of its own, with the held-out loss
-    subject.recover(result, kept, recovery, seed, progress)
+    subject.recover(result, kept, plan.branches, recovery, seed, progress)
     return result
 
 
