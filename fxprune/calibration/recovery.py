@@ -182,6 +182,15 @@ def recover(
     return run.finish()
 
 
+def drawn_from(batches: Sequence[Batch], seed: int) -> Drawing:
+    """What a recovery learns from, and what it holds out.
+
+    Raises:
+        CalibrationError: there is one image.
+    """
+    return Drawing(batches, seed, BATCH, FEW, EPOCH)
+
+
 class _Run:
     """The state of a recovery: weights, averages of their gradients, and the best weights so far."""
 
@@ -205,7 +214,7 @@ class _Run:
         self.teacher, self.student = (up_to(network, self.blocks).eval() for network in networks)
         self.recovery, self.seed = recovery, seed
         self.steps, self.seconds = recovery.limits
-        self.drawing = Drawing(batches, seed, BATCH, FEW, EPOCH)
+        self.drawing = drawn_from(batches, seed)
         self.device = next((p.device for p in self.student.parameters()), torch.device("cpu"))
         self.asked = {parameter: parameter.requires_grad for parameter in self.student.parameters()}
         batch = self._placed(self.drawing.minibatch(0))

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fxprune.calibration import FITS, Calibration
-from fxprune.calibration.agreement import AGREEMENT, Agreement
+from fxprune.calibration.agreement import AGREEMENT, Agreement, measure_agreement
 from fxprune.calibration.judging import Judge
-from fxprune.calibration.recovery import Recovery
+from fxprune.calibration.recovery import Recovery, drawn_from
 from fxprune.calibration.subject import Subject
 from fxprune.errors import CalibrationError, PlanError, PoorAgreementWarning
 from fxprune.exact.narrowing import narrow
@@ -22,6 +22,7 @@ from fxprune.graph.convolutions import Layer, convolutions, kernels_of, oriented
 from fxprune.graph.copying import copied, own_tensors
 from fxprune.graph.editing import Pass
 from fxprune.graph.examples import Inputs
+from fxprune.graph.modes import in_evaluation
 from fxprune.graph.recording import Recording
 from fxprune.graph.tracing import check_is_model
 from fxprune.graph.values import CarriedValues
@@ -235,6 +236,10 @@ def recovered_by(
     result, kept = _copy_pruned_by(masked, plan)
     subject.finish()  # recovery has a bar of its own, with the held-out loss
     subject.recover(result, kept, plan.branches, recovery, seed, progress)
+    held = [batch for batch, _ in drawn_from(subject.batches, seed).held_out()]
+    with in_evaluation(result):
+        dense = copied(subject.model).eval()  # the refit was fitted to what recovery held out, so this flatters
+        setattr(result, AGREEMENT, measure_agreement(dense, result, held, subject.output_of, held_out=False))
     return result
 
 
@@ -288,7 +293,7 @@ def tell_agreement(subject: Subject, plan: PrunePlan, masked: nn.Module, *, prog
     if found is not None:
         setattr(masked, AGREEMENT, found)
         if found.is_poor:
-            warnings.warn(f"{found}; {_WAY_OUT}", PoorAgreementWarning, stacklevel=3)
+            warnings.warn(f"{found}; {WAY_OUT}", PoorAgreementWarning, stacklevel=3)
     return found
 
 
@@ -377,7 +382,7 @@ def put_back(masked: nn.Module, smaller: nn.Module, plan: PrunePlan) -> None:
                 tensor[rows] = new
 
 
-_WAY_OUT = (
+WAY_OUT = (
     "more calibration images help most; then recovery (recover=True, --recover), a smaller ratio or larger budget, "
     "8 groups for kernels, or fine-tuning"
 )
