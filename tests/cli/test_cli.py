@@ -17,6 +17,7 @@ from torch import nn
 
 import fxprune
 from fxprune.cli import program as cli
+from fxprune.exact.rewriting import rewritten
 from fxprune.models import load_model
 
 NETS = """
@@ -473,14 +474,13 @@ def test_a_model_left_whole_is_warned_of(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_failed_verification_is_exit_code_1(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rewritten(masked: nn.Module, *rest: Any, **options: Any) -> Any:
-        pruned = rewrite(masked, *rest, **options)
+    def broken(masked: nn.Module, *rest: Any, **options: Any) -> Any:
+        pruned = rewritten(masked, *rest, **options)
         for parameter in pruned.parameters():
             parameter.data.mul_(1.1)
         return pruned
 
-    rewrite = fxprune.planning.compiling.rewritten
-    monkeypatch.setattr("fxprune.planning.compiling.rewritten", rewritten)
+    monkeypatch.setattr("fxprune.planning.compiling.rewritten", broken)
     error_of(capsys, "compile", "handmade_nets:small", *SIZE, "-o", "small.pt", code=1)
     assert not Path("small.pt").exists(), "a network that failed the check must not be written"
 
