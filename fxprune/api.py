@@ -14,23 +14,20 @@ from fxprune.criteria import Criterion, ScoreFunction
 from fxprune.criteria.snapshots import Snapshot
 from fxprune.criteria.variety import Variety
 from fxprune.errors import CalibrationError, FxpruneError
-from fxprune.exact.record import ACCELERATION, keep_record, record_of
+from fxprune.exact.record import ACCELERATION, record_of
 from fxprune.exact.reporting import Report
-from fxprune.exact.rewriting import rewritten
-from fxprune.exact.verification import verify as verify_models
 from fxprune.graph.baking import baked
 from fxprune.graph.examples import Inputs, as_examples
 from fxprune.graph.tracing import check_is_model
 from fxprune.inference.acceleration import acceleration_report
-from fxprune.planning.estimates import PLAN, REFIT
+from fxprune.planning.compiling import compiled_for
 from fxprune.planning.hints import refuse_unknown
 from fxprune.planning.kernels import sensitivity_of
 from fxprune.planning.latency_parts import measure_for
 from fxprune.planning.latency_table import LatencyTable
-from fxprune.planning.lossy import masked_by, recovered_by, tell_agreement
 from fxprune.planning.making import noted_as_baked, plan_for
 from fxprune.planning.patterns import Ignored, ignored_patterns
-from fxprune.planning.requests import AUTO, Request
+from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Sensitivity
 from fxprune.planning.whole_network import WholeNetwork, check_target
 from fxprune.plans import PrunePlan
@@ -207,7 +204,7 @@ def compile(
         PoorAgreementWarning: on calibration inputs that were held out, less than 90 % of what the dense network gives
             is reproduced.
     """
-    request = _request(locals())
+    request = request_of(locals())
     if verify and example_inputs is None and calibration is None:
         raise FxpruneError("verify=True needs example_inputs to run the models on; pass them, or leave verify out")
     check_output(output)
@@ -217,25 +214,8 @@ def compile(
     check_target(model, target, example_inputs is not None or calibration is not None, request.runs_in)
     model, computed = baked(model) if bake else (model, ())
     subject = Subject(model, example_inputs, calibration, output if target is None else "graph")
-    plan, masked = plan_for(subject, request, alone=False)
-    plan = noted_as_baked(plan, computed)
-    if masked is None:
-        subject.begin(PLAN if request.granularity == AUTO else REFIT)
-        masked = masked_by(subject, plan, progress=progress)
-    pruned = _rewritten(subject, plan, masked, fold_batch_norm)
-    if (followed := record_of(pruned).plan) != plan:  # some layers of the user's own module have to stay dense
-        plan, masked = followed, masked_by(subject, followed, progress=progress)
-        pruned = _rewritten(subject, plan, masked, fold_batch_norm)
-    if request.recovery is not None:  # which holds inputs out itself, and tells
-        masked = recovered_by(subject, masked, plan, request.recovery, seed=seed, progress=progress)
-        pruned = _rewritten(subject, plan, masked, fold_batch_norm)
-    else:
-        record = record_of(pruned)
-        agreement = tell_agreement(subject, plan, masked, progress=progress)
-        subject.finish()
-        keep_record(pruned, replace(record, report=replace(record.report, agreement=agreement)))
-    if verify or (verify is None and subject.examples):
-        verify_models(pruned, masked, list(subject.examples))
+    done = compiled_for(subject, request, computed=computed, fold_batch_norm=fold_batch_norm, check=verify)
+    pruned = done.pruned
     if target is None:
         return pruned
     network = WholeNetwork.of(subject, request)
@@ -248,10 +228,6 @@ def compile(
             note += f" here; it was planned for another machine: {latency_table.place()}"
         result.meta[ACCELERATION] = replace(said, notes=(*said.notes, note))
     return result
-
-
-def _rewritten(subject: Subject, plan: PrunePlan, masked: nn.Module, fold_batch_norm: bool) -> nn.Module:
-    return rewritten(masked, plan, subject.captured(masked), fold_batch_norm=fold_batch_norm)
 
 
 def make_plan(
@@ -297,7 +273,7 @@ def make_plan(
             schedules; `compile` has no such argument. The others are those of `compile`. What was made with `bake=True`
             is masked with it, too.
     """
-    request = _request(locals())
+    request = request_of(locals())
     check_output(output)
     model, computed = baked(model) if bake else (model, ())
     subject = Subject(model, example_inputs, calibration, output if request.target is None else "graph")
@@ -340,7 +316,9 @@ def measure_latency(
     """
     check_is_model(model)
     place = {"target": next((p.device.type for p in model.parameters()), "cpu")} if (target or runtime) is None else {}
-    request = _request({**locals(), **place, "latency": 1.0})  # what a share of the latency would need, whatever it is
+    request = request_of(
+        {**locals(), **place, "latency": 1.0}
+    )  # what a share of the latency would need, whatever it is
     return measure_for(Subject(model, example_inputs, None), request)
 
 
@@ -372,7 +350,7 @@ def measure_sensitivity(
         PlanError: nothing can be pruned, or the MACs are not known.
         CalibrationError: the calibration data are malformed, or do not fit the model.
     """
-    request = _request(locals())
+    request = request_of(locals())
     return sensitivity_of(Subject(model, example_inputs, calibration, "auto"), request)
 
 
@@ -406,8 +384,8 @@ def report(pruned: nn.Module) -> Report:
     return record_of(pruned).report
 
 
-def _request(arguments: Mapping[str, Any]) -> Request:
-    """What the arguments of a public function ask for.
+def request_of(arguments: Mapping[str, Any]) -> Request:
+    """What the arguments of a public function ask for; what is left out is as usual.
 
     Raises:
         TraceError: the model is none.
@@ -416,4 +394,4 @@ def _request(arguments: Mapping[str, Any]) -> Request:
     check_is_model(arguments["model"])
     refuse_unknown(arguments.get("unknown", {}))
     given = {field.name: arguments[field.name] for field in fields(Request) if field.name in arguments}
-    return Request(**given | {"ignore": ignored_patterns(arguments["ignore"], arguments["model"])})
+    return Request(**given | {"ignore": ignored_patterns(arguments.get("ignore", ()), arguments["model"])})

@@ -6,8 +6,9 @@ import shutil
 import sys
 import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import TypeAlias
 
 LEAST_NAME = 16
@@ -70,13 +71,16 @@ class Table:
     def _lines(self, width: int | None) -> list[str]:
         shown = list(range(len(self.columns)))
         sizes = self._sizes()
+        names = [_text(row[0]) for row in self.rows]
+        short = dict(zip(names, names, strict=True))
         if width is not None:
             order = sorted((i for i in shown if self.columns[i].goes), key=lambda i: self.columns[i].goes)
             while order and sum(sizes[i] + 2 for i in shown) - 2 > width:
                 shown.remove(order.pop())
             over = sum(sizes[i] + 2 for i in shown) - 2 - width
             if over > 0:
-                sizes[0] = max(min(sizes[0], LEAST_NAME), sizes[0] - over)
+                short = _shortened(names, max(min(sizes[0], LEAST_NAME), sizes[0] - over))
+                sizes[0] = max(map(len, (self.columns[0].title, *short.values())))
         lines = []
         for cells in (tuple(column.title for column in self.columns), *self.rows):
             spans = len(cells) < len(self.columns) or not self.columns[-1].right
@@ -88,7 +92,7 @@ class Table:
                 if spans and i == len(cells) - 1:
                     last = text
                     break
-                text = _shortened(text, sizes[i]) if i == 0 else text
+                text = short.get(text, text) if i == 0 else text
                 parts.append(text.rjust(sizes[i]) if self.columns[i].right else text.ljust(sizes[i]))
             else:
                 spans = False
@@ -178,12 +182,22 @@ def _text(cell: Cell) -> str:
     return cell.text if isinstance(cell, Bar) else cell
 
 
-def _shortened(name: str, size: int) -> str:
-    """A name without its middle: both ends tell more."""
-    if len(name) <= size:
-        return name
-    left = (size - 1) // 2
-    return f"{name[:left]}…{name[len(name) - (size - 1 - left) :]}"
+def _shortened(names: Iterable[str], size: int) -> dict[str, str]:
+    """Names without their middles: both ends tell more. Where two would look the same, of all names more of the end is
+    left, which tells layers apart; where that does not do, they are longer than `size`.
+    """
+    whole = set(names)
+    for room in count(size):
+        for left in range((room - 1) // 2, -1, -1):
+            short = {name: _without_middle(name, room, left) for name in whole}
+            if len(set(short.values())) == len(whole):
+                return short
+    raise AssertionError("names differ")
+
+
+def _without_middle(name: str, size: int, left: int) -> str:
+    """A name of `size` characters at most, of which `left` are its first."""
+    return name if len(name) <= size else f"{name[:left]}…{name[len(name) - (size - 1 - left) :]}"
 
 
 def _wrapped(line: str, width: int | None, indent: str) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import docs_harness
 import pytest
 from docs_harness import EVERY_PAGE, NEEDS_A_LIBRARY, PAGES, ROOT, arguments_of, commands, follow
+from newcomer_harness import arguments, furnish, help_commands
 
 import fxprune
 from fxprune.cli import program
@@ -36,6 +37,22 @@ def test_control_it_does_not_take_others(line: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         program.read(arguments_of(line))
     assert "usage:" in capsys.readouterr().err
+
+
+QUICK = {"compile", "report", "eval", "verify", "analyze"}
+"""Of the commands in `fxprune --help`; `make test-road` gives all examples of all commands."""
+
+
+@pytest.mark.usefixtures("small_world")
+@pytest.mark.filterwarnings("ignore")
+def test_the_examples_of_the_help_run_as_they_stand_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnx")
+    furnish()
+    given = [line for line in help_commands([program.EPILOG]) if line.split()[1] in QUICK]
+    assert {line.split()[1] for line in given} == QUICK
+    assert {line: program.main(arguments(line)) for line in given} == dict.fromkeys(given, 0)
+    assert program.main(arguments("fxprune verify resnet50.pt resnet50 --pretrained")) == 1, "control"
+    assert "if it was compiled with --calibration, give the same data" in capsys.readouterr().err
 
 
 def test_every_page_with_code_is_here() -> None:

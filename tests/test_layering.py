@@ -19,6 +19,7 @@ ORDER = (
     "errors",
     "vocabulary",  # names that arguments take
     "tables",  # how results show themselves
+    "durations",
     "files",
     "environment",  # where and when a measurement was made
     "models",  # networks by name

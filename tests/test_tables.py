@@ -57,6 +57,36 @@ def test_columns_go_in_their_order_and_names_are_shortened_last() -> None:
     assert re.search(r"^feature\S*…\S*conv2 ", short, re.MULTILINE)
 
 
+DEEP = [f"backbone.bottom_up.stage{i}.{j}.branch.conv{k}" for i in (1, 2) for j in range(3) for k in (1, 2)]
+MIDDLE = [f"encoder.{i}.attention.output.projection" for i in range(12)]
+
+
+def first_words(names: list[str], width: int) -> list[str]:
+    table = Table(
+        (Column("layer", right=False), *map(Column, ("kept", "asked"))), tuple((n, "1/2", "0.5") for n in names)
+    )
+    header, *rows = table.text(width).splitlines()
+    assert len({len(line) for line in (header, *rows)}) == 1, "the columns stand below each other"
+    return [row.split()[0] for row in rows]
+
+
+@pytest.mark.parametrize("names", [DEEP, MIDDLE, [*DEEP, *DEEP[:1]]])
+@pytest.mark.parametrize("width", [60, 40, 30, 20])
+def test_names_that_are_shortened_stay_different(names: list[str], width: int) -> None:
+    shown = first_words(names, width)
+    assert len(set(shown)) == len(set(names))
+    for name, short in zip(names, shown, strict=True):
+        left, _, right = short.partition("…")
+        assert name.startswith(left)
+        assert name.endswith(right)
+
+
+def test_the_end_is_kept_where_it_tells_names_apart() -> None:
+    assert first_words(DEEP, 32)[0] == "ba…1.0.branch.conv1"
+    assert first_words(DEEP[:1], 32)[0] == "backbone.…nch.conv1", "control: one alone has both ends"
+    assert len({name[:9] + name[-10:] for name in DEEP}) < len(DEEP), "control: both ends do not tell them apart"
+
+
 def test_markdown() -> None:
     lines = TABLE.markdown().splitlines()
     assert lines[0] == "- a summary that may be wider than a narrow terminal is"

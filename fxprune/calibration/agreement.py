@@ -18,6 +18,8 @@ FEW = 16
 MANY = 128
 GOOD = 0.9
 """From this agreement on a result needs no warning."""
+COARSE = 0.05
+"""Wider intervals are given in whole percent."""
 
 AGREEMENT = "fxprune_agreement"
 """Attribute of a masked model under which its agreement is kept for the report."""
@@ -48,10 +50,33 @@ class Agreement:
         """Whether the user should be warned."""
         return self.share < GOOD
 
+    @property
+    def figure(self) -> str:
+        """The share in percent and, of classes, what so few inputs leave open: `93.3 % (70 to 99)`."""
+        return f"{100 * self.share:.1f} %" + (f" ({interval(self.share, self.inputs)})" if self.classes else "")
+
     def __str__(self) -> str:
-        what = "" if self.classes else " (share of the variance of its output; there are no scores of classes)"
-        where = "held-out inputs" if self.held_out else "calibration inputs, which were fitted and flatter"
-        return f"agreement with the dense network on {self.inputs} {where}: {100 * self.share:.1f} %{what}"
+        where = "held-out calibration inputs" if self.held_out else "calibration inputs, which were fitted and flatter"
+        what = (
+            f"95 % interval {interval(self.share, self.inputs)}"
+            if self.classes
+            else "share of the variance of its output; there are no scores of classes"
+        )
+        return f"agreement with the dense network on {self.inputs} {where}: {100 * self.share:.1f} % ({what})"
+
+
+def interval(share: float, inputs: int) -> str:
+    """The 95 % interval, in percent, of what a share of so many inputs estimates (Wilson, Probable Inference, the Law
+    of Succession, and Statistical Inference, 1927).
+
+    >>> interval(14 / 15, 15), interval(0.95, 10_000)
+    ('70 to 99', '94.6 to 95.4')
+    """
+    from scipy.stats import binomtest  # half a second
+
+    found = binomtest(round(share * inputs), inputs).proportion_ci(0.95, method="wilson")
+    digits = int(found.high - found.low < COARSE)
+    return f"{100 * found.low:.{digits}f} to {100 * found.high:.{digits}f}"
 
 
 def hold_out(batches: Sequence[Batch], sliceable: bool = True) -> tuple[list[Batch], list[Batch]] | None:

@@ -51,7 +51,8 @@ def read_batches(calibration: Calibration, arguments: int = 1, names: Sequence[s
         calibration = torch.split(calibration, BATCH_SIZE)
     if isinstance(calibration, (str, bytes, Mapping)) or not isinstance(calibration, Iterable):
         raise CalibrationError(
-            f"calibration is a {type(calibration).__name__}; it must be a tensor or an iterable of batches"
+            f"calibration is a {type(calibration).__name__}; it must be a tensor or an iterable of batches, such as "
+            "DataLoader(data, batch_size=32)"
         )
     # Drawing from a loader advances the global generator, even where nothing is shuffled.
     with torch.random.fork_rng(devices=[]):
@@ -112,7 +113,7 @@ def _arguments(what: str, batch: object, arguments: int, names: Sequence[str]) -
     if not isinstance(batch, Sequence) or isinstance(batch, (str, bytes)):
         raise CalibrationError(
             f"{what} is a {type(batch).__name__}; it must be a tensor, or a tuple that begins with one, or a dict of "
-            "forward's arguments by name"
+            f"forward's arguments by name{_ARRAY if hasattr(batch, '__array__') else ''}"
         )
     if len(batch) < arguments:
         raise CalibrationError(f"{what} has {len(batch)} entries, but forward takes {arguments} arguments")
@@ -125,3 +126,6 @@ def _arguments(what: str, batch: object, arguments: int, names: Sequence[str]) -
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CalibrationError(f"{what} holds NaN or infinity; drop or repair these samples")
     return tuple(batch[:arguments])
+
+
+_ARRAY = "; torch.from_numpy makes a tensor of an array"

@@ -17,7 +17,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from fxprune.calibration.batches import Batch
 from fxprune.calibration.blocks import block_ends, up_to
 from fxprune.calibration.drawing import Drawing
 from fxprune.calibration.relative_steps import schedule, weights_of
+from fxprune.calibration.skipping import without_branches
 from fxprune.errors import CalibrationError, PlanError, StorageError, near_matches
 from fxprune.files import write_whole
 from fxprune.graph.containers import convert_tensors
@@ -153,6 +154,7 @@ def recover(
     kept: Mapping[int, Tensor],
     recovery: Recovery,
     *,
+    branches: Collection[str] = (),
     seed: int = 0,
     progress: bool = False,
 ) -> Recovered:
@@ -165,6 +167,7 @@ def recover(
         kept: `id` of a parameter to the entries that may move, bool of its shape; a parameter that is absent may move
             as a whole.
         recovery: how long, and with what.
+        branches: that went from `pruned`, by their last layers, whose weights are zero. They are not computed.
         seed: of the images that are held out, of their order, and of `augment`.
         progress: show a bar on stderr.
 
@@ -172,11 +175,20 @@ def recover(
         CalibrationError: the networks differ in structure, the data do not fit them or hold one image, nothing can be
             trained, or the checkpoint is of another run.
     """
-    run = _Run(dense, pruned, batches, kept, recovery, seed)
+    run = _Run(dense, pruned, batches, kept, recovery, branches, seed)
     with contexts_restored(), torch.enable_grad():
         run.resume()
         run.go(progress)
     return run.finish()
+
+
+def drawn_from(batches: Sequence[Batch], seed: int) -> Drawing:
+    """What a recovery learns from, and what it holds out.
+
+    Raises:
+        CalibrationError: there is one image.
+    """
+    return Drawing(batches, seed, BATCH, FEW, EPOCH)
 
 
 class _Run:
@@ -189,6 +201,7 @@ class _Run:
         batches: Sequence[Batch],
         kept: Mapping[int, Tensor],
         recovery: Recovery,
+        branches: Collection[str],
         seed: int,
     ) -> None:
         names = [[node.name for node in side.module.graph.nodes] for side in (dense, pruned)]
@@ -197,10 +210,11 @@ class _Run:
         self.blocks = tuple(node.name for node in block_ends(dense.module, dense.values))
         if not self.blocks:
             raise CalibrationError("the network returns nothing that its weights take part in; leave recover out")
-        self.teacher, self.student = (up_to(side.module, self.blocks).eval() for side in (dense, pruned))
+        networks = dense.module, without_branches(pruned, branches)
+        self.teacher, self.student = (up_to(network, self.blocks).eval() for network in networks)
         self.recovery, self.seed = recovery, seed
         self.steps, self.seconds = recovery.limits
-        self.drawing = Drawing(batches, seed, BATCH, FEW, EPOCH)
+        self.drawing = drawn_from(batches, seed)
         self.device = next((p.device for p in self.student.parameters()), torch.device("cpu"))
         self.asked = {parameter: parameter.requires_grad for parameter in self.student.parameters()}
         batch = self._placed(self.drawing.minibatch(0))

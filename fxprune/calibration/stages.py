@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+from fxprune.durations import in_words
+
 logger = logging.getLogger("fxprune")
 
 LONG = 30.0
@@ -30,9 +32,9 @@ class Run:
     def __post_init__(self) -> None:
         """Say what will come."""
         total = sum(self.seconds.values())
-        text = f"about {spoken(total)}"
+        text = f"about {in_words(total)}"
         if len(self.seconds) > 1:
-            text += ": " + ", ".join(f"{stage} {spoken(time)}" for stage, time in self.seconds.items())
+            text += ": " + ", ".join(f"{stage} {in_words(time)}" for stage, time in self.seconds.items())
         if total >= LONG or self.progress:
             logger.info(text)
         if self.progress:
@@ -71,14 +73,3 @@ class Run:
 
     def _reach(self, seconds: float) -> None:
         self._bar.update(max(0.0, seconds - self._bar.n))
-
-
-def spoken(seconds: float) -> str:
-    """As one would say it.
-
-    >>> spoken(0.4), spoken(47.0), spoken(185.0), spoken(7300.0)
-    ('1 s', '50 s', '3 minutes', '2 hours')
-    """
-    if seconds < 95:
-        return f"{max(1, round(seconds)) if seconds < 10 else round(seconds, -1):.0f} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 95 * 60 else f"{seconds / 3600:.0f} hours"

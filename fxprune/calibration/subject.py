@@ -13,6 +13,7 @@ from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, 
 from fxprune.calibration.batches import rows_of, samples_in
 from fxprune.calibration.least_squares import Part, parts_that_stay
 from fxprune.calibration.lockstep import Lockstep
+from fxprune.calibration.misfits import check_batches, misfit
 from fxprune.calibration.recovery import RECOVERED, Recovery, recover
 from fxprune.calibration.refitting import refit_layers
 from fxprune.calibration.samples import MAX_ROWS
@@ -81,7 +82,10 @@ class Subject:
             if output != "module":
                 trace(model)  # it fails too if the model is at fault
             error = self._failure_on_batch() or failure
-            raise CalibrationError(f"calibration batch 0 does not fit the model: {error}") from error
+            said = misfit(model, self.batches[0], self.output_of) or error
+            raise CalibrationError(f"calibration batch 0 does not fit the model: {said}") from error
+        if self.batches is not None:
+            check_batches(model, [tuple(example.tensors) for example in self.examples], self.batches, self.output_of)
 
     @property
     def is_recorded(self) -> bool:
@@ -249,15 +253,32 @@ class Subject:
         setattr(masked, FITS, fits)
 
     def recover(
-        self, masked: nn.Module, kept: Mapping[str, Tensor], recovery: Recovery, seed: int, progress: bool
+        self,
+        masked: nn.Module,
+        kept: Mapping[str, Tensor],
+        branches: Collection[str],
+        recovery: Recovery,
+        seed: int,
+        progress: bool,
     ) -> None:
-        """Train `masked`, a copy of the model in which what is not `kept` is zero, in place."""
+        """Train `masked`, a copy of the model in which what is not `kept` is zero, in place; `branches` of it, named by
+        their last layers, are not computed, for they went.
+        """
         assert self.network_batches is not None
         tensors = dict(masked.named_parameters(remove_duplicate=False))
         entries = {id(tensors[name]): stays for name, stays in kept.items() if name in tensors}
         with torch.inference_mode(False), in_evaluation(masked):
             twin = self.runnable(masked)
-            done = recover(self.running, twin, self.network_batches, entries, recovery, seed=seed, progress=progress)
+            done = recover(
+                self.running,
+                twin,
+                self.network_batches,
+                entries,
+                recovery,
+                branches=branches,
+                seed=seed,
+                progress=progress,
+            )
         setattr(masked, RECOVERED, done)
 
     def _failure_on_batch(self) -> TraceError | None:

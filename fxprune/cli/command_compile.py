@@ -21,7 +21,7 @@ from fxprune.cli.options import (
     pruning_of,
     warn_of_random_weights,
 )
-from fxprune.cli.output import Subparsers, show, shows_progress, steps, verdict, warn
+from fxprune.cli.output import Subparsers, show, shows_progress, verdict, warn
 from fxprune.errors import AccelerationError, CalibrationError, PlanError, TraceError
 from fxprune.tables import terminal_width
 from fxprune.vocabulary import AugmentName, Output
@@ -92,6 +92,10 @@ def add_to(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Compile as asked; return the exit code."""
+    from fxprune.api import request_of
+    from fxprune.calibration.subject import Subject
+    from fxprune.planning.compiling import compiled_for
+
     began = time.perf_counter()
     _check_targets(options)
     model = model_of(options.model, options)
@@ -102,27 +106,12 @@ def run(options: argparse.Namespace) -> int:
     given = inputs_for(model, options)
     calibration = None if given is None else given.calibration
     inputs = inputs_of(model, options, calibration)
-    with steps(4 + (recovery is not None) + options.bench, options) as step:
-        step("planning")
-        plan = fxprune.make_plan(
-            model, example_inputs=inputs, calibration=calibration, output=options.result, **pruning_of(options)
-        )
-        step("masking")
-        masked = fxprune.mask(model, plan, calibration, example_inputs=inputs, progress=shows_progress(options))
-        if recovery is not None:
-            assert calibration is not None
-            step("recovering")
-            asked = {"seconds": recovery.seconds, "augment": recovery.augment, "seed": options.seed}
-            asked |= {"example_inputs": inputs, "progress": shows_progress(options)}
-            masked = fxprune.recover(model, masked, plan, calibration, **asked)
-        step("rewriting")
-        pruned = fxprune.rewrite(masked, plan, inputs, output=options.result)
-        step("checking")
-        check = None if options.no_verify else fxprune.verify(pruned, masked, inputs)
-        worth = None
-        if options.bench:
-            step("timing")
-            worth = _worth(model, pruned, inputs, options)
+    asked = pruning_of(options) | {"recover": False if recovery is None else recovery}
+    request = request_of({"model": model, **asked})
+    subject = Subject(model, inputs, calibration, options.result if request.target is None else "graph")
+    done = compiled_for(subject, request, check=not options.no_verify)
+    pruned, check = done.pruned, done.check
+    worth = _worth(model, pruned, inputs, options) if options.bench else None
     written = _write(pruned, inputs, options, worth)
     report = fxprune.report(pruned)
     evaluation = _evaluated(pruned, model, given)
@@ -151,11 +140,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _evaluated(pruned: nn.Module, dense: nn.Module, given: Inputs | None) -> Evaluation | None:
     """How good the result is on pictures that were held back; None if there are none."""
-    from fxprune.comparison.evaluation import evaluate
+    from fxprune.comparison.evaluation import HELD_BACK, evaluate
 
     if given is None or given.held_out is None:
         return None
-    return evaluate(pruned, given.held_out, given.labels, dense, source=given.source)
+    return evaluate(pruned, given.held_out, given.labels, dense, source=given.source, which=HELD_BACK)
 
 
 def _worth(dense: nn.Module, pruned: nn.Module, inputs: tuple[Tensor], options: argparse.Namespace) -> Worth | None:

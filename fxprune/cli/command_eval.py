@@ -12,15 +12,15 @@ from fxprune.cli.options import (
     MODEL_HELP,
     add_model_options,
     add_output_options,
+    has_random_weights,
     model_of,
-    warn_of_random_weights,
 )
-from fxprune.cli.output import Subparsers, show, steps
+from fxprune.cli.output import Subparsers, show, steps, warn
 from fxprune.errors import FxpruneError
 
 EXAMPLES = """\
 examples:
-  fxprune eval resnet18.pt resnet18 --weights resnet18.pth --data photos/
+  fxprune eval resnet50.pt resnet50 --weights resnet50.pth --data photos/
   fxprune eval resnet18 --pretrained --data photos/ --labels labels.csv
 """
 FLATTERS = (
@@ -28,6 +28,7 @@ FLATTERS = (
     "`fxprune compile` tells how it is on those that it held back"
 )
 """Of a file: nobody wrote down on which pictures it was fitted."""
+_ORIGIN = "give the weights that it was compiled from: --weights FILE or --pretrained"
 
 
 def add_to(subparsers: Subparsers) -> None:
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate as asked; return the exit code.
 
     Raises:
-        FxpruneError: there is nothing to compare with.
+        FxpruneError: there is nothing to compare with, such as random weights.
     """
     from fxprune.calibration.pictures import find_pictures
     from fxprune.comparison.evaluation import evaluate
@@ -63,7 +64,9 @@ def run(options: argparse.Namespace) -> int:
     file = options.source if options.model else None
     options.model = options.model or options.source
     dense = model_of(options.model, options)
-    warn_of_random_weights(options)
+    random = f"{options.model} has random weights" if has_random_weights(options) else ""
+    if random and file is None:
+        raise FxpruneError(f"{random}, so there is nothing to measure; give --weights FILE or --pretrained")
     gallery = find_pictures(options.data)
     with steps(3, options) as step:
         step("loading")
@@ -71,12 +74,18 @@ def run(options: argparse.Namespace) -> int:
         step("reading")
         gallery, _ = gallery.drawn(min(len(gallery), options.pictures), options.seed)
         inputs, labels, source, how = read_pictures(gallery, dense, options)
-        step("looking")
-        against = None if file is None else dense
-        if against is None and labels is None:
+        if labels is None and file is None:
             raise FxpruneError(
                 f"{options.data}: the pictures have no labels, so there is nothing to measure; give --labels"
             )
-        found = evaluate(network, inputs, labels, against, source=source)
-    lines = [str(found), f"pictures: {how}", *([] if file is None else [FLATTERS])]
+        if random:
+            compared = f"{random}, and {file} cannot be compared with it; {_ORIGIN}"
+            if labels is None:
+                raise FxpruneError(compared)
+            warn(compared)
+        step("looking")
+        against = None if random or file is None else dense
+        which = f"pictures of {options.data}"
+        found = evaluate(network, inputs, labels, against, held_out=False, source=source, which=which)
+    lines = [str(found), f"read: {how}", *([] if file is None else [FLATTERS])]
     return show(options, found.to_dict() | {"pictures": how}, "\n".join(lines))

@@ -33,7 +33,7 @@ EXAMPLES = """\
 examples:
   fxprune train digits_resnet --data digits --epochs 8 --lr 0.1 --output runs/digits
   fxprune train resnet20 --weights resnet20.th --data cifar10:DIR --ratio 0.5 --calibration-images 512 --epochs 5 \\
-      --output runs/resnet20
+      --output runs/refitted
   fxprune train resnet18 --weights resnet18.pth --data folder:DIR --macs 0.5 --epochs 10 --amp bf16 --output runs/photos
   torchrun --nproc-per-node 2 -m fxprune train ...
 

@@ -179,9 +179,14 @@ def is_named(name: str) -> bool:
     return ":" not in name or name.startswith("timm:")
 
 
+def has_random_weights(options: argparse.Namespace) -> bool:
+    """Whether nobody said which weights the model of a library has."""
+    return options.weights is None and is_named(options.model)
+
+
 def warn_of_random_weights(options: argparse.Namespace) -> None:
     """Say before the work that what comes of it means nothing."""
-    if options.weights is None and is_named(options.model):
+    if has_random_weights(options):
         warn(f"{options.model} has random weights, so what is pruned means nothing; --weights FILE or --pretrained")
 
 

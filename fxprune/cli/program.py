@@ -56,7 +56,7 @@ examples:
   fxprune compile mynets:small --weights small.pt --input-size 2,3,32,32 -o small-pruned.pt
   fxprune report resnet50.pt resnet50                      what became of each convolution
   fxprune eval resnet50.pt resnet50 --pretrained --data photos/                  how good is it?
-  fxprune verify resnet50.pt resnet50                      does the file still compute what it should?
+  fxprune verify resnet50.pt resnet50 --pretrained --calibration photos/         does it compute what it should?
   fxprune analyze densenet121                              the channel spaces: who ties them, which may be permuted
   fxprune bench resnet50 --runtime eager,accelerate        is it faster, here and now?
   fxprune train resnet20 --weights resnet20.th --data cifar10:DIR --ratio 0.5 --epochs 5 --output runs/resnet20

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import fxprune
 from fxprune.comparison.dense_training import with_dense
-from fxprune.comparison.duration import in_words, training_seconds
+from fxprune.comparison.duration import training_seconds
 from fxprune.comparison.extras import ComparisonError
 from fxprune.comparison.latency import Row, measure, tuned_cudnn
 from fxprune.comparison.layer_calls import count_macs
@@ -31,6 +31,7 @@ from fxprune.comparison.plots import draw_fronts
 from fxprune.comparison.points import Point, Run, beside_published, points_of, table
 from fxprune.comparison.requests import ComparisonRequest
 from fxprune.comparison.rivals import Network, dense_network
+from fxprune.durations import in_words
 from fxprune.environment import environment
 from fxprune.models import load_model
 from fxprune.training.checkpoints import CheckpointError, check_settings, write_text

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from fxprune.comparison.duration import in_words, training_seconds
+from fxprune.comparison.duration import training_seconds
 from fxprune.comparison.requests import ComparisonRequest
+from fxprune.durations import in_words
 from fxprune.models import load_model
 from fxprune.training.checkpoints import CheckpointError, check_settings
 from fxprune.training.data.pictures import NORMALIZATIONS

@@ -54,14 +54,3 @@ def training_seconds(
             if step or steps == 1:
                 best = min(best, time.perf_counter() - began)
     return best * steps
-
-
-def in_words(seconds: float) -> str:
-    """A duration to one digit or two: `40 s`, `12 min`, `3.5 h`, `2 days`."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 90 * 60:
-        return f"{round(seconds / 60)} min"
-    if seconds < 48 * 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{round(seconds / 86400)} days"

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.calibration.agreement import Agreement, measure_agreement
+from fxprune.calibration.agreement import Agreement, interval, measure_agreement
 from fxprune.errors import FxpruneError
 from fxprune.graph.containers import tensors_in
 
 BATCH = 32
 """Pictures at a time."""
+HELD_BACK = "pictures that nothing was calibrated with"
+"""Of `Evaluation.which`: the part of a folder that was held back."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Evaluation:
         accuracy, dense_accuracy: share of the pictures that are put into their class; None without labels, or without a
             dense network.
         source: where the labels come from.
+        which: pictures these are, in words behind their number.
     """
 
     inputs: int
@@ -31,6 +34,7 @@ class Evaluation:
     accuracy: float | None
     dense_accuracy: float | None
     source: str = ""
+    which: str = "pictures"
 
     @property
     def lost(self) -> float | None:
@@ -46,12 +50,17 @@ class Evaluation:
     def __str__(self) -> str:
         parts = []
         if self.accuracy is not None:
-            dense = "" if self.dense_accuracy is None else f" (dense {self.dense_accuracy:.1%})"
-            parts.append(f"accuracy {self.accuracy:.1%}{dense}, labels: {self.source}")
+            dense = "" if self.dense_accuracy is None else f", dense {self._share(self.dense_accuracy)}"
+            parts.append(f"accuracy {self._share(self.accuracy)}{dense}, labels: {self.source}")
         if self.agreement is not None:
             what = "same class as the dense network" if self.agreement.classes else "of the dense network's variance"
-            parts.append(f"{what} {self.agreement.share:.1%}")
-        return f"on {self.inputs} pictures: {'; '.join(parts) or 'the outputs cannot be compared'}"
+            parts.append(f"{what} {self.agreement.figure}")
+        if self.accuracy is not None or (self.agreement is not None and self.agreement.classes):
+            parts.append("in brackets 95 % intervals")
+        return f"on {self.inputs} {self.which}: {'; '.join(parts) or 'the outputs cannot be compared'}"
+
+    def _share(self, share: float) -> str:
+        return f"{100 * share:.1f} % ({interval(share, self.inputs)})"
 
 
 def evaluate(
@@ -61,6 +70,7 @@ def evaluate(
     dense: nn.Module | None = None,
     held_out: bool = True,
     source: str = "",
+    which: str = "pictures",
 ) -> Evaluation:
     """Look at a network, in evaluation mode.
 
@@ -71,6 +81,7 @@ def evaluate(
         dense: what it was made from.
         held_out: whether it was fitted without these.
         source: where the labels come from, in words.
+        which: see `Evaluation`.
 
     Raises:
         FxpruneError: there are labels, and the network gives no scores of so many classes.
@@ -90,7 +101,7 @@ def evaluate(
             each.train(mode)
     own = None if right is None else right[0]
     other = None if right is None or dense is None else right[1]
-    return Evaluation(len(inputs), agreement, own, other, source)
+    return Evaluation(len(inputs), agreement, own, other, source, which)
 
 
 def accuracy(network: nn.Module, inputs: Tensor, labels: Tensor) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxprune
-from fxprune.comparison.evaluation import Evaluation, evaluate
+from fxprune.comparison.evaluation import HELD_BACK, Evaluation, evaluate
 from fxprune.comparison.extras import require
 from fxprune.comparison.looks import look_of
 from fxprune.comparison.rivals import Network, dense_network, folded
@@ -124,8 +124,10 @@ class Sweep(Tabular):
                     ),
                 )
             )
+        looked_at = self.budgets[0].evaluation
         said = (
-            f"on {self.budgets[0].evaluation.inputs} held-out pictures; shortest of {ROUNDS} times, batch {self.batch}"
+            f"on {looked_at.inputs} {looked_at.which}, of which one is {100 / looked_at.inputs:.1f} points; "
+            f"shortest of {ROUNDS} times, batch {self.batch}"
         )
         return Table(columns, tuple(rows), (self.brief(), said))
 
@@ -203,7 +205,7 @@ def sweep(
 
 
 def _looked_at(network: nn.Module, dense: nn.Module | None, inputs: SweepInputs) -> Evaluation:
-    return evaluate(network, inputs.held_out, inputs.labels, dense, source=inputs.source)
+    return evaluate(network, inputs.held_out, inputs.labels, dense, source=inputs.source, which=HELD_BACK)
 
 
 def _times(networks: Sequence[Network], runtime: str, example: Tensor, progress: bool) -> list[float]:

@@ -112,11 +112,12 @@ def told(what: str, found: Mapping[str, Agreement | None], taken: str) -> str:
     known = next((agreement for agreement in found.values() if agreement is not None), None)
     ways = [
         f"{way}{' (taken)' if way == taken else ''} "
-        + ("unknown" if agreement is None else f"{100 * agreement.share:.1f} %, distance {agreement.distance:.3g}")
+        + ("unknown" if agreement is None else f"{agreement.figure}, {agreement.distance:.3g}")
         for way, agreement in found.items()
     ]
     where = "" if known is None else f" on {known.inputs} {'held-out' if known.held_out else 'fitted'} inputs"
-    return f"{what}, agreement with the dense network{where}: {'; '.join(ways)}"
+    figures = "agreement with the dense network (95 % interval), and the distance, which decides"
+    return f"{what}, {figures},{where}: {'; '.join(ways)}"
 
 
 def damage_of(loss: float) -> float:

@@ -35,6 +35,8 @@ gather it, and to compare it in all rounds."""
 CONVOLUTION = 2.0
 """The same for the forward passes."""
 SIZE = 768
+TIMED = 1.5
+"""Seconds in which all forms of one convolution are timed, as those of ResNet-50 are in PyTorch."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,17 @@ class _Layer:
 
 
 def foreseen(subject: Subject, request: Request, *, compiles: bool = False) -> dict[str, float]:
-    """Seconds of each stage, in their order; none without calibration data, or where MACs are not known.
+    """Seconds of each stage, in their order. Without calibration data, or where MACs are not known, only the timing of
+    layers takes long.
 
     Args:
         subject: the model.
         request: what is asked for.
         compiles: whether what `compile` does after planning is counted.
     """
+    timing = _timing(subject, request)
     if subject.batches is None or any(macs is None for _, macs in subject.costs.values()):
-        return {}
+        return timing
     work = _Work.of(subject)
     ratio = request.ratio if isinstance(request.ratio, float) else DEFAULT_RATIO
     share = min(request.shares.values(), default=1 - ratio)
@@ -83,6 +87,8 @@ def foreseen(subject: Subject, request: Request, *, compiles: bool = False) -> d
     if compiles and request.recovery is None:
         counts[TELLING] = work.refit(share, ROWS)
     seconds = _timed(counts)
+    before = {SENSITIVITY: seconds[SENSITIVITY]} if request.granularity == "kernel" and SENSITIVITY in seconds else {}
+    seconds = before | timing | seconds  # what comes first stands first
     if compiles and request.recovery is not None:
         seconds[RECOVERY] = request.recovery.seconds or SECONDS
     return seconds
@@ -97,15 +103,24 @@ def foreseen_refit(subject: Subject, *, agreement: bool = True) -> dict[str, flo
     return _timed(counts | ({TELLING: work.refit(1 - DEFAULT_RATIO, ROWS)} if agreement else {}))
 
 
-SENSITIVITY, JUDGING, PLAN, REFIT, TELLING, RECOVERY = (
+SENSITIVITY, TIMING, JUDGING, PLAN, REFIT, TELLING, RECOVERY = (
     "sensitivity",
+    "timing",
     "judging",
     "plan",
     "refit",
     "agreement",
     "recovery",
 )
-"""The stages: measuring layers, plans that are judged, plan with its refit, refit, judging the result, and training."""
+"""The stages: measuring layers, timing them, plans that are judged, plan with its refit, refit, judging the result, and
+training."""
+
+
+def _timing(subject: Subject, request: Request) -> dict[str, float]:
+    """Seconds of timing layers, none of which was timed before."""
+    if request.latency is None or request.latency_table is not None or request.granularity == BRANCH:
+        return {}
+    return {TIMING: TIMED * len(convolutions(subject.layers))}
 
 
 def _trials(subject: Subject, work: "_Work", share: float) -> float:

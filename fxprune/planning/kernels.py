@@ -93,7 +93,7 @@ def planned(subject: Subject, request: Request, accurate: bool = False) -> tuple
         writers=writers,
     )
     if subject.batches is None:
-        return planner.from_weights(request.progress), None
+        return planner.from_weights(request.progress and subject.run is None), None
     if planner.sharing:
         seed, progress, batches = request.seed, request.progress and not subject.run, subject.network_batches or []
         for name, samples in survey(subject.network, batches, planner.sharing, seed=seed, progress=progress):

@@ -61,7 +61,7 @@ def meet_latency(
     def share_of(choice: Mapping[str, LatencyOption]) -> float:
         ratios, groups = as_patterns(open_, choice)
         planner = Planner(model, replace(cheapest, ratio=ratios, groups=groups), writers=writers)
-        return network.share_with(planner.from_weights(request.progress))
+        return network.share_with(planner.from_weights())
 
     damage = damages(model, open_, sensitivity, request.seed)
     others = _limits(request, sensitivity)

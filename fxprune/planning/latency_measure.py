@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from tqdm import tqdm
 
 from fxprune.channels.units import STAYS, ChannelUnits
 from fxprune.environment import environment
@@ -100,7 +99,7 @@ def measure_layers(network: WholeNetwork, wanted: Wanted) -> LatencyTable:
     )
     sites = [_Site(name, conv, shapes[node.name]) for node, conv, name in _sites(graph, wanted.names)]
     found: dict[str, _Times] = {name: _Times() for name in keepers}
-    for site in tqdm(sites, desc="timing", unit="conv", disable=not network.progress):
+    for site in network.each(sites):
         for memory_format, times in site.times(wanted, keepers, stopwatch).items():
             found[memory_format].add(times)
     stopwatch.save()

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fxprune.calibration import FITS, Calibration
-from fxprune.calibration.agreement import AGREEMENT, Agreement
+from fxprune.calibration.agreement import AGREEMENT, Agreement, measure_agreement
 from fxprune.calibration.judging import Judge
-from fxprune.calibration.recovery import Recovery
+from fxprune.calibration.recovery import Recovery, drawn_from
 from fxprune.calibration.subject import Subject
 from fxprune.errors import CalibrationError, PlanError, PoorAgreementWarning
 from fxprune.exact.narrowing import narrow
@@ -22,18 +22,20 @@ from fxprune.graph.convolutions import Layer, convolutions, kernels_of, oriented
 from fxprune.graph.copying import copied, own_tensors
 from fxprune.graph.editing import Pass
 from fxprune.graph.examples import Inputs
+from fxprune.graph.modes import in_evaluation
 from fxprune.graph.recording import Recording
 from fxprune.graph.tracing import check_is_model
 from fxprune.graph.values import CarriedValues
 from fxprune.passes import RemoveBranches, RemoveChannels
 from fxprune.planning.estimates import REFIT, TELLING, foreseen_refit
-from fxprune.plans import GroupedKernels, PrunePlan, RemovedChannels
+from fxprune.plans import GroupedKernels, PrunePlan
 from fxprune.plans.eligibility import obstacle_of, parameters_of_several_modules, refittable_linears
 from fxprune.plans.fields import check_seed
 from fxprune.plans.masking import (
     entries_without_branches,
     entries_without_removed,
     kept_entries,
+    kernels_that_stay,
     masked_copy,
     remaining,
     zero_pruned,
@@ -185,7 +187,7 @@ def refit(
     layers: dict[str, Layer] = {**convolutions(result), **refittable_linears(subject.layers, subject.trace)}
     reading = {*_readers(layers, plan), *_behind_branches(subject, plan)}
     stays = {
-        name: _kernels_that_stay(name, layer, plan)
+        name: kernels_that_stay(plan, name, *kernels_of(layer).shape[:2])
         for name, layer in layers.items()
         if name in plan.layers or name in reading
     }
@@ -196,16 +198,6 @@ def refit(
     zero_pruned(result, kept)  # the fit gives the removed filters a bias again
     vars(result).pop(AGREEMENT, None)  # it was of what it was before
     return result
-
-
-def _kernels_that_stay(name: str, layer: Layer, plan: PrunePlan) -> torch.Tensor:
-    """`(O, C)` bool, what is left of a layer."""
-    filters, channels = kernels_of(layer).shape[:2]
-    removed = plan.removed.get(name, RemovedChannels())
-    rows, columns = remaining(filters, removed.outputs), remaining(channels, removed.inputs)
-    stays = torch.zeros(filters, channels, dtype=torch.bool)
-    stays[rows[:, None], columns] = plan.layers[name].mask() if name in plan.layers else True
-    return stays
 
 
 def _readers(layers: Mapping[str, Layer], plan: PrunePlan) -> list[str]:
@@ -243,7 +235,11 @@ def recovered_by(
         raise CalibrationError("recovery learns from calibration data; pass calibration=, or leave recover out")
     result, kept = _copy_pruned_by(masked, plan)
     subject.finish()  # recovery has a bar of its own, with the held-out loss
-    subject.recover(result, kept, recovery, seed, progress)
+    subject.recover(result, kept, plan.branches, recovery, seed, progress)
+    held = [batch for batch, _ in drawn_from(subject.batches, seed).held_out()]
+    with in_evaluation(result):
+        dense = copied(subject.model).eval()  # the refit was fitted to what recovery held out, so this flatters
+        setattr(result, AGREEMENT, measure_agreement(dense, result, held, subject.output_of, held_out=False))
     return result
 
 
@@ -297,7 +293,7 @@ def tell_agreement(subject: Subject, plan: PrunePlan, masked: nn.Module, *, prog
     if found is not None:
         setattr(masked, AGREEMENT, found)
         if found.is_poor:
-            warnings.warn(f"{found}; {_WAY_OUT}", PoorAgreementWarning, stacklevel=3)
+            warnings.warn(f"{found}; {WAY_OUT}", PoorAgreementWarning, stacklevel=3)
     return found
 
 
@@ -386,7 +382,7 @@ def put_back(masked: nn.Module, smaller: nn.Module, plan: PrunePlan) -> None:
                 tensor[rows] = new
 
 
-_WAY_OUT = (
+WAY_OUT = (
     "more calibration images help most; then recovery (recover=True, --recover), a smaller ratio or larger budget, "
     "8 groups for kernels, or fine-tuning"
 )

@@ -332,7 +332,7 @@ def _from_weights(
     dense: fx.GraphModule, groups: Mapping[str, int], seed: int, progress: bool | Run
 ) -> dict[str, tuple[float, ...]]:
     damages = {}
-    for name in tqdm(groups, desc="measuring", unit="conv", disable=not progress):
+    for name in tqdm(groups, desc="measuring", unit="conv", disable=progress is not True):
         weight = kernels_of(conv_at(dense, name)).detach().double().cpu()
         energy = weight.square().sum(tuple(range(2, weight.dim()))).numpy()
         found = cocluster(energy, groups[name], max(1, energy.shape[1] // 2), seed=seed)

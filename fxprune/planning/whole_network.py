@@ -1,12 +1,15 @@
 """The dense network in its fastest form, beside which pruned ones are timed."""
 
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
+from tqdm import tqdm
 
+from fxprune.calibration.stages import Run
 from fxprune.calibration.subject import Subject
 from fxprune.errors import AccelerationError
 from fxprune.exact.rewriting import rewrite
@@ -14,6 +17,7 @@ from fxprune.inference.acceleration import accelerate
 from fxprune.inference.duel import share_of_time
 from fxprune.inference.runtimes import RuntimeModel, TorchModel
 from fxprune.inference.runtimes.contest import check_runtime
+from fxprune.planning.estimates import TIMING
 from fxprune.planning.requests import Request
 from fxprune.plans import PrunePlan
 from fxprune.plans.masking import masked_copy
@@ -21,6 +25,7 @@ from fxprune.plans.shapes import TARGETS
 from fxprune.vocabulary import RuntimeName
 
 Accelerated = fx.GraphModule | RuntimeModel | TorchModel
+T = TypeVar("T")
 
 
 class WholeNetwork:
@@ -31,7 +36,12 @@ class WholeNetwork:
         inputs: arguments of forward.
         runtime: what runs it.
         progress: show bars on stderr.
+
+    Attributes:
+        run: for which it is timed, if that was announced; how far it has come is told there.
     """
+
+    run: Run | None = None
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], runtime: RuntimeName, progress: bool = False) -> None:
         self.model, self.inputs, self.runtime, self.progress = model, inputs, runtime, progress
@@ -47,8 +57,19 @@ class WholeNetwork:
         assert subject.example_inputs is not None
         known = _KNOWN.get(subject)
         if known is None or known.runtime != request.runs_in:
-            known = _KNOWN[subject] = cls(subject.model, subject.example_inputs, request.runs_in, request.progress)
+            known = _KNOWN[subject] = cls(subject.model, subject.example_inputs, request.runs_in)
+        known.run, known.progress = subject.run, request.progress and subject.run is None
         return known
+
+    def each(self, layers: Sequence[T]) -> Iterator[T]:
+        """Layers to be timed one after the other: what the run is told, or shows in a bar of its own."""
+        if self.run is None:
+            yield from tqdm(layers, desc="timing", unit="conv", disable=not self.progress)
+            return
+        self.run.begin(TIMING)
+        for layer in layers:
+            yield layer
+            self.run.advance(1 / len(layers))
 
     @cached_property
     def dense(self) -> Accelerated:

@@ -27,17 +27,23 @@ def kept_entries(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
     """
     plan.check(model)
     kept = entries_without_removed(model, plan) | entries_without_branches(model, plan)
-    for name, kernels in plan.layers.items():
+    for name in plan.layers:
         conv = conv_at(model, name)
         weight = kernels_of(conv)
-        removed = plan.removed.get(name, RemovedChannels())
-        rows, columns = remaining(weight.shape[0], removed.outputs), remaining(weight.shape[1], removed.inputs)
-        mask = torch.zeros(weight.shape[:2], dtype=torch.bool)
-        mask[:, list(removed.inputs)] = True  # zero times anything: these columns go with what wrote them
-        mask[rows[:, None], columns] = kernels.mask()
+        mask = kernels_that_stay(plan, name, *weight.shape[:2])
+        mask[:, list(plan.removed.get(name, _NOTHING).inputs)] = True  # zero times anything: they go with their writer
         stays = oriented(mask.to(weight.device).view(*mask.shape, *[1] * (weight.dim() - 2)).expand(weight.shape), conv)
         kept[f"{name}.weight"] = stays & kept[f"{name}.weight"] if f"{name}.weight" in kept else stays.contiguous()
     return kept
+
+
+def kernels_that_stay(plan: PrunePlan, name: str, filters: int, channels: int) -> Tensor:
+    """Which kernels of a layer are left of it, `(filters, channels)` bool."""
+    removed = plan.removed.get(name, _NOTHING)
+    stays = torch.zeros(filters, channels, dtype=torch.bool)
+    rows, columns = remaining(filters, removed.outputs), remaining(channels, removed.inputs)
+    stays[rows[:, None], columns] = plan.layers[name].mask() if name in plan.layers else True
+    return stays
 
 
 def entries_without_removed(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
@@ -113,3 +119,6 @@ def masked_copy(model: nn.Module, plan: PrunePlan) -> nn.Module:
     masked = copied(model)
     zero_pruned(masked, kept_entries(model, plan))
     return masked
+
+
+_NOTHING = RemovedChannels()

@@ -322,11 +322,13 @@ class PrunePlan(Tabular):
     def brief(self) -> str:
         """What is in it, in a few words."""
         filters = sum(channels.asked_ratio is not None for channels in self.removed.values())
-        return (
-            f"{len(self.layers)} convolutions to prune, {len(self.skipped)} left dense"
-            + (f"; {filters} convolutions lose whole filters" if filters else "")
-            + (f"; {len(self.branches)} residual branches go" if self.branches else "")
-        )
+        parts = [
+            *([f"{len(self.branches)} residual branches go"] if self.branches else []),
+            *([f"{filters} convolutions lose whole filters"] if filters else []),
+            *([f"{len(self.layers)} convolutions lose kernels"] if self.layers else []),
+            *([f"{len(self.skipped)} stay dense"] if self.skipped else []),
+        ]
+        return "; ".join(parts) or "nothing to prune"
 
     def table(self) -> Table:
         """One line for each planned layer, then one for each skipped layer with its reason."""

@@ -3,8 +3,10 @@
 # mypy: disable-error-code="no-any-return"
 
 import copy
+import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import PoorAgreementWarning
-from fxprune.calibration.agreement import FEW, MANY, Agreement, hold_out, measure_agreement
+from fxprune.calibration.agreement import FEW, MANY, Agreement, hold_out, interval, measure_agreement
 from fxprune.calibration.judging import Judge
 from fxprune.calibration.subject import Subject
 from fxprune.exact.record import record_of
@@ -159,6 +161,22 @@ def test_values_by_hand() -> None:
     assert "on 12 calibration inputs, which were fitted and flatter" in str(found)
 
 
+@pytest.mark.parametrize("share, inputs", [(14 / 15, 15), (1.0, 7), (0.0, 3), (0.5, 128)])
+def test_the_interval_by_hand(share: float, inputs: int) -> None:
+    z = 1.959964
+    middle, half = share + z**2 / (2 * inputs), z * math.sqrt(share * (1 - share) / inputs + (z / (2 * inputs)) ** 2)
+    low, high = ((middle + sign * half) / (1 + z**2 / inputs) for sign in (-1, 1))
+    expected = f"{max(0, 100 * low):.0f} to {min(100, 100 * high):.0f}"
+    assert interval(share, inputs) == expected
+    found = Agreement(share, inputs, held_out=True, classes=True, distance=0.0)
+    assert str(found).endswith(
+        f"on {inputs} held-out calibration inputs: {100 * share:.1f} % (95 % interval {expected})"
+    )
+    assert found.figure == f"{100 * share:.1f} % ({expected})"
+    assert interval(share, 100 * inputs) != expected, "control: more inputs know more"
+    assert "interval" not in str(replace(found, classes=False)), "a share of a variance counts no inputs"
+
+
 def test_what_cannot_be_compared_is_not() -> None:
     dense = seeded(Net)
     for other in (lambda x: torch.zeros(len(x), 9), lambda x: "nothing", lambda x: torch.zeros(len(x), 10).long()):
@@ -233,7 +251,10 @@ def test_batches_that_cannot_be_cut_are_held_out_whole(count: int, held: int) ->
 
 def test_poor_agreement_warns_and_says_what_to_try() -> None:
     data = images(64)
-    with pytest.warns(PoorAgreementWarning, match=r"on 16 held-out inputs: \d+\.\d %; more calibration images"):
+    with pytest.warns(
+        PoorAgreementWarning,
+        match=r"on 16 held-out calibration inputs: \d+\.\d % \(95 % interval \d+ to \d+\); more calibration images",
+    ):
         fxprune.compile(seeded(Net), 0.9, calibration=data)
     with pytest.warns(PoorAgreementWarning):
         fxprune.mask(seeded(Net), fxprune.make_plan(seeded(Net), 0.9, calibration=data), data)

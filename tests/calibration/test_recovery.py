@@ -326,7 +326,7 @@ def test_bad_calibration_data_is_told_and_nothing_is_lost(tmp_path: Path) -> Non
         (data[:1], "the calibration data holds one sample; recovery learns from some and judges by others: pass at"),
         (nothing, "calibration batch 0 holds NaN or infinity; drop or repair these samples"),
         (data[:, :2], "calibration batch 0 does not fit the model"),
-        ([data, data[:, :2]], "a calibration batch does not fit the model"),
+        ([data, data[:, :2]], "calibration batch 1 does not fit the model"),
         ([], "calibration holds no batch"),
     ):
         with pytest.raises(CalibrationError, match=message):

@@ -17,6 +17,7 @@ from torch import nn
 
 import fxprune
 from fxprune.cli import program as cli
+from fxprune.exact.rewriting import rewritten
 from fxprune.models import load_model
 
 NETS = """
@@ -304,11 +305,11 @@ def test_snapshots_come_in_the_order_of_the_command_line(
 ) -> None:
     given: dict[str, Any] = {}
 
-    def stop(model: nn.Module, **options: Any) -> None:
-        given.update(options)
+    def stop(arguments: dict[str, Any]) -> None:
+        given.update(arguments)
         raise fxprune.PlanError("enough")
 
-    monkeypatch.setattr(fxprune, "make_plan", stop)
+    monkeypatch.setattr("fxprune.api.request_of", stop)
     error_of(capsys, *COMPILE, *SIZE, "--snapshots", "b.pt", "a.pt", "--variety", "pairs")
     assert given["snapshots"] == [Path("b.pt"), Path("a.pt")]
     assert given["variety"] == "pairs"
@@ -473,14 +474,13 @@ def test_a_model_left_whole_is_warned_of(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_failed_verification_is_exit_code_1(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rewrite(masked: nn.Module, *rest: Any, **options: Any) -> Any:
-        pruned = compiled(masked, *rest, **options)
+    def broken(masked: nn.Module, *rest: Any, **options: Any) -> Any:
+        pruned = rewritten(masked, *rest, **options)
         for parameter in pruned.parameters():
             parameter.data.mul_(1.1)
         return pruned
 
-    compiled = fxprune.rewrite
-    monkeypatch.setattr(fxprune, "rewrite", rewrite)
+    monkeypatch.setattr("fxprune.planning.compiling.rewritten", broken)
     error_of(capsys, "compile", "handmade_nets:small", *SIZE, "-o", "small.pt", code=1)
     assert not Path("small.pt").exists(), "a network that failed the check must not be written"
 
@@ -489,7 +489,7 @@ def test_an_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fxprune, "make_plan", interrupt)
+    monkeypatch.setattr("fxprune.planning.compiling.plan_for", interrupt)
     assert cli.main(["compile", "handmade_nets:small", *SIZE]) == 130
 
 
@@ -540,10 +540,14 @@ def test_the_examples_of_the_help_parse() -> None:
 
 
 def test_bars_only_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["compile", "handmade_nets:small", *SIZE, "-o", "small.pt"]
+    torch.save(torch.randn(8, 3, 8, 8), "images.pt")
+    arguments = ["compile", "handmade_nets:small", "--calibration", "images.pt", "-o", "small.pt"]
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert cli.main(arguments) == 0
-    assert "rewriting" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.count("about ") == 1, "one total for planning, refit and what is told"
+    assert all(f"{stage} " in said.splitlines()[0] for stage in ("plan", "agreement"))
+    assert "100%" in said
     assert cli.main([*arguments, "--quiet"]) == 0
     assert capsys.readouterr().err == ""
 

@@ -48,7 +48,7 @@ def test_each_step_keeps_what_pruning_alone_loses(result: demo.DemoResult) -> No
     assert calibrated.accuracy > dense.accuracy - 0.1
     assert recovered.accuracy > dense.accuracy - 0.1
     assert finetuned.accuracy > dense.accuracy - 0.05
-    assert result.agreement.startswith("agreement with the dense network on 32 held-out inputs: ")
+    assert result.agreement.startswith("agreement with the dense network on 32 held-out calibration inputs: ")
     assert result.agreement in str(result)
 
 

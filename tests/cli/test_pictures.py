@@ -84,10 +84,14 @@ def test_from_a_folder_to_a_file(photos: Path, capsys: pytest.CaptureFixture[str
     assert "30 of 40 pictures" in said
     assert "resized to 16x16" in said
     assert "labels: the numbers that names begin with; same class as the dense network" in said
+    assert "\non 10 pictures that nothing was calibrated with: accuracy " in said
+    assert "; in brackets 95 % intervals\n" in said
     assert main(["verify", "small.pt", NET, "--size", "16", "--calibration", str(photos / "deep")]) == 0
     capsys.readouterr()
     found = run_json(capsys, "eval", "small.pt", NET, "--size", "16", "--data", str(photos))
     assert found["inputs"] == 40
+    assert found["which"] == f"pictures of {photos}"
+    assert not found["agreement"]["held_out"], "nobody knows"
     assert found["accuracy"] is None, "no folder right below is a class"
     assert 0 <= found["agreement"]["share"] <= 1
 
@@ -116,7 +120,9 @@ def test_sweep(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(Path("s.json").read_text()) == document
     assert Path("s.png").read_bytes().startswith(b"\x89PNG")
     assert main([*arguments, "-101"]) == 0
-    assert "every budget loses more than -101 points of accuracy; ask for larger ones" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "every budget loses more than -101 points of accuracy; ask for larger ones" in said
+    assert "on 10 pictures that nothing was calibrated with, of which one is 10.0 points" in said
 
 
 @pytest.mark.parametrize("source", ["x.pt", "x.npy", "x.npz", "picture_nets:images", "./picture_nets.py:batches"])
@@ -341,6 +347,28 @@ def test_eval_of_a_file_says_what_flatters(photos: Path, capsys: pytest.CaptureF
     assert "note: of pictures that it was calibrated with this says more good than is true" in capsys.readouterr().out
     assert main(["eval", NET, *options]) == 0
     assert "note:" not in capsys.readouterr().out, "a dense network was calibrated with none"
+
+
+def test_eval_measures_nothing_by_random_weights(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(load_model("digits_resnet", seed=5).state_dict(), "w.pth")
+    net, weights = ("digits_resnet", "--size", "16"), ("--weights", "w.pth")
+    assert main(["compile", *net, *weights, "-o", "net.pt"]) == 0
+    data, labels = ("--data", str(photos)), ("--labels", "names")
+    capsys.readouterr()
+    for arguments in (("eval", *net, *data, *labels), ("eval", "net.pt", *net, *data)):
+        assert main(list(arguments)) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert "digits_resnet has random weights, " in captured.err
+        assert "--weights FILE or --pretrained" in captured.err
+        assert main([*arguments, *weights]) == 0, "control"
+        capsys.readouterr()
+    assert main(["eval", "net.pt", *net, *data, *labels, "--json"]) == 0
+    captured = capsys.readouterr()
+    alone = json.loads(captured.out)
+    assert "warning: digits_resnet has random weights, and net.pt cannot be compared with it" in captured.err
+    assert (alone["agreement"], alone["dense_accuracy"]) == (None, None)
+    assert alone["accuracy"] == run_json(capsys, "eval", "net.pt", *net, *weights, *data, *labels)["accuracy"]
 
 
 def test_it_is_said_what_was_guessed(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,8 @@ def compiled() -> nn.Module:
 def test_one_line_before_the_work(
     arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fxprune, "make_plan", lambda *_, **__: pytest.fail("the work began"))
+    for work in ("make_plan", "planning.compiling.compiled_for"):
+        monkeypatch.setattr(f"fxprune.{work}", lambda *_, **__: pytest.fail("the work began"))
     arguments = tuple(argument.replace("NETS", "sentence_nets") for argument in arguments)
     try:
         code = main([*arguments, *(SIZE if arguments[0] in ("compile", "bench") else ())])

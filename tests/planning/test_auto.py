@@ -115,7 +115,7 @@ def test_the_best_on_held_out_inputs_is_taken_and_all_is_told(net: Net, monkeypa
         assert agreement is not None
         assert agreement.held_out
         mark = " (taken)" if name == taken else ""
-        assert f"{name}{mark} {100 * agreement.share:.1f} %, distance {agreement.distance:.3g}" in told
+        assert f"{name}{mark} {agreement.figure}, {agreement.distance:.3g}" in told
     assert told.count("(taken)") == 1
     report = fxprune.report(fxprune.rewrite(fxprune.mask(net, plan), plan, images(2)))
     assert set(plan.remarks) <= set(report.notes)

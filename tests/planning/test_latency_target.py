@@ -28,6 +28,7 @@ from fxprune import (
     LatencyTable,
     PlanError,
 )
+from fxprune.calibration.stages import Run
 from fxprune.cli import program as cli
 from fxprune.inference import forms
 from fxprune.inference import stopwatch as measurements
@@ -641,3 +642,33 @@ def test_what_the_solver_prints_is_kept_off_the_standard_output(capfd: pytest.Ca
         libc.printf(b"spoils\n")
     print("json")
     assert capfd.readouterr().out.splitlines() == ["seen", "json"]
+
+
+# --- what it shows ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["kernel", "filter"])
+@pytest.mark.parametrize("with_data", [True, False])
+@pytest.mark.usefixtures("clock")
+def test_all_that_takes_long_is_one_sentence_and_one_bar(
+    with_data: bool, granularity: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    begin = Run.begin
+
+    def noted(run: Run, stage: str, passes: int = 1) -> None:
+        begun.append(stage)
+        assert stage in run.seconds or not with_data, "it was foreseen; by weights alone it is over at once"
+        begin(run, stage, passes)
+
+    monkeypatch.setattr(Run, "begin", noted)
+    data: dict[str, Any] = {"calibration": image(40)} if with_data else {}
+    asked: dict[str, Any] = {"latency": 0.6, "target": "cpu", "granularity": granularity, "example_inputs": image()}
+    fxprune.make_plan(net(), progress=True, **asked, **data)
+    said, *bars = capsys.readouterr().err.splitlines()
+    assert said.startswith("about ")
+    assert "timing" in begun
+    order = ("sensitivity", "timing") if granularity == "kernel" and with_data else ("timing",)
+    assert [stage for stage in begun if stage in order] == list(order)
+    assert bars
+    assert not any(name in line for line in bars for name in ("conv/s", "measuring", "planning", "comparing"))

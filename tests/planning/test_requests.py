@@ -63,7 +63,7 @@ def net(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     def received(*arguments: Any, **_: Any) -> None:
         raise Stop(next(argument for argument in arguments if isinstance(argument, Request)))
 
-    for name in ("plan_for", "sensitivity_of", "measure_for"):
+    for name in ("compiled_for", "plan_for", "sensitivity_of", "measure_for"):
         monkeypatch.setattr(f"fxprune.api.{name}", received)
     monkeypatch.setattr("fxprune.api.Subject", lambda *_: None)
     monkeypatch.setattr("fxprune.api.check_target", lambda *_: None)

@@ -268,10 +268,12 @@ def test_check_refuses_another_model(layer: str, conv: nn.Module, message: str) 
 
 def test_text_lists_every_layer_with_its_outcome() -> None:
     lines = str(plan()).splitlines()
-    assert lines[0] == "1 convolutions to prune, 1 left dense"
+    assert lines[0] == "1 convolutions lose kernels; 1 stay dense"
     assert re.fullmatch(r"conv +partition +2 x 2 +2/4 +0\.5000 \(0\.5\)", lines[3])
     assert re.fullmatch(r"stem +dense +too few input channels \(3 < 16\)", lines[4])
-    assert str(PrunePlan({})) == "0 convolutions to prune, 0 left dense"
+    assert str(PrunePlan({})) == "nothing to prune"
+    branches = PrunePlan({}, branches={"block.bn2": ("block.conv1", "block.bn2")}, skipped={"stem": "too few"})
+    assert branches.brief() == "1 residual branches go; 1 stay dense"
 
 
 @pytest.mark.parametrize(

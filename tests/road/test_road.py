@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from alone_harness import run_alone
 from docs_harness import PAGES, ROOT, commands
+from newcomer_harness import help_commands
 
 from fxprune.comparison.experiments import recipe_names
 
@@ -95,6 +96,9 @@ def test_every_command_and_the_file_that_comes_out(python: Path, folder: Path) -
     done = newcomer(python, folder, "commands")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("exit code 0") == len(commands()) > 20
+    done = newcomer(python, folder, "help")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("exit code 0") == len(help_commands()) > 20
     y = run_alone("onnxruntime", folder / "resnet18.onnx", np.zeros((3, 3, 10, 10), np.float32))
     assert y.shape == (3, 10)
 
