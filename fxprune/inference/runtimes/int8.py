@@ -1,8 +1,8 @@
-"""int8 after pruning: a network in ONNX Runtime or OpenVINO with weights and activations of eight bits.
+"""int8 after pruning: a network in ONNX Runtime, OpenVINO or PyTorch with weights and activations of eight bits.
 
 Static quantization: ranges of activations are measured on calibration images, weights are scaled filter by filter
 (Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR
-2018). The tools are those of the runtimes: `onnxruntime.quantization` and NNCF.
+2018). The tools are those of the runtimes: `onnxruntime.quantization`, NNCF, and torchao for Inductor.
 """
 
 import contextlib
@@ -22,17 +22,19 @@ from fxprune.calibration.agreement import hold_out, measure_agreement
 from fxprune.calibration.batches import Calibration, read_batches
 from fxprune.environment import has_vnni
 from fxprune.errors import AccelerationError, CalibrationError, PoorAgreementWarning
+from fxprune.inference.runtimes.inductor import InductorProgram
 from fxprune.inference.runtimes.model import Program, RuntimeModel
 from fxprune.inference.runtimes.onnx_based import as_arrays, refused
 from fxprune.inference.runtimes.onnxruntime import OnnxRuntimeProgram
 from fxprune.inference.runtimes.openvino import OpenVinoProgram, core_of
+from fxprune.inference.runtimes.pt2e import by_torchao
 
 QUANTIZATION = "quantization"
 """Key of `RuntimeModel.meta` under which an int8 model keeps its agreement with the float one."""
 
 
 def quantize(model: RuntimeModel, calibration: Calibration) -> RuntimeModel:
-    """Return the int8 form of a model that was accelerated for ONNX Runtime or OpenVINO.
+    """Return the int8 form of a model that was accelerated for ONNX Runtime, OpenVINO or Inductor.
 
         fast = fxprune.accelerate(pruned, x, runtime="onnxruntime")
         small = fxprune.quantize(fast, images)
@@ -40,7 +42,7 @@ def quantize(model: RuntimeModel, calibration: Calibration) -> RuntimeModel:
         small.save("model.int8.onnx")
 
     Args:
-        model: what `fxprune.accelerate(runtime="onnxruntime" | "openvino")` returned. It is not changed.
+        model: what `fxprune.accelerate(runtime="onnxruntime" | "openvino" | "inductor")` returned. It is not changed.
         calibration: some hundred inputs without labels, as for `fxprune.compile`: a tensor `(N, ...)`, a `DataLoader`
             or any iterable of batches. An eighth is held out to judge by.
 
@@ -57,8 +59,8 @@ def quantize(model: RuntimeModel, calibration: Calibration) -> RuntimeModel:
     if not isinstance(model, RuntimeModel) or type(model.program) not in _TOOLS:
         found = getattr(model, "runtime", type(model).__name__)
         raise AccelerationError(
-            f"{found} has no int8 form here; pass what fxprune.accelerate(model, x, runtime='onnxruntime') or "
-            "runtime='openvino' returned"
+            f"{found} has no int8 form here; pass what fxprune.accelerate(model, x, runtime='onnxruntime'), 'openvino' "
+            "or 'inductor' returned"
         )
     names = [spec.name for spec in model.call.specs]
     batches = read_batches(calibration, len(names), names)
@@ -72,7 +74,8 @@ def quantize(model: RuntimeModel, calibration: Calibration) -> RuntimeModel:
         fitted = [model.call.tensors(batch, {}) for batch in parts[0]]
     except AccelerationError as error:
         raise CalibrationError(f"a calibration batch does not fit the model: {error}") from error
-    program = _TOOLS[type(model.program)](model.program, names, fitted)
+    with _quiet():
+        program = _TOOLS[type(model.program)](model.program, names, fitted)
     small = RuntimeModel(program, model.call, model.layers, model.is_pruned, model.gathers)
     agreement = measure_agreement(model, small, parts[1], lambda network, batch: network(*batch), held_out=True)
     small.meta[QUANTIZATION] = agreement
@@ -123,7 +126,7 @@ def _by_onnxruntime(program: OnnxRuntimeProgram, names: Sequence[str], batches: 
         def get_next(self) -> Mapping[str, Any] | None:
             return next(feeds, None)
 
-    with tempfile.TemporaryDirectory() as scratch, _quiet():
+    with tempfile.TemporaryDirectory() as scratch:
         given, ready, made = (Path(scratch) / f"{name}.onnx" for name in ("given", "ready", "made"))
         given.write_bytes(program.model)
         try:
@@ -149,7 +152,7 @@ def _by_nncf(program: OpenVinoProgram, names: Sequence[str], batches: Sequence[l
     import nncf
     import openvino
 
-    with tempfile.TemporaryDirectory() as scratch, _quiet():
+    with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / "made.xml"
         try:
             model = program.read(core_of(os.getpid()))
@@ -173,4 +176,8 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-_TOOLS: Mapping[type[Program], Any] = {OnnxRuntimeProgram: _by_onnxruntime, OpenVinoProgram: _by_nncf}
+_TOOLS: Mapping[type[Program], Any] = {
+    OnnxRuntimeProgram: _by_onnxruntime,
+    OpenVinoProgram: _by_nncf,
+    InductorProgram: by_torchao,
+}
