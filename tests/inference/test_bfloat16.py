@@ -12,6 +12,7 @@ import fxprune
 from fxprune.inference import acceleration
 from fxprune.inference import stopwatch as measurements
 from fxprune.inference.acceleration import accelerate, acceleration_report
+from fxprune.inference.race import race
 from fxprune.inference.runtimes import OTHERS
 
 STEP = 2**-8
@@ -92,7 +93,6 @@ def test_it_is_near_to_float32(way: str) -> None:
 def test_every_form_that_races_is_near(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network("kernels at 0.75")
     seen: dict[str, float] = {}
-    race = acceleration.race
 
     def watched(calls: dict[str, Any], **options: Any) -> Any:
         seen.update({name: far(call(), model(image()).detach()) for name, call in calls.items()})
