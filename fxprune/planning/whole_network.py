@@ -1,5 +1,6 @@
 """The dense network in its fastest form, beside which pruned ones are timed."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -7,18 +8,20 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import fx, nn
 
+from fxprune.calibration.batches import Batch
 from fxprune.calibration.subject import Subject
 from fxprune.errors import AccelerationError
 from fxprune.exact.rewriting import rewrite
 from fxprune.inference.acceleration import accelerate
 from fxprune.inference.duel import share_of_time
+from fxprune.inference.integers import check_integers, in_integers
 from fxprune.inference.runtimes import RuntimeModel, TorchModel
 from fxprune.inference.runtimes.contest import check_runtime
 from fxprune.planning.requests import Request
 from fxprune.plans import PrunePlan
 from fxprune.plans.masking import masked_copy
 from fxprune.plans.shapes import TARGETS
-from fxprune.vocabulary import RuntimeName
+from fxprune.vocabulary import Precision, RuntimeName
 
 Accelerated = fx.GraphModule | RuntimeModel | TorchModel
 
@@ -31,10 +34,19 @@ class WholeNetwork:
         inputs: arguments of forward.
         runtime: what runs it.
         progress: show bars on stderr.
+        precision: `"int8"` if it is quantized there; None if not.
     """
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], runtime: RuntimeName, progress: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: tuple[Any, ...],
+        runtime: RuntimeName,
+        progress: bool = False,
+        precision: Precision | None = None,
+    ) -> None:
         self.model, self.inputs, self.runtime, self.progress = model, inputs, runtime, progress
+        self.precision = precision
 
     @classmethod
     def of(cls, subject: Subject, request: Request) -> "WholeNetwork":
@@ -43,11 +55,13 @@ class WholeNetwork:
         Raises:
             AccelerationError: there is nothing to time it with, or it cannot be accelerated as asked for.
         """
-        check_target(subject.model, request.target, subject.example_inputs is not None, request.runs_in)
+        check_target(subject.model, request, subject.example_inputs is not None)
         assert subject.example_inputs is not None
         known = _KNOWN.get(subject)
-        if known is None or known.runtime != request.runs_in:
-            known = _KNOWN[subject] = cls(subject.model, subject.example_inputs, request.runs_in, request.progress)
+        if known is None or (known.runtime, known.precision) != (request.runs_in, request.precision):
+            known = _KNOWN[subject] = cls(
+                subject.model, subject.example_inputs, request.runs_in, request.progress, request.precision
+            )
         return known
 
     @cached_property
@@ -59,8 +73,12 @@ class WholeNetwork:
         """
         return self.accelerated(self.model)
 
-    def accelerated(self, model: nn.Module) -> Accelerated:
-        """A network in its fastest form."""
+    def accelerated(self, model: nn.Module, batches: Sequence[Batch] | None = None) -> Accelerated:
+        """A network in its fastest form; in integers with ranges measured on the batches, or where there are none, for
+        its times alone.
+        """
+        if self.precision is not None:
+            return in_integers(model, self.inputs, self.runtime, batches, self.progress)
         return accelerate(model, self.inputs, runtime=self.runtime, progress=self.progress)
 
     def share_with(self, plan: PrunePlan) -> float:
@@ -75,13 +93,14 @@ class WholeNetwork:
 _KNOWN: WeakKeyDictionary[Subject, WholeNetwork] = WeakKeyDictionary()
 
 
-def check_target(model: nn.Module, target: str | None, has_inputs: bool, runtime: str) -> None:
-    """See that a model can be accelerated for `target` in a runtime before hours of planning.
+def check_target(model: nn.Module, request: Request, has_inputs: bool) -> None:
+    """See that a model can be accelerated for the target of a request, in its runtime, before hours of planning.
 
     Raises:
         AccelerationError: there are no inputs to time it on, it is elsewhere, or the runtime is not installed or takes
             no such model.
     """
+    target = request.target
     if target not in TARGETS:
         return  # None: the device where the model is
     if not has_inputs:
@@ -95,4 +114,6 @@ def check_target(model: nn.Module, target: str | None, has_inputs: bool, runtime
             f"{target} first, or plan with make_plan(target={target!r}) and accelerate there"
         )
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    check_runtime(runtime, torch.device(target), dtype)
+    check_runtime(request.runs_in, torch.device(target), dtype)
+    if request.precision is not None:
+        check_integers(request.runs_in, torch.device(target), dtype)

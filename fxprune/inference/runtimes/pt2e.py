@@ -41,7 +41,9 @@ class InductorInt8Program(InductorProgram):
         super().__setstate__({**state, "network": _Starred(network)})
 
 
-def by_torchao(program: InductorProgram, names: Sequence[str], batches: Sequence[list[Tensor]]) -> InductorInt8Program:
+def by_torchao(
+    program: InductorProgram, names: Sequence[str], batches: Sequence[Sequence[Tensor]]
+) -> InductorInt8Program:
     """Weights by channel, activations by tensor. Without VNNI instructions weights get 7 bits, as products would
     saturate.
 
