@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import fxprune
 from benchmarks._commands import MODEL_HELP, run_as
+from fxprune.calibration import read_batches
 from fxprune.cli import values
 from fxprune.comparison.evaluation import accuracy
 from fxprune.environment import environment
@@ -71,7 +72,7 @@ def forms(pruned: nn.Module, images: Tensor, batch: int) -> Iterator[tuple[str, 
     example = images[:batch]
     for runtime in READ_ONNX:
         yield f"{runtime} float32", fxprune.accelerate(pruned, example, runtime=runtime)
-        yield f"{runtime} int8", in_integers(pruned, (example,), runtime, torch.split(images, 32))
+        yield f"{runtime} int8", in_integers(pruned, (example,), runtime, read_batches(images))
     yield "torch float32", fxprune.accelerate(pruned, example)
     half = copy.deepcopy(pruned).bfloat16()
     yield "torch bfloat16", InBfloat16(fxprune.accelerate(half, example.bfloat16()))
