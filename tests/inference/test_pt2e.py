@@ -140,6 +140,17 @@ def test_copies_and_what_was_pickled_are_the_same() -> None:
         assert torch.equal(other(x), small(x))
 
 
+def test_what_is_loaded_shares_its_weights() -> None:
+    for model in (in_inductor("kernels"), quantize(in_inductor("kernels"), images())):
+        loaded = model.program.load(1)
+        assert isinstance(loaded, _Compiled)
+        assert loaded.network is not model.program.network  # type: ignore[attr-defined]
+        pairs = zip(loaded.network.state_dict().values(), model.program.network.state_dict().values(), strict=True)  # type: ignore[attr-defined]
+        shared = [one.data_ptr() == other.data_ptr() for one, other in pairs]
+        assert shared
+        assert all(shared)
+
+
 @pytest.mark.slow
 def test_its_file_runs_without_fxprune(tmp_path: Path) -> None:
     small = quantize(in_inductor("kernels at 0.75"), images())

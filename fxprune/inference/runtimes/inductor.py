@@ -41,7 +41,7 @@ class InductorProgram(Program):
         self.forks = forks()
 
     def load(self, threads: int) -> Run:
-        return _Compiled(copy.deepcopy(self.network), self.shapes, self.forks)
+        return _Compiled(_sharing_tensors(self.network), self.shapes, self.forks)
 
     def write(self, path: Path) -> None:
         with warnings.catch_warnings(), torch.no_grad(), torch._inductor.config.patch(freezing=True):
@@ -59,7 +59,7 @@ class _Compiled:
     """What runs a network: compiled, at the first call that fits, for inputs of some shapes, and as it is for others.
 
     Args:
-        network: of which the weights may be taken away.
+        network: nobody else's, but for its tensors.
         shapes: of the inputs.
         forks: how often the process had been forked when it was made.
     """
@@ -133,6 +133,12 @@ def exported(network: nn.Module, specs: Sequence[TensorSpec]) -> torch.export.Ex
     sizes = [(2, *spec.shape[1:]) if spec.batched else spec.shape for spec in specs]
     examples = tuple(torch.zeros(size, dtype=spec.dtype) for size, spec in zip(sizes, specs, strict=True))
     return torch.export.export(network, examples, dynamic_shapes=(shapes,))
+
+
+def _sharing_tensors(network: nn.Module) -> nn.Module:
+    """A copy for the compiler, which keeps what it makes of a module by the module, with the same weights."""
+    tensors = (*network.parameters(), *network.buffers())
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
 
 
 def in_format(tensor: Tensor) -> Tensor:

@@ -46,9 +46,9 @@ class OpenVinoInt8Program(OpenVinoProgram):
         super().__init__(model)
         self.weights = weights
 
-    def read(self, core: Any) -> Any:
-        """The model, as OpenVINO has it."""
-        return core.read_model(self.model, self.weights)
+    def parts(self) -> tuple[bytes, ...]:
+        """Structure and constants."""
+        return self.model, self.weights
 
 
 class OnnxRuntimeInt8Program(OnnxRuntimeProgram):
