@@ -1,7 +1,7 @@
 """Is int8 worth it after pruning? Accuracy and time of dense and pruned networks in float32, bfloat16 and int8.
 
     python -m benchmarks.int8 --model resnet20 --weights resnet20.th --data cifar10:DIR --output RECORD.json
-    python -m benchmarks.int8 --model resnet18 --batch 1 --output RECORD.json
+    python -m benchmarks.int8 --model resnet18 --batch 1 --calibration-images 48 --test-images 64 --output RECORD.json
 
 ONNX Runtime and OpenVINO, each layer in the form that is fastest there in float32 and in int8, and PyTorch: what
 `accelerate` makes of it, and Inductor with the integers of torchao's pt2e. All networks take turns in one race, one
@@ -87,10 +87,11 @@ def measure(options: argparse.Namespace) -> int:
     model = load_model(options.model, options.weights).eval()
     images, tested, labels = _data(model, options)
     settings = {name: getattr(options, name) for name in ("model", "calibration_images", "test_images", "batch")}
-    settings |= {"weights": "random" if options.weights is None else "trained", "variants": VARIANTS}
+    variants = {name: arguments for name, arguments in VARIANTS.items() if name in ("dense", *options.variants)}
+    settings |= {"weights": "random" if options.weights is None else "trained", "variants": variants}
     record: dict[str, Any] = {"environment": environment(), "settings": settings, "rows": {}}
     networks: dict[str, dict[str, nn.Module]] = {}
-    for variant, arguments in VARIANTS.items():
+    for variant, arguments in variants.items():
         pruned = model
         if arguments:
             given = None if options.data is None else images
@@ -191,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--calibration-images", type=values.count, default=256)
     add("--test-images", type=values.count, default=5000)
     add("--rounds", type=values.count, default=ROUNDS, help="turns of each network (default: %(default)s)")
+    add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="beside dense (default: all)")
     add("--batch", type=values.list_of(values.count), default=[1, 32], metavar="N,N,...")
     return run_as("benchmarks.int8", measure, parser.parse_args(arguments))
 

@@ -87,7 +87,7 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=get_args(Precision),
         help="the network will be quantized in --runtime onnxruntime or openvino: --latency is then of the best dense "
-        "form in integers",
+        "form in integers; what is written stays in float32, fxprune.quantize makes integers of it",
     )
     parser.add_argument(
         "--share-groups",
