@@ -38,6 +38,7 @@ from fxprune.vocabulary import (
     GranularityChoice,
     Method,
     Output,
+    Precision,
     RuntimeName,
     Scope,
     Target,
@@ -65,6 +66,7 @@ def compile(
     block: int | None = None,
     target: Target | None = None,
     runtime: RuntimeName | None = None,
+    precision: Precision | None = None,
     share_groups: bool | None = None,
     criterion: CriterionChoice | Criterion | ScoreFunction | None = None,
     variety: VarietyName | Variety | None = None,
@@ -160,6 +162,10 @@ def compile(
             `"onnxruntime"`, `"openvino"` or `"inductor"`, for which the target is the CPU, or with a target `"torch"`
             or `"auto"`. With `latency` the times are those in this runtime, and the share is of the best dense form in
             it; there it must be `"torch"`, `"onnxruntime"` or `"openvino"`. None is `"torch"` if there is a target.
+        precision: `"int8"`: the network will be quantized in `runtime`, `"onnxruntime"` or `"openvino"`: plan with the
+            times that quantized layers have there, and return the int8 form, as `fxprune.quantize` makes it, with each
+            layer in the form that is fastest in integers. Ranges are measured on the calibration data, which it needs.
+            None is the precision of the model.
         block: keep input channels in aligned blocks of this many, so that wide loads of a fused kernel bring a block:
             16 are a sector of memory in half precision. What it costs is in the report, as are layers that do not
             divide into blocks; these are pruned channel by channel. None is 16 for target `"cuda"`, else 1.
@@ -211,7 +217,12 @@ def compile(
     if request.recovery is not None and calibration is None:
         raise CalibrationError("recover learns from calibration data; pass calibration=, or leave recover out")
     target = request.target
-    check_target(model, target, example_inputs is not None or calibration is not None, request.runs_in)
+    if precision is not None and calibration is None:
+        raise CalibrationError(
+            f"precision={precision!r} measures the ranges of activations on data; pass calibration=, or plan without "
+            "it by fxprune.make_plan"
+        )
+    check_target(model, request, example_inputs is not None or calibration is not None)
     model, computed = baked(model) if bake else (model, ())
     subject = Subject(model, example_inputs, calibration, output if target is None else "graph")
     done = compiled_for(subject, request, computed=computed, fold_batch_norm=fold_batch_norm, check=verify)
@@ -219,11 +230,12 @@ def compile(
     if target is None:
         return pruned
     network = WholeNetwork.of(subject, request)
-    result = network.accelerated(pruned)
+    result = network.accelerated(pruned, subject.batches)
     if latency is not None:
         reached = network.share_of(result)
         said = acceleration_report(result)
-        note = f"latency: asked for {latency:.2f} of the best dense time in {request.runs_in}, reached {reached:.2f}"
+        where = request.runs_in if precision is None else f"{request.runs_in} in {precision}"
+        note = f"latency: asked for {latency:.2f} of the best dense time in {where}, reached {reached:.2f}"
         if latency_table is not None and not latency_table.is_from_here:
             note += f" here; it was planned for another machine: {latency_table.place()}"
         result.meta[ACCELERATION] = replace(said, notes=(*said.notes, note))
@@ -250,6 +262,7 @@ def make_plan(
     block: int | None = None,
     target: Target | None = None,
     runtime: RuntimeName | None = None,
+    precision: Precision | None = None,
     share_groups: bool | None = None,
     criterion: CriterionChoice | Criterion | ScoreFunction | None = None,
     variety: VarietyName | Variety | None = None,
@@ -286,6 +299,7 @@ def measure_latency(
     example_inputs: Inputs,
     target: Target | None = None,
     runtime: RuntimeName | None = None,
+    precision: Precision | None = None,
     granularity: GranularityChoice | Mapping[str, float] = "kernel",
     groups: Groups | Mapping[str, Groups] = "auto",
     ignore: Ignored | Iterable[Ignored] = (),
@@ -304,6 +318,8 @@ def measure_latency(
         runtime: what computes the network: None or `"torch"`, `"onnxruntime"` or `"openvino"`. In a runtime each layer
             is timed with what is fused into it, as a model of its own; times are kept for the next network with such a
             layer.
+        precision: `"int8"` times layers that are quantized, each by itself, on made-up ranges; see `compile`. The
+            table says so in its `dtype`, and is for plans of that precision alone.
         granularity: what will go: `"kernel"` times grouped layers, `"filter"` narrower ones, `"auto"` both.
         groups: number of groups to measure; `"auto"` tries several.
         ignore: layers to leave out, see `compile`.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.inference import acceleration, duel, forms
+from fxprune.inference import acceleration, duel, forms, integers
 from fxprune.inference import stopwatch as measurements
 from fxprune.inference.engines import LibraryConv2d
 from fxprune.inference.race import Timing
@@ -83,6 +83,6 @@ def wind(patch: pytest.MonkeyPatch, cache: Path, clock: Clock | None = None) -> 
     patch.setattr(latency_measure, "LANES", {})
     for module in (forms, layer_times):
         patch.setattr(module, "ENGINES", (LibraryConv2d,))
-    for race in (acceleration, duel, latency_measure, measurements):
+    for race in (acceleration, duel, integers, latency_measure, measurements):
         patch.setattr(race, "race", clock.race)
     return clock

@@ -44,6 +44,7 @@ examples:
   fxprune compile resnet50 --weights resnet50.pth --calibration photos/ --recover 300 --augment flip -o r50.pt
   fxprune compile resnet50 --weights resnet50.pth --calibration photos/ --latency 0.6 --target cpu -o resnet50.pt
   fxprune compile resnet50 --weights resnet50.pth --latency 0.6 --runtime onnxruntime --onnx resnet50.onnx
+  fxprune compile resnet50 --weights resnet50.pth --latency 0.6 --runtime onnxruntime --precision int8 -o resnet50.pt
   fxprune compile resnet50 --weights resnet50.pth --granularity filter --macs 0.5 --params 0.4 -o resnet50.pt
   fxprune compile resnet50 --weights resnet50.pth --granularity filter:0.25,kernel:0.5 -o resnet50.pt
   fxprune compile resnet50 --weights resnet50.pth --calibration images.npy --granularity auto --macs 0.5 -o resnet50.pt

@@ -15,6 +15,7 @@ from fxprune.vocabulary import (
     CriterionName,
     FormChoice,
     Method,
+    Precision,
     RateSchedule,
     RuntimeName,
     Scope,
@@ -81,6 +82,12 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
         choices=get_args(RuntimeName),
         help="what will compute the network: --latency is then of the best dense form in it (torch, onnxruntime, "
         "openvino)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        help="the network will be quantized in --runtime onnxruntime or openvino: --latency is then of the best dense "
+        "form in integers; what is written stays in float32, fxprune.quantize makes integers of it",
     )
     parser.add_argument(
         "--share-groups",
@@ -219,8 +226,9 @@ def size_of(model: nn.Module, options: argparse.Namespace) -> tuple[int, ...]:
 
 def pruning_of(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `fxprune.make_plan`; what was not asked for is left to its defaults."""
-    sizes = ("ratio", "macs", "params", "latency", "groups", "form", "block", "target", "runtime", "share_groups")
-    names = (*sizes, "granularity", "scope", "round_to", "method", "criterion", "variety", "snapshots", "ignore")
+    amounts = ("ratio", "macs", "params", "latency", "granularity", "scope", "round_to")
+    chosen = ("groups", "form", "block", "share_groups", "method", "criterion", "variety", "snapshots", "ignore")
+    names = (*amounts, *chosen, "target", "runtime", "precision")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     return given | {"seed": options.seed, "progress": shows_progress(options)}
 

@@ -132,6 +132,11 @@ class Report(Tabular):
         """Number of convolutions that became grouped or narrower, or went with a branch."""
         return sum(layer.form != "dense" for layer in self.layers)
 
+    @property
+    def is_narrower(self) -> bool:
+        """Whether filters or branches are gone, so that the masked network, too, is smaller than the model was."""
+        return any(layer.form in ("filters", "branch") or layer.filters != layer.filters_dense for layer in self.layers)
+
     def _summary(self) -> str:
         """How many convolutions were rewritten, and what a ratio is the share of."""
         gone = [layer for layer in self.layers if layer.form == "branch"]

@@ -54,8 +54,10 @@ class AccelerationReport(Tabular):
         chosen: the whole graph that was chosen, a key of `seconds`.
         seconds: shortest time of each whole graph that was tried: `"pruned"` or `"dense"` and the memory format in
             PyTorch, or the runtime.
-        relative: time of the chosen graph relative to the best dense one: the quotient of the shortest times; 1 if that
-            is the choice.
+        relative: time of the chosen graph relative to the best dense one *of the network that was accelerated*: the
+            quotient of the shortest times; 1 if that is the choice. Where only kernels went that is the time of the
+            model before pruning. Filters and branches are gone from the dense form, too: of these networks it says what
+            their groups gain, and nothing of what pruning gained, see `opponent`.
         layers: the convolutions, in graph order.
         gathers: gathers that no convolution could take in.
         difference: largest difference to the model before, relative to the largest output.
@@ -87,9 +89,31 @@ class AccelerationReport(Tabular):
 
     def brief(self) -> str:
         """What is in it, in a few words."""
+        where = f"{self.dtype} on {self.device}, {self.memory_format}"
+        if self.is_narrower and self.relative == 1:
+            return f"{self.chosen}, which is narrower than the model before pruning; {where}"
+        return f"{self.chosen}, {self.relative:.2f} of {self.opponent}; {where}"
+
+    @property
+    def is_narrower(self) -> bool:
+        """Whether filters or branches went, so that no form that raced takes as long as the model before pruning."""
+        return self.compiled is not None and self.compiled.is_narrower
+
+    @property
+    def opponent(self) -> str:
+        """What `relative` is the share of, in words."""
+        return "the time of its narrower network without groups" if self.is_narrower else "the best dense time"
+
+    def _absent_original(self) -> tuple[str, ...]:
+        """That the model before pruning did not race, where something else might be taken for it."""
+        if not self.is_narrower:
+            return ()
+        assert self.compiled is not None
+        before, after = self.compiled.macs_dense, self.compiled.macs_pruned
+        share = f", with {after / before:.0%} of its multiply-accumulates" if before and after is not None else ""
         return (
-            f"{self.chosen}, {self.relative:.2f} of the best dense time; {self.dtype} on {self.device}, "
-            f"{self.memory_format}"
+            f"the model before pruning did not race: filters or branches are gone from every form{share}; time "
+            "fxprune.accelerate(model, x) beside it, or use fxprune compile --bench",
         )
 
     def table(self) -> Table:
@@ -118,6 +142,7 @@ class AccelerationReport(Tabular):
             f"chosen: {self.brief()}; {self.gathers} gathers remain",
             f"whole network, shortest times: {whole}",
             f"largest difference to the model before: {self.difference:.1e} of the largest output",
+            *self._absent_original(),
             *(f"not in the race: {name}: {reason}" for name, reason in self.absent.items()),
             *(f"note: {note}" for note in self.notes),
         )

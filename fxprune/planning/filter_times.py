@@ -35,7 +35,7 @@ class FilterTimes:
     def __init__(self, subject: Subject, request: Request, units: ChannelUnits) -> None:
         self._network = WholeNetwork.of(subject, request)
         self.table = request.latency_table or measure_layers(self._network, Wanted(units=units))
-        self.table.check(self._network.model, self._network.inputs, request.runs_in)
+        self.table.check(self._network.model, self._network.inputs, request.runs_in, request.precision)
         self.by_width = self.table.by_width(tuple(units.layers))
         self._pace = 1.0
 

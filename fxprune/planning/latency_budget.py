@@ -45,7 +45,7 @@ def meet_latency(
     model, inputs = network.model, network.inputs
     counts = group_counts(subject, request)
     table = request.latency_table or measure_layers(network, Wanted(counts))
-    table.check(model, inputs, request.runs_in)
+    table.check(model, inputs, request.runs_in, request.precision)
     form = "overlap" if request.method in PUBLISHED else request.form
     open_ = table.among(counts, form)
     # Which kernels stay changes no time: the cheapest plan will do.

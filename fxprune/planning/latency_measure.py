@@ -20,12 +20,11 @@ from fxprune.inference.engines import Engine
 from fxprune.inference.forms import operand_shapes
 from fxprune.inference.fused_graph import fused_graph
 from fxprune.inference.race import race
-from fxprune.inference.runtimes import OTHERS
 from fxprune.inference.runtimes.onnx_based import OnnxBased
 from fxprune.inference.stopwatch import Stopwatch
 from fxprune.planning.latency_grid import LayerGrid, widths
 from fxprune.planning.latency_table import LatencyOption, LatencyTable, LayerLatency, setting
-from fxprune.planning.layer_times import InRuntime, InTorch, Timekeeper, Variant, check_timed, timed
+from fxprune.planning.layer_times import InRuntime, InTorch, Timekeeper, Variant, layers_in, timed
 from fxprune.planning.whole_network import WholeNetwork
 from fxprune.plans.shapes import BLOCKS, Shape, choose_shape
 
@@ -85,16 +84,15 @@ def measure_layers(network: WholeNetwork, wanted: Wanted) -> LatencyTable:
         AccelerationError: see `fxprune.accelerate`.
     """
     model, inputs, runtime = network.model, network.inputs, network.runtime
-    check_timed(runtime)
+    other = layers_in(runtime, network.precision)
     dense = acceleration_report(network.dense)
     graph, _ = fused_graph(model, inputs)
     shapes = operand_shapes(graph, inputs)
     stopwatch = Stopwatch(torch.device(dense.device))
-    other = OTHERS.get(runtime)
     # A format whose dense convolutions are far slower was not raced, and is not worth timing here either.
     keepers: dict[str, Timekeeper] = (
         {dense.memory_format: InRuntime(other)}
-        if isinstance(other, OnnxBased)
+        if other is not None
         else {name.split()[1]: InTorch(name.split()[1]) for name in dense.seconds}
     )
     sites = [_Site(name, conv, shapes[node.name]) for node, conv, name in _sites(graph, wanted.names)]
@@ -104,12 +102,12 @@ def measure_layers(network: WholeNetwork, wanted: Wanted) -> LatencyTable:
             found[memory_format].add(times)
     stopwatch.save()
     whole = dense.seconds[dense.chosen]
-    if sites and isinstance(other, OnnxBased):
+    if sites and other is not None:
         whole = _whole_by_layers(network.dense, inputs, InRuntime(other), sites, stopwatch)
     elif sites:
         assert isinstance(network.dense, fx.GraphModule)
         whole = found[dense.memory_format].dense / (1 - _rest_share(network.dense, inputs, wanted.names))
-    device, dtype, input_shapes = setting(model, inputs)
+    device, dtype, input_shapes = setting(model, inputs, network.precision)
     tables = []
     for name, times in found.items():
         slower = 1.0 if name == dense.memory_format else dense.seconds[f"dense {name}"] / dense.seconds[dense.chosen]
@@ -126,7 +124,7 @@ def measure_layers(network: WholeNetwork, wanted: Wanted) -> LatencyTable:
                 runtime=runtime,
                 grids=tuple(times.grids.values()),
                 lanes=wanted.lanes,
-                made=_made(other),
+                made=_made(runtime, other),
             )
         )
     return min(tables, key=lambda table: (table.least, table.rest))
@@ -283,9 +281,9 @@ def _whole_by_layers(
     return together * timings["network"].relative_to(timings["layers"])
 
 
-def _made(other: object) -> dict[str, Any]:
+def _made(runtime: str, other: OnnxBased | None) -> dict[str, Any]:
     """Where and when the times were measured, and with what."""
-    version = {other.name: other.program.version()} if isinstance(other, OnnxBased) else {}
+    version = {} if other is None else {runtime: other.program.version()}
     return environment() | version
 
 

@@ -101,8 +101,8 @@ class LatencyTable(Tabular):
 
     Attributes:
         device: kind of device, see `fxprune.plans.shapes.TARGETS`.
-        dtype, memory_format: what was timed. The format is that in which the network can become fastest, and `"own"`
-            in a runtime that chooses it itself.
+        dtype, memory_format: what was timed; `"int8"` if the network is to be quantized. The format is that in which
+            the network can become fastest, and `"own"` in a runtime that chooses it itself.
         input_shapes: of the example.
         seconds: of the best dense form of the whole network in the runtime, as `fxprune.accelerate` makes it.
         rest: seconds of all that is in no layer of the table.
@@ -211,13 +211,14 @@ class LatencyTable(Tabular):
         """The least share of the dense time that can be reached, by the table."""
         return (self.rest + sum(layer.least for layer in self.layers)) / self.seconds
 
-    def check(self, model: nn.Module, inputs: tuple[Any, ...], runtime: str) -> None:
+    def check(self, model: nn.Module, inputs: tuple[Any, ...], runtime: str, precision: str | None = None) -> None:
         """See that the table is of a model.
 
         Args:
             model: what the table must have been measured on.
             inputs: arguments of forward, of the sizes that it must have been measured with.
             runtime: what it must have been measured in.
+            precision: in which precision there; None is that of the model.
 
         Raises:
             PlanError: the table is of another model, device, type, input size or runtime.
@@ -234,7 +235,8 @@ class LatencyTable(Tabular):
                     f"latency table: {name} is a convolution of {filters} filters and {channels} "
                     f"channels, but {type(model).__name__} has {found} there; {remedy}"
                 )
-        measured, now = (self.device, self.dtype, self.input_shapes, self.runtime), (*setting(model, inputs), runtime)
+        measured = self.device, self.dtype, self.input_shapes, self.runtime
+        now = *setting(model, inputs, precision), runtime
         for then, here in zip(measured, now, strict=True):
             if then != here:
                 raise PlanError(f"latency table: it was measured for {then}, but this is {here}; {remedy}")
@@ -426,11 +428,13 @@ def check_latency(share: object) -> None:
         raise PlanError(f"latency is {share!r}; it must be a share in (0, 1] of the time of the best dense form")
 
 
-def setting(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[str, str, tuple[tuple[int, ...], ...]]:
-    """What times depend on beside the layers: kind of device, type, shapes of the inputs."""
+def setting(
+    model: nn.Module, inputs: tuple[Any, ...], precision: str | None = None
+) -> tuple[str, str, tuple[tuple[int, ...], ...]]:
+    """What times depend on beside the layers: kind of device, type, shapes of the inputs. A precision is a type."""
     weight = next(model.parameters())
     shapes = tuple(tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-    return weight.device.type, str(weight.dtype).removeprefix("torch."), shapes
+    return weight.device.type, precision or str(weight.dtype).removeprefix("torch."), shapes
 
 
 def _check_number(what: str, value: object, above: float, below: float = math.inf) -> None:

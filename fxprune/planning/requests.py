@@ -12,7 +12,7 @@ from fxprune.criteria.variety import Variety
 from fxprune.errors import PlanError, near_matches
 from fxprune.inference.runtimes import RUNTIMES
 from fxprune.planning.latency_table import LatencyTable, check_latency
-from fxprune.planning.layer_times import check_timed
+from fxprune.planning.layer_times import check_precision, check_timed
 from fxprune.planning.patterns import Ignored, as_entries
 from fxprune.planning.sensitivity import Cost, Sensitivity
 from fxprune.plans import PrunePlan
@@ -24,6 +24,7 @@ from fxprune.vocabulary import (
     Granularity,
     GranularityChoice,
     Method,
+    Precision,
     RuntimeName,
     Scope,
     Target,
@@ -87,6 +88,7 @@ class Request:
     block: int | None = None
     target: Target | None = None
     runtime: RuntimeName | None = None
+    precision: Precision | None = None
     share_groups: bool | None = None
     criterion: CriterionChoice | Criterion | ScoreFunction | None = None
     variety: VarietyName | Variety | None = None
@@ -338,7 +340,7 @@ class Request:
                     f"latency={self.latency:.4g} needs the device to be fast on; pass target='cpu' or target='cuda', "
                     "or runtime='onnxruntime' or 'openvino'"
                 )
-            check_timed(self.runs_in)
+            check_timed(self.runs_in, self.precision)
         if self.scope is not None and self.scope not in get_args(Scope):
             raise PlanError(f"scope is {self.scope!r}; it must be 'local' or 'global', or None for what suits")
         if self.ratio is not None:
@@ -374,6 +376,7 @@ class Request:
                 )
             elif self.target is None:
                 raise PlanError(f"runtime={self.runtime!r} needs the device to run on; pass target='cpu' or 'cuda'")
+        check_precision(self.runs_in, self.precision)
         if self.block is not None and (
             isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1
         ):

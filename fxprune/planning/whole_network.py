@@ -9,12 +9,14 @@ import torch
 from torch import fx, nn
 from tqdm import tqdm
 
+from fxprune.calibration.batches import Batch
 from fxprune.calibration.stages import Run
 from fxprune.calibration.subject import Subject
 from fxprune.errors import AccelerationError
 from fxprune.exact.rewriting import rewrite
 from fxprune.inference.acceleration import accelerate
 from fxprune.inference.duel import share_of_time
+from fxprune.inference.integers import check_integers, in_integers
 from fxprune.inference.runtimes import RuntimeModel, TorchModel
 from fxprune.inference.runtimes.contest import check_runtime
 from fxprune.planning.estimates import TIMING
@@ -22,7 +24,7 @@ from fxprune.planning.requests import Request
 from fxprune.plans import PrunePlan
 from fxprune.plans.masking import masked_copy
 from fxprune.plans.shapes import TARGETS
-from fxprune.vocabulary import RuntimeName
+from fxprune.vocabulary import Precision, RuntimeName
 
 Accelerated = fx.GraphModule | RuntimeModel | TorchModel
 T = TypeVar("T")
@@ -36,6 +38,7 @@ class WholeNetwork:
         inputs: arguments of forward.
         runtime: what runs it.
         progress: show bars on stderr.
+        precision: `"int8"` if it is quantized there; None if not.
 
     Attributes:
         run: for which it is timed, if that was announced; how far it has come is told there.
@@ -43,8 +46,16 @@ class WholeNetwork:
 
     run: Run | None = None
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], runtime: RuntimeName, progress: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: tuple[Any, ...],
+        runtime: RuntimeName,
+        progress: bool = False,
+        precision: Precision | None = None,
+    ) -> None:
         self.model, self.inputs, self.runtime, self.progress = model, inputs, runtime, progress
+        self.precision = precision
 
     @classmethod
     def of(cls, subject: Subject, request: Request) -> "WholeNetwork":
@@ -53,11 +64,13 @@ class WholeNetwork:
         Raises:
             AccelerationError: there is nothing to time it with, or it cannot be accelerated as asked for.
         """
-        check_target(subject.model, request.target, subject.example_inputs is not None, request.runs_in)
+        check_target(subject.model, request, subject.example_inputs is not None)
         assert subject.example_inputs is not None
         known = _KNOWN.get(subject)
-        if known is None or known.runtime != request.runs_in:
-            known = _KNOWN[subject] = cls(subject.model, subject.example_inputs, request.runs_in)
+        if known is None or (known.runtime, known.precision) != (request.runs_in, request.precision):
+            known = _KNOWN[subject] = cls(
+                subject.model, subject.example_inputs, request.runs_in, precision=request.precision
+            )
         known.run, known.progress = subject.run, request.progress and subject.run is None
         return known
 
@@ -80,8 +93,12 @@ class WholeNetwork:
         """
         return self.accelerated(self.model)
 
-    def accelerated(self, model: nn.Module) -> Accelerated:
-        """A network in its fastest form."""
+    def accelerated(self, model: nn.Module, batches: Sequence[Batch] | None = None) -> Accelerated:
+        """A network in its fastest form; in integers with ranges measured on the batches, or where there are none, for
+        its times alone.
+        """
+        if self.precision is not None:
+            return in_integers(model, self.inputs, self.runtime, batches, self.progress)
         return accelerate(model, self.inputs, runtime=self.runtime, progress=self.progress)
 
     def share_with(self, plan: PrunePlan) -> float:
@@ -96,13 +113,14 @@ class WholeNetwork:
 _KNOWN: WeakKeyDictionary[Subject, WholeNetwork] = WeakKeyDictionary()
 
 
-def check_target(model: nn.Module, target: str | None, has_inputs: bool, runtime: str) -> None:
-    """See that a model can be accelerated for `target` in a runtime before hours of planning.
+def check_target(model: nn.Module, request: Request, has_inputs: bool) -> None:
+    """See that a model can be accelerated for the target of a request, in its runtime, before hours of planning.
 
     Raises:
         AccelerationError: there are no inputs to time it on, it is elsewhere, or the runtime is not installed or takes
             no such model.
     """
+    target = request.target
     if target not in TARGETS:
         return  # None: the device where the model is
     if not has_inputs:
@@ -116,4 +134,6 @@ def check_target(model: nn.Module, target: str | None, has_inputs: bool, runtime
             f"{target} first, or plan with make_plan(target={target!r}) and accelerate there"
         )
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    check_runtime(runtime, torch.device(target), dtype)
+    check_runtime(request.runs_in, torch.device(target), dtype)
+    if request.precision is not None:
+        check_integers(request.runs_in, torch.device(target), dtype)

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -370,6 +371,26 @@ def test_the_report_says_it_all(fast: tuple[fx.GraphModule, fx.GraphModule]) -> 
         assert part in text
     assert report.difference < 1e-4
     assert report.compiled is fxprune.report(fast[1])
+
+
+@pytest.mark.parametrize("granularity", ["kernel", "filter", {"filter": 0.25, "kernel": 0.5}])
+def test_the_report_says_what_the_time_is_a_share_of(granularity: Any) -> None:
+    ratio = None if isinstance(granularity, dict) else 0.5
+    pruned = fxprune.compile(net(), ratio, granularity=granularity, example_inputs=image())
+    report = acceleration_report(accelerate(pruned, image(), remember=False))
+    compiled = fxprune.report(pruned)
+    narrower = granularity != "kernel"
+    assert report.is_narrower == compiled.is_narrower == narrower
+    assert ("the best dense time" in report.brief()) == (not narrower)
+    said = "the model before pruning did not race: filters or branches are gone from every form, with "
+    assert (said in str(report)) == narrower
+    if narrower:
+        assert compiled.macs_pruned is not None
+        assert compiled.macs_dense is not None
+        assert f"with {compiled.macs_pruned / compiled.macs_dense:.0%} of its" in str(report)
+    as_fast = replace(report, relative=1.0).brief()
+    assert ("1.00" in as_fast) == (not narrower), "a narrower network is not sold as no faster"
+    assert "0.80 of" in replace(report, relative=0.8).brief()
 
 
 def test_the_numbers_of_the_report_agree(fast: tuple[fx.GraphModule, fx.GraphModule]) -> None:

@@ -217,6 +217,15 @@ def test_other_types(dtype: torch.dtype, order: bool) -> None:
     assert "native" not in names
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_bfloat16_with_a_residual_and_a_rectifier(groups: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    conv = make(g, dtype=torch.bfloat16, groups=groups, bounds=(0.0, None), order=False)
+    x = torch.randn(2, 7, 6, 5, generator=g).bfloat16()
+    names = check(conv, x, torch.randn(shape_of(conv, x), generator=g).bfloat16())
+    assert ("onednn" in names) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def test_bounds_in_the_wrong_order_are_torchs() -> None:
     conv = make(torch.Generator().manual_seed(0), bounds=(1.0, -1.0))
     check(conv, torch.randn(2, 7, 6, 5))

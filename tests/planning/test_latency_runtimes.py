@@ -3,14 +3,15 @@ what is planned with them.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from clock_harness import Clock, Net, image, net, wind
+from clock_harness import Net, image, net, wind
+from onnx_clock_harness import OnnxClock
 from products_harness import fewer
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ import fxprune
 from fxprune import AccelerationError, LatencyTable, PlanError
 from fxprune.environment import environment
 from fxprune.inference.runtimes import OTHERS, RuntimeModel
-from fxprune.inference.runtimes.onnx_based import OnnxBased, OnnxProgram
+from fxprune.inference.runtimes.onnx_based import OnnxBased
 from fxprune.planning import latency_meeting
 from fxprune.planning.layer_times import InRuntime, check_timed
 from fxprune.vocabulary import RuntimeName
@@ -30,56 +31,6 @@ READS_ONNX = [
 ]
 each_runtime = pytest.mark.parametrize("runtime", READS_ONNX)
 needs_onnx = pytest.mark.skipif("onnxruntime" not in READS_ONNX, reason="needs fxprune[onnx]")
-
-
-class OnnxClock(Clock):
-    """The same machine, on which a call of a program takes what the convolutions of its ONNX model compute."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.macs = self.runs = self.loaded = 0
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        before = self.macs, self.runs
-        of_modules = super().seconds(call)
-        if self.runs == before[1]:
-            return of_modules
-        return self.busy * (1e-9 * (self.macs - before[0]) + 1e-6 * (self.runs - before[1]))
-
-    def watch(self, patch: pytest.MonkeyPatch, program: type[OnnxProgram]) -> None:
-        """Count what programs of a runtime compute."""
-        load = program.load
-
-        def counted(self_: OnnxProgram, threads: int) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-            run, macs = load(self_, threads), macs_of(self_.model)
-            self.loaded += 1
-
-            def running(tensors: Sequence[Tensor]) -> list[Tensor]:
-                self.macs += macs * len(tensors[0])
-                self.runs += 1
-                return run(tensors)
-
-            return running
-
-        patch.setattr(program, "load", counted)
-
-
-def macs_of(serialized: bytes) -> int:
-    """Of the convolutions of an ONNX model, one image."""
-    import onnx
-
-    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(serialized))
-    sizes = {initial.name: list(initial.dims) for initial in model.graph.initializer}
-    values = (*model.graph.value_info, *model.graph.output)
-    shapes = {value.name: [size.dim_value for size in value.type.tensor_type.shape.dim] for value in values}
-    total = 0
-    for node in model.graph.node:
-        if node.op_type == "Conv":
-            filters, channels, height, width = sizes[node.input[1]]
-            rows, columns = shapes[node.output[0]][2:]
-            assert rows > 0
-            total += filters * channels * height * width * rows * columns
-    return total
 
 
 def wound(patch: pytest.MonkeyPatch, cache: Path) -> OnnxClock:

@@ -30,6 +30,8 @@ class OneDnnConv2d(Engine):
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
         self.minimum, self.maximum = conv.minimum, conv.maximum
         self.is_relu = conv.minimum == 0 and conv.maximum is None
+        # A grouped convolution adds and rectifies in a second sweep, which knows no bfloat16 (torch 2.15).
+        self.adds_and_rectifies = self.is_relu and (conv.groups == 1 or conv.weight.dtype == torch.float32)
         self.is_bounded = conv.minimum is not None and conv.maximum is not None
         self.register_buffer("bias", conv.bias)
         self.register_buffer("index", conv.index)
@@ -56,9 +58,9 @@ class OneDnnConv2d(Engine):
         if residual is not None and order is None:
             y = torch.ops.mkldnn._convolution_pointwise(
                 x, residual, self.packed, self.bias, self.padding, self.stride, self.dilation, self.groups,
-                "add", None, "relu" if self.is_relu else None, [], None,
+                "add", None, "relu" if self.adds_and_rectifies else None, [], None,
             )  # fmt: skip
-            return y if self.is_relu else finish(y, None, None, self.minimum, self.maximum)
+            return y if self.adds_and_rectifies else finish(y, None, None, self.minimum, self.maximum)
         if residual is None and order is None and (self.is_relu or self.is_bounded):
             return self._activated(x)
         y = torch.ops.mkldnn._convolution_pointwise(

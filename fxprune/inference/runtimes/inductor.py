@@ -2,13 +2,14 @@
 
 import copy
 import shutil
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from fxprune.errors import AccelerationError
 from fxprune.files import write_whole
@@ -16,60 +17,68 @@ from fxprune.graph.editing import calls
 from fxprune.graph.fused import FusedConv2d
 from fxprune.graph.values import first_line
 from fxprune.inference.forking import check_fork, forks
-from fxprune.inference.runtimes.calls import CallForm, Flat
+from fxprune.inference.runtimes.calls import Flat, TensorSpec
 from fxprune.inference.runtimes.model import Program, Run, RuntimeModel
+from fxprune.inference.runtimes.plain_layers import in_plain_layers
 from fxprune.inference.runtimes.runtime import Network, Runtime, gathers_in
 
 
 class InductorProgram(Program):
-    """A graph that is compiled for the number of images of the example; others run it as it is.
+    """A network that is compiled for the number of images of the example; others run it as it is.
 
     Args:
-        graph: with fused convolutions in their plain form.
-        call: how it is called.
+        network: takes and gives tensors one after another.
+        specs: what the inputs are.
     """
 
     runtime = "inductor"
     suffixes = (".pt2",)
 
-    def __init__(self, graph: fx.GraphModule, call: CallForm) -> None:
+    def __init__(self, network: nn.Module, specs: Sequence[TensorSpec]) -> None:
         super().__init__()
-        self.network = Flat(graph, call).eval().requires_grad_(False)
-        self.shapes = [spec.shape for spec in call.specs]
+        self.network, self.specs = network, tuple(specs)
+        self.shapes = [spec.shape for spec in specs]
         self.forks = forks()
 
     def load(self, threads: int) -> Run:
-        plain = copy.deepcopy(self.network)
-        compiled = torch.compile(plain, dynamic=False, fullgraph=True, options={"freezing": True})
-
-        @torch.no_grad()
-        def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-            check_fork(self.forks)
-            given = [in_format(tensor) for tensor in tensors]
-            if [tuple(tensor.shape) for tensor in given] != self.shapes:
-                return list(plain(*given))
-            try:
-                return list(compiled(*given))
-            except Exception as error:  # at the first call it compiles, and raises whatever its many parts do
-                raise AccelerationError(f"Inductor cannot compile the network: {first_line(error)}") from error
-
-        return run
+        return _Compiled(_sharing_tensors(self.network), self.shapes, self.forks)
 
     def write(self, path: Path) -> None:
-        call = self.network.call
-        batch = torch.export.Dim("batch")
-        shapes = tuple({0: batch} if spec.batched else {} for spec in call.specs)
-        sizes = [(2, *spec.shape[1:]) if spec.batched else spec.shape for spec in call.specs]
-        tensors = tuple(torch.zeros(size, dtype=spec.dtype) for size, spec in zip(sizes, call.specs, strict=True))
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), torch._inductor.config.patch(freezing=True):
             warnings.simplefilter("ignore")  # the exporter warns of deprecated parts of its own
             try:
-                exported = torch.export.export(self.network, tensors, dynamic_shapes=(shapes,))
-                write_whole(path, lambda partial: _package(exported, partial))
+                program = exported(self.network, self.specs)
+                write_whole(path, lambda partial: _package(program, partial))
             except OSError:
                 raise
             except Exception as error:  # a compiler raises whatever its many parts do
                 raise AccelerationError(f"Inductor cannot compile ahead of time: {first_line(error)}") from error
+
+
+class _Compiled:
+    """What runs a network: compiled, at the first call that fits, for inputs of some shapes, and as it is for others.
+
+    Args:
+        network: nobody else's, but for its tensors.
+        shapes: of the inputs.
+        forks: how often the process had been forked when it was made.
+    """
+
+    def __init__(self, network: nn.Module, shapes: Sequence[tuple[int, ...]], forks: int) -> None:
+        self.network, self.shapes, self.forks = network, list(shapes), forks
+        self.compiled: Callable[..., Sequence[Tensor]] | None = None
+        self.lock = threading.Lock()
+
+    @torch.no_grad()
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        check_fork(self.forks)
+        given = [in_format(tensor) for tensor in tensors]
+        if [tuple(tensor.shape) for tensor in given] != self.shapes:
+            return list(self.network(*given))
+        if self.compiled is None:
+            with self.lock:
+                self.compiled = self.compiled or frozen(self.network, given)
+        return list(self.compiled(*given))
 
 
 class Inductor(Runtime):
@@ -92,10 +101,44 @@ class Inductor(Runtime):
                 if conv.dense_groups and not is_pruned:
                     parent, _, child = str(node.target).rpartition(".")
                     setattr(graph.get_submodule(parent), child, conv.dense().eval())
-            program = InductorProgram(graph, network.call)
+            program = InductorProgram(in_plain_layers(Flat(graph, network.call)), network.call.specs)
             name = f"{'pruned' if is_pruned else 'dense'} {self.name}"
             built[name] = RuntimeModel(program, network.call, (), is_pruned, gathers_in(graph))
         return built
+
+
+def frozen(network: nn.Module, given: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """A network, compiled for inputs of these shapes with its weights as constants, which oneDNN packs once.
+
+    As an option of `torch.compile` freezing comes too late (2.15): the weights are inputs of the compiled graph by then
+    and nothing is packed. So it is set for all while the first call compiles.
+
+    Raises:
+        AccelerationError: it cannot be compiled.
+    """
+    compiled: Callable[..., Sequence[Tensor]] = torch.compile(network, dynamic=False, fullgraph=True)
+    with warnings.catch_warnings(), torch._inductor.config.patch(freezing=True):
+        warnings.simplefilter("ignore")  # the compiler warns of parts of its own
+        try:
+            compiled(*given)
+        except Exception as error:  # it raises whatever its many parts do
+            raise AccelerationError(f"Inductor cannot compile the network: {first_line(error)}") from error
+    return compiled
+
+
+def exported(network: nn.Module, specs: Sequence[TensorSpec]) -> torch.export.ExportedProgram:
+    """A network whose forward takes `*tensors` as an exported program; the number of images stays free where it is."""
+    batch = torch.export.Dim("batch")
+    shapes = tuple({0: batch} if spec.batched else {} for spec in specs)
+    sizes = [(2, *spec.shape[1:]) if spec.batched else spec.shape for spec in specs]
+    examples = tuple(torch.zeros(size, dtype=spec.dtype) for size, spec in zip(sizes, specs, strict=True))
+    return torch.export.export(network, examples, dynamic_shapes=(shapes,))
+
+
+def _sharing_tensors(network: nn.Module) -> nn.Module:
+    """A copy for the compiler, which keeps what it makes of a module by the module, with the same weights."""
+    tensors = (*network.parameters(), *network.buffers())
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
 
 
 def in_format(tensor: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ class Program:
     """A whole network in the form of one runtime: what can be copied, pickled and written, and loads when it is needed.
 
     It is loaded once for each number of threads that torch is set to, and anew in a process that was forked: threads do
-    not survive a fork.
+    not survive a fork. That is why it keeps its weights beside those that are loaded, which no runtime gives back: to
+    load again, to copy and to write.
 
     Attributes:
         runtime: name of the runtime.

@@ -60,10 +60,20 @@ class OnnxBased(Runtime):
             layers = {node: (conv, form) for (node, conv, _), form in zip(found, forms, strict=True)}
             model = filled(network.onnx, layers)
             gathers = sum(node.op_type == "Gather" for node in model.graph.node)
-            program = self.program.of(model)
+            program = self.made(model, network.ranges, fine=True)
             choices = tuple(choice.of(form) for (_, _, choice), form in zip(found, forms, strict=True))
             built[name] = RuntimeModel(program, network.call, choices, not name.startswith("dense"), gathers)
         return built
+
+    def made(self, model: Any, batches: Sequence[Sequence[Tensor]], fine: bool) -> "OnnxProgram":
+        """The program of an `onnx.ModelProto`, which may be changed.
+
+        Args:
+            model: of a network or of one layer.
+            batches: typical inputs, for runtimes that quantize.
+            fine: whether numbers count, not the time alone.
+        """
+        return self.program.of(model)
 
     def _choice(self, network: Network, node: str, name: str, conv: FusedConv2d) -> LayerChoice:
         """Time the forms of a layer."""
@@ -93,9 +103,10 @@ class OnnxBased(Runtime):
         return self._call(passing_on(shape, count), [shape])
 
     def _call(self, model: Any, shapes: Sequence[Sequence[int]]) -> Callable[[], object]:
-        run = self.program.of(model).load(torch.get_num_threads())
         generator = torch.Generator().manual_seed(0)
-        return functools.partial(run, [torch.randn(tuple(shape), generator=generator) for shape in shapes])
+        inputs = [torch.randn(tuple(shape), generator=generator) for shape in shapes]
+        run = self.made(model, [inputs], fine=False).load(torch.get_num_threads())
+        return functools.partial(run, inputs)
 
 
 class OnnxProgram(Program):

@@ -6,7 +6,7 @@ import importlib
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -40,13 +40,17 @@ class OpenVinoProgram(OnnxProgram):
     def load(self, threads: int) -> Run:
         try:
             core = core_of(os.getpid())
-            return _Compiled(core, self.read(core), threads)
+            return _Compiled(core, functools.partial(core.read_model, *self.parts()), threads)
         except Exception as error:  # its exceptions have no common base
             raise refused("OpenVINO", error) from error
 
     def read(self, core: Any) -> Any:
         """The model, as OpenVINO has it."""
-        return core.read_model(self.model)
+        return core.read_model(*self.parts())
+
+    def parts(self) -> tuple[bytes, ...]:
+        """What it is read from."""
+        return (self.model,)
 
     def write(self, path: Path) -> None:
         library = _library()
@@ -67,17 +71,24 @@ class OpenVino(OnnxBased):
 
 
 class _Compiled:
-    """What runs a model for inputs of any size that it takes."""
+    """What runs a model for inputs of any size that it takes.
 
-    def __init__(self, core: Any, model: Any, threads: int) -> None:
-        self.core, self.model = core, model
+    Args:
+        core: what compiles.
+        read: gives the model anew; it is not kept, for it holds all weights, which what is compiled has as well.
+        threads: to run with.
+    """
+
+    def __init__(self, core: Any, read: Callable[[], Any], threads: int) -> None:
+        self.core, self.read = core, read
+        self.compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
+        read()  # that it cannot be read is to be known now
         self.options = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "INFERENCE_PRECISION_HINT": "f32",  # else it takes bfloat16 where the processor has it
         }
-        self.compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
         self.lock = threading.Lock()
         self.requests: dict[tuple[int, Any], Any] = {}  # of each thread: a request serves one at a time
 
@@ -96,7 +107,7 @@ class _Compiled:
         if shapes not in self.compiled and len(self.compiled) >= MOST_SIZES:
             shapes = ()
         if shapes not in self.compiled:
-            model = self.model.clone()
+            model = self.read()
             if shapes:
                 model.reshape(dict(zip(model.inputs, shapes, strict=True)))
             self.compiled[shapes] = self.core.compile_model(model, "CPU", self.options)

@@ -1,13 +1,13 @@
 """What a runtime is: something that computes a whole network."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxprune.graph.editing import calls
 from fxprune.graph.fused import FusedConv2d
@@ -28,12 +28,14 @@ class Network:
         inputs: arguments of forward, of the sizes to be fast for.
         stopwatch: what times the ways to compute a layer.
         progress: show bars on stderr.
+        batches: typical inputs as lists of tensors, if it is to compute in integers.
     """
 
     graph: fx.GraphModule
     inputs: tuple[Any, ...]
     stopwatch: Stopwatch
     progress: bool = False
+    batches: Sequence[Sequence[Tensor]] = ()
 
     @cached_property
     def call(self) -> CallForm:
@@ -43,6 +45,11 @@ class Network:
             AccelerationError: not with tensors.
         """
         return CallForm.of(self.graph, self.inputs)
+
+    @property
+    def ranges(self) -> Sequence[Sequence[Tensor]]:
+        """What ranges of activations are measured on: the batches, or the example where only times count."""
+        return self.batches or [self.call.tensors(self.inputs, {})]
 
     @cached_property
     def onnx(self) -> Any:
