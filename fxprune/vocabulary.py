@@ -46,7 +46,7 @@ RuntimeName: TypeAlias = Literal["auto", "torch", "inductor", "onnxruntime", "op
 """Of `fxprune.accelerate`, see `fxprune.inference.runtimes.RUNTIMES`."""
 Precision: TypeAlias = Literal["int8"]
 """Lower than that of the model, for the runtimes in `fxprune.inference.runtimes.int8_tools.IN_INTEGERS`."""
-Rival: TypeAlias = Literal["dense", "torch-pruning"]
+Rival: TypeAlias = Literal["dense", "filters", "torch-pruning"]
 ComparedMethod: TypeAlias = Literal[
     "dense", "tmi", "tmi-refit", "srgkp", "srgkp-refit", "fxprune", "fxprune-8", "filters", "filters-refit", "pairs",
     "pairs-pure", "filters-error", "combined", "branches", "auto", "fxprune-8-recovered", "filters-error-recovered",

@@ -24,6 +24,7 @@ from fxprune.comparison.rivals import (
     Network,
     dense_network,
     describe,
+    filters_network,
     fxprune_network,
     settle,
     torch_pruning_network,
@@ -46,8 +47,8 @@ class Row:
     """One network in one runtime and layout, at one batch.
 
     Attributes:
-        network: `"dense"`, `"fxprune"` or `"torch-pruning"`.
-        ratio: what fxprune was asked to prune; of torch-pruning, that of the network whose MACs it matches.
+        network: `"dense"`, `"fxprune"`, `"fxprune filters"` or `"torch-pruning"`.
+        ratio: what fxprune was asked to prune; of filters, that of the network whose MACs they match.
         macs_share: MACs relative to the dense network.
         runtime: one of `RUNTIMES`.
         layout: one of `LAYOUTS`, or None if the runtime chose.
@@ -89,7 +90,7 @@ def make_networks(
     options: Mapping[str, Any],
     random_weights: bool,
 ) -> Iterator[Network]:
-    """Yield the dense network, and for each ratio that of fxprune and its rival of equal MACs.
+    """Yield the dense network, and for each ratio that of fxprune and its rivals of equal MACs.
 
     Args:
         model: in evaluation mode, float32, on the CPU. With random weights its BatchNorm statistics are set here.
@@ -108,8 +109,10 @@ def make_networks(
     for ratio in ratios:
         network = fxprune_network(model, inputs, ratio, options, random_weights)
         yield network
+        assert network.macs is not None
+        if "filters" in rivals:
+            yield filters_network(model, inputs, ratio, network.macs, options, random_weights)
         if "torch-pruning" in rivals:
-            assert network.macs is not None
             yield torch_pruning_network(model, inputs, ratio, network.macs, random_weights)
 
 
@@ -209,7 +212,7 @@ def _with_times(rows: Sequence[Row], timings: Mapping[int, Timing]) -> list[Row]
 def table(rows: Sequence[Row]) -> str:
     """Each network in its faster layout as text, one a line, and what failed."""
     lines = [
-        f"{'batch':>5}  {'runtime':<21}{'network':<14}{'ratio':>6}  {'layout':<14}{'ms':>10}{'spread':>9}"
+        f"{'batch':>5}  {'runtime':<21}{'network':<17}{'ratio':>6}  {'layout':<14}{'ms':>10}{'spread':>9}"
         f"{'to dense':>10}{'to best':>9}{'MACs':>7}{'difference':>12}"
     ]
     for row in rows:
@@ -217,7 +220,7 @@ def table(rows: Sequence[Row]) -> str:
             continue
         ratio = "-" if row.ratio is None else f"{row.ratio:g}"
         share = "-" if row.macs_share is None else f"{row.macs_share:.3f}"
-        who = f"{row.batch:>5}  {row.runtime:<21}{row.network:<14}{ratio:>6}  {row.layout or 'own':<14}"
+        who = f"{row.batch:>5}  {row.runtime:<21}{row.network:<17}{ratio:>6}  {row.layout or 'own':<14}"
         if row.seconds is None or row.spread is None:
             lines.append(f"{who}{row.error}")
             continue
@@ -320,7 +323,7 @@ def measure_model(
                 model, _images(size, 2), request.ratio, request.against, plan_options, request.weights is None
             ),
             desc="networks",
-            total=1 + len(request.ratio) * (1 + ("torch-pruning" in request.against)),
+            total=1 + len(request.ratio) * len({"fxprune", *request.against} - {"dense"}),
             leave=False,
             disable=not progress,
         )

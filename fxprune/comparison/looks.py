@@ -49,6 +49,7 @@ LOOKS = {
     "combined": Look(VERMILLION, "^", strong=True),
     "branches": Look(VERMILLION, "v", strong=True),
     "filters": Look(ORANGE, "o", hollow=True),
+    "fxprune filters": Look(ORANGE, "o"),
     "filters-refit": Look(ORANGE, "o"),
     "filters-error": Look(ORANGE, "D"),
     "pairs": Look(ORANGE, "s"),

@@ -1,5 +1,6 @@
-"""The networks that race: dense, pruned by fxprune, or pruned by Torch-Pruning (Fang et al. 2023, DepGraph) to as many
-MACs. All are in evaluation mode, and each is there with BatchNorm folded too, so that none is slow for want of that.
+"""The networks that race: dense, pruned by fxprune, and with as many MACs left by whole filters of fxprune or of
+Torch-Pruning (Fang et al. 2023, DepGraph). All are in evaluation mode, and each is there with BatchNorm folded too, so
+that none is slow for want of that.
 """
 
 import copy
@@ -16,10 +17,10 @@ from fxprune.comparison.torch_pruning import Batches, Importance, prune_channels
 from fxprune.graph.tracing import trace
 from fxprune.passes import FoldBatchNorm
 
-RIVALS = ("dense", "torch-pruning")
+RIVALS = ("dense", "filters", "torch-pruning")
 
 ROUND_TO = 8
-"""Where speed counts, Torch-Pruning keeps a multiple of this many channels, as its documentation advises."""
+"""Where speed counts, multiples of this many channels are kept, as Torch-Pruning's documentation advises."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Network:
     """A network that races.
 
     Attributes:
-        name: `"dense"`, `"fxprune"` or `"torch-pruning"`.
-        ratio: that fxprune was asked for; of torch-pruning, that of the network whose MACs it matches; None of dense.
+        name: `"dense"`, `"fxprune"`, `"fxprune filters"` or `"torch-pruning"`.
+        ratio: that fxprune was asked for; of filters, that of the network whose MACs they match; None of dense.
         macs: of one image, over convolutions and linear layers; None if there is no network.
         module: in float32 on the CPU; None if it could not be made.
         folded: the same with BatchNorm folded into the convolutions before it.
@@ -66,11 +67,41 @@ def fxprune_network(
         FxpruneError: it cannot be planned or compiled.
     """
     plan = fxprune.make_plan(model, ratio, example_inputs=inputs, **options)
+    return _made("fxprune", model, inputs, ratio, plan, random_weights)
+
+
+def filters_network(
+    model: nn.Module, inputs: Tensor, ratio: float, macs: int, options: Mapping[str, Any], random_weights: bool = True
+) -> Network:
+    """The network that fxprune makes with about `macs` MACs by whole filters, of which it keeps multiples of 8. Where
+    so few cannot be reached the result says so.
+
+    Args:
+        model, inputs, random_weights: see `fxprune_network`.
+        ratio: of the network whose MACs it matches.
+        macs: of one image.
+        options: of `fxprune.make_plan`, those of kernels left aside.
+    """
+    share = macs / count_macs(model, inputs)
+    own = {name: value for name, value in options.items() if name in ("target", "seed", "ignore")}
+    try:
+        plan = fxprune.make_plan(
+            model, macs=share, granularity="filter", round_to=ROUND_TO, example_inputs=inputs, **own
+        )
+        return _made("fxprune filters", model, inputs, ratio, plan, random_weights)
+    except fxprune.PlanError as error:
+        return Network("fxprune filters", ratio, error=describe(error))
+
+
+def _made(
+    name: str, model: nn.Module, inputs: Tensor, ratio: float | None, plan: fxprune.PrunePlan, random_weights: bool
+) -> Network:
+    """The network that a plan leaves."""
     masked = fxprune.mask(model, plan).eval()
     if random_weights:
         settle(masked, inputs)
     pruned = fxprune.rewrite(masked, plan, inputs).eval()
-    return Network("fxprune", ratio, count_macs(pruned, inputs), pruned, folded(pruned, inputs), masked)
+    return Network(name, ratio, count_macs(pruned, inputs), pruned, folded(pruned, inputs), masked)
 
 
 def torch_pruning_network(

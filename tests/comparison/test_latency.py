@@ -391,6 +391,20 @@ def test_torch_pruning_at_equal_macs() -> None:
 # --- arithmetic and pictures ------------------------------------------------------------------------------------------
 
 
+def test_filters_of_equal_macs() -> None:
+    model, inputs = tiny(), images()
+    wanted = round(0.6 * count_macs(model, inputs))
+    made = rivals.filters_network(model, inputs, 0.5, wanted, {"seed": 0, "form": "auto"})
+    assert made.name == "fxprune filters"
+    assert made.macs is not None and 0.5 * wanted < made.macs <= wanted
+    assert made.module is not None and made.oracle is not None
+    assert made.module.get_submodule("stem").weight.shape[0] % rivals.ROUND_TO == 0
+    torch.testing.assert_close(made.module(inputs), made.oracle(inputs), rtol=1e-4, atol=1e-4)
+    refused = rivals.filters_network(model, inputs, 0.5, 10, {})
+    assert refused.module is None
+    assert "macs=" in refused.error
+
+
 def test_the_faster_layout_of_the_dense_network_is_the_opponent() -> None:
     rows = [
         latency.Row(network, ratio, 1.0, runtime, layout, 1, difference=0.0)
@@ -444,7 +458,7 @@ def test_what_is_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str], c
     "arguments,message",
     [
         (["--runtime", "eager,magic"], "there is no runtime 'magic'; choose from eager, compile, script"),
-        (["--against", "nobody"], "there is no rival 'nobody'; choose from dense, torch-pruning"),
+        (["--against", "nobody"], "there is no rival 'nobody'; choose from dense, filters, torch-pruning"),
         (["--batch", "1,0"], "'0' is no count"),
         (["--batch", ""], "is no count"),
         (["--ratio", "0"], "'0' is no ratio to prune"),
