@@ -2,7 +2,8 @@
 
 A refit and a recovery do not like the same plans. ResNet-20 at 40 % of the MACs, 256 images (distance on 64 others, the
 same on 1,000 test images): the refit has kernels at .204 and filters at .183 (.206 and .211), 100 steps have them at
-.158 and .165 (.171 and .183), 300 steps at .143 and .165 (.154 and .172), where kernels agree with the dense network on 85.6 % and filters on 83.8 %.
+.158 and .165 (.171 and .183), 300 steps at .143 and .165 (.154 and .172), where kernels agree with the dense network on
+85.6 % and filters on 83.8 %.
 """
 
 from collections.abc import Callable, Mapping
