@@ -18,7 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +115,16 @@ class Recovery:
                 close = near_matches(str(name), names)
                 raise PlanError(f"recover names {name!r}{close}; it may name {', '.join(names)}")
         return cls(**asked)
+
+    def tenth(self) -> "Recovery":
+        """A tenth of it, to compare plans by."""
+        steps, seconds = self.limits
+        return replace(
+            self,
+            steps=None if math.isinf(steps) else math.ceil(steps / 10),
+            seconds=None if math.isinf(seconds) else seconds / 10,
+            checkpoint=None,
+        )
 
     @property
     def limits(self) -> tuple[float, float]:

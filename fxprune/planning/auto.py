@@ -15,6 +15,7 @@ from torch import nn
 
 from fxprune.calibration.agreement import Agreement
 from fxprune.calibration.judging import Judge, best
+from fxprune.calibration.recovery import Recovery
 from fxprune.calibration.subject import Subject
 from fxprune.errors import PlanError
 from fxprune.planning.branches import BranchPlanner
@@ -25,12 +26,14 @@ from fxprune.planning.joint import with_rest
 from fxprune.planning.kernels import judged_ways, planned, ways_to_spend
 from fxprune.planning.latency_parts import measure_for
 from fxprune.planning.planner import serves_accuracy
+from fxprune.planning.recovery_trials import recovered_agreements
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Cost
 from fxprune.plans import PrunePlan
 
 SPLITS = {"filters for a third of the saving": 1 / 3, "filters for two thirds of the saving": 2 / 3}
 """Divisions between kernels alone and filters alone, with the share of the saving that filters make."""
+WHAT = "one budget over all that can go"
 BRANCHES_FIRST = "branches for half of the saving"
 """The division that lets whole branches save so much."""
 ROUND_TO = 8
@@ -84,10 +87,13 @@ def plan_auto(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module 
         raise PlanError("granularity='auto': " + "; ".join(trials.failures))
     agreements = {name: agreement for name, (_, agreement) in trials.found.items()}
     taken = best(agreements)
+    remarks = [told(WHAT, agreements, taken)]
+    if request.recovery is not None and (recovered := trials.recovered(agreements, request.recovery)):
+        taken = best(recovered)
+        remarks = [told(f"{WHAT}, after a tenth of the recovery", recovered, taken), f"after the refit, {remarks[0]}"]
     subject.begin(PLAN)
     plan, masked = trials.found[taken][0].carried_out(subject)
-    remark = told("one budget over all that can go", agreements, taken)
-    return replace(plan, remarks=(remark, *trials.remarks, *trials.failures)), masked
+    return replace(plan, remarks=(*remarks, *trials.remarks, *trials.failures)), masked
 
 
 class _Trials:
@@ -129,6 +135,11 @@ class _Trials:
             self.found[name] = trial()
         except PlanError as error:
             self.failures.append(f"{name}: {error}")
+
+    def recovered(self, refitted: Mapping[str, Agreement | None], recovery: Recovery) -> dict[str, Agreement | None]:
+        """What comes of the best divisions once they are recovered, see `recovered_agreements`."""
+        ways = {name: division.carried_out for name, (division, _) in self.found.items()}
+        return recovered_agreements(self._judge, ways, refitted, recovery, self._asked.seed)
 
     def kernels_alone(self) -> tuple[_Division, Agreement | None]:
         """The best way to spend all on kernels. It is judged as it would be carried out, for filters are, too."""

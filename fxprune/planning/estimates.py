@@ -27,6 +27,9 @@ ROUNDS = 14
 """Rounds of the one-sided problem of a layer, as measured."""
 WAYS = 3
 """Plans that are judged, at most, to spend a budget."""
+FINALISTS = 3
+"""Ways to divide a budget that are recovered for a tenth of the time where recovery is asked for, so that the best is
+known (`fxprune.planning.recovery_trials`)."""
 SLOWER = 1.3
 """By how much the work is slower than products of the same number of operations."""
 READ, GIVEN = 1_000, 7_300
@@ -91,6 +94,8 @@ def foreseen(subject: Subject, request: Request, *, compiles: bool = False) -> d
     seconds = before | timing | seconds  # what comes first stands first
     if compiles and request.recovery is not None:
         seconds[RECOVERY] = request.recovery.seconds or SECONDS
+        if request.granularity == AUTO:
+            seconds[JUDGING] += FINALISTS * (request.recovery.tenth().seconds or SECONDS / 10)
     return seconds
 
 

@@ -233,13 +233,21 @@ def recovered_by(
     """The same for a model whose trace and calibration data are known."""
     if subject.batches is None:
         raise CalibrationError("recovery learns from calibration data; pass calibration=, or leave recover out")
-    result, kept = _copy_pruned_by(masked, plan)
     subject.finish()  # recovery has a bar of its own, with the held-out loss
-    subject.recover(result, kept, plan.branches, recovery, seed, progress)
+    result = trained(subject, masked, plan, recovery, seed, progress=progress)
     held = [batch for batch, _ in drawn_from(subject.batches, seed).held_out()]
     with in_evaluation(result):
         dense = copied(subject.model).eval()  # the refit was fitted to what recovery held out, so this flatters
         setattr(result, AGREEMENT, measure_agreement(dense, result, held, subject.output_of, held_out=False))
+    return result
+
+
+def trained(
+    subject: Subject, masked: nn.Module, plan: PrunePlan, recovery: Recovery, seed: int, *, progress: bool = False
+) -> nn.Module:
+    """A copy of `masked` that was recovered; how near it comes is not looked at."""
+    result, kept = _copy_pruned_by(masked, plan)
+    subject.recover(result, kept, plan.branches, recovery, seed, progress)
     return result
 
 

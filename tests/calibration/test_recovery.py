@@ -75,6 +75,23 @@ def test_it_undoes_most_of_what_masking_did_where_there_was_no_refit() -> None:
     assert done.after < 0.5 * done.before
 
 
+def test_compile_tells_how_it_is_after_recovery(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = net_of("residual"), images()
+    asked: dict[str, Any] = {"calibration": data, "recover": {"steps": 5}, "verify": False}
+    monkeypatch.setattr("fxprune.calibration.agreement.GOOD", 0.0)
+    pruned = fxprune.compile(model, 0.25, **asked)
+    found = fxprune.report(pruned).agreement
+    (held,) = [batch[0] for batch, _ in recovery.drawn_from([(data,)], 0).held_out()]
+    with torch.no_grad():
+        same = (model(held).argmax(1) == pruned(held).argmax(1)).double().mean()
+    assert found is not None
+    assert (found.inputs, found.held_out, found.share) == (10, False, float(same))
+    assert "10 calibration inputs, which were fitted and flatter" in str(fxprune.report(pruned))
+    monkeypatch.setattr("fxprune.calibration.agreement.GOOD", 1.1)
+    with pytest.warns(fxprune.PoorAgreementWarning, match="more calibration images help most"):
+        fxprune.compile(model, 0.25, **asked)
+
+
 def test_statistics_flags_and_modes_stay() -> None:
     model, masked, plan, data = masked_only()
     masked.train()
