@@ -177,7 +177,7 @@ def table(rows: Mapping[str, Any], batches: Sequence[int]) -> str:
             ]
             lines.append(f"| {name} | {row['macs']:.2f} | {' | '.join(cells)} |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip("\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -528,6 +528,20 @@ def test_inductor_ahead_of_time(
         torch.testing.assert_close(loaded(image(batch))[0], slow(image(batch)).detach(), rtol=1e-4, atol=1e-4)
 
 
+@needs["inductor"]
+@pytest.mark.slow
+def test_inductor_packs_its_weights_and_fuses_activations(fast: Callable[[GraphRuntime], RuntimeModel]) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    _, codes = run_and_get_code(copy.deepcopy(fast("inductor")), image())
+    generated = "\n".join(codes)
+    convolutions = sum(isinstance(layer, nn.Conv2d) for layer in net().modules())
+    calls_of_onednn = generated.count("torch.ops.mkldnn._convolution_pointwise")
+    assert calls_of_onednn >= convolutions
+    assert "extern_kernels.convolution" not in generated, "weights that are no constants are not packed"
+    assert generated.count("'relu'") + generated.count('"relu"') >= 3
+
+
 # --- copies, threads, forks -----------------------------------------------------------------------------------------
 
 
