@@ -14,7 +14,7 @@ import argparse
 import copy
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +67,20 @@ class InBfloat16(nn.Module):
         return y.float()
 
 
-def forms(pruned: nn.Module, images: Tensor, batch: int) -> Iterator[tuple[str, nn.Module]]:
-    """The networks of a row, by column."""
+def forms(pruned: nn.Module, images: Tensor, batch: int) -> dict[str, Callable[[], nn.Module]]:
+    """What makes each network of a row, by column."""
     example = images[:batch]
-    for runtime in READ_ONNX:
-        yield f"{runtime} float32", fxprune.accelerate(pruned, example, runtime=runtime)
-        yield f"{runtime} int8", in_integers(pruned, (example,), runtime, read_batches(images))
-    yield "torch float32", fxprune.accelerate(pruned, example)
     half = copy.deepcopy(pruned).bfloat16()
-    yield "torch bfloat16", InBfloat16(fxprune.accelerate(half, example.bfloat16()))
-    fast = fxprune.accelerate(pruned, example, runtime="inductor")
-    yield "inductor float32", fast
-    yield "inductor int8", quantize(fast, images)
+    found: dict[str, Callable[[], nn.Module]] = {
+        "torch float32": lambda: fxprune.accelerate(pruned, example),
+        "torch bfloat16": lambda: InBfloat16(fxprune.accelerate(half, example.bfloat16())),
+        "inductor float32": lambda: fxprune.accelerate(pruned, example, runtime="inductor"),
+        "inductor int8": lambda: quantize(fxprune.accelerate(pruned, example, runtime="inductor"), images),
+    }
+    for runtime in READ_ONNX:
+        found[f"{runtime} float32"] = functools.partial(fxprune.accelerate, pruned, example, runtime=runtime)
+        found[f"{runtime} int8"] = functools.partial(in_integers, pruned, (example,), runtime, read_batches(images))
+    return found
 
 
 def measure(options: argparse.Namespace) -> int:
@@ -86,7 +88,9 @@ def measure(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     model = load_model(options.model, options.weights).eval()
     images, tested, labels = _data(model, options)
-    settings = {name: getattr(options, name) for name in ("model", "calibration_images", "test_images", "batch")}
+    settings = {
+        name: getattr(options, name) for name in ("model", "calibration_images", "test_images", "batch", "columns")
+    }
     variants = {name: arguments for name, arguments in VARIANTS.items() if name in ("dense", *options.variants)}
     settings |= {"weights": "random" if options.weights is None else "trained", "variants": variants}
     record: dict[str, Any] = {"environment": environment(), "settings": settings, "rows": {}}
@@ -104,8 +108,9 @@ def measure(options: argparse.Namespace) -> int:
             row["macs"] = report.macs_pruned / report.macs_dense
         expected = _classes(pruned, tested)
         networks[variant] = {}
-        for column, network in forms(pruned, images, options.batch[0]):
-            networks[variant][column] = network
+        made = forms(pruned, images, options.batch[0])
+        for column in options.columns:
+            network = networks[variant][column] = made[column]()
             cell: dict[str, Any] = {}
             if labels is not None:
                 cell["accuracy"] = accuracy(network, tested, labels)
@@ -177,7 +182,7 @@ def table(rows: Mapping[str, Any], batches: Sequence[int]) -> str:
             ]
             lines.append(f"| {name} | {row['macs']:.2f} | {' | '.join(cells)} |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip("\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -193,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--test-images", type=values.count, default=5000)
     add("--rounds", type=values.count, default=ROUNDS, help="turns of each network (default: %(default)s)")
     add("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="beside dense (default: all)")
+    add("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS), help="runtimes and precisions (default: all)")
     add("--batch", type=values.list_of(values.count), default=[1, 32], metavar="N,N,...")
     return run_as("benchmarks.int8", measure, parser.parse_args(arguments))
 

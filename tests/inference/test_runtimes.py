@@ -33,7 +33,8 @@ from fxprune.inference import stopwatch as measurements
 from fxprune.inference.acceleration import accelerate, acceleration_report
 from fxprune.inference.fused_graph import fused_graph
 from fxprune.inference.race import Timing
-from fxprune.inference.runtimes import OTHERS, RuntimeModel, TorchModel, onnx_layers, openvino
+from fxprune.inference.runtimes import OTHERS, RuntimeModel, TorchModel, inductor, onnx_layers, openvino
+from fxprune.inference.runtimes.calls import CallForm, Flat
 from fxprune.inference.runtimes.onnx_based import OnnxBased
 from fxprune.inference.runtimes.onnx_graphs import single_layer
 from fxprune.inference.runtimes.onnx_layers import DENSE, GROUPED, SPLIT
@@ -560,6 +561,36 @@ def test_inductor_ahead_of_time(
     loaded = torch._inductor.aoti_load_package(str(path))
     for batch in (2, 5):
         torch.testing.assert_close(loaded(image(batch))[0], slow(image(batch)).detach(), rtol=1e-4, atol=1e-4)
+
+
+@needs["inductor"]
+def test_inductor_compiles_any_number_of_networks() -> None:
+    """Dynamo takes 8 for each code object. Nothing is generated here: it is what would take the time."""
+    example = torch.ones(1, 2)
+
+    def compile_many(prepared: Callable[[nn.Module], Callable[..., Any]]) -> None:
+        for width in range(1, torch._dynamo.config.recompile_limit + 3):
+            graph = fx.symbolic_trace(nn.Sequential(nn.Linear(2, width)))
+            network = prepared(Flat(graph, CallForm.of(graph, (example,))))
+            assert torch.compile(network, backend="eager", fullgraph=True)(example)[0].shape == (1, width)
+
+    compile_many(inductor.with_own_code)
+    with pytest.raises(Exception, match="fullgraph"):
+        compile_many(lambda network: network)  # control: they share their forward
+
+
+@needs["inductor"]
+@pytest.mark.slow
+def test_inductor_packs_its_weights_and_fuses_activations(fast: Callable[[GraphRuntime], RuntimeModel]) -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    _, codes = run_and_get_code(copy.deepcopy(fast("inductor")), image())
+    generated = "\n".join(codes)
+    convolutions = sum(isinstance(layer, nn.Conv2d) for layer in net().modules())
+    calls_of_onednn = generated.count("torch.ops.mkldnn._convolution_pointwise")
+    assert calls_of_onednn >= convolutions
+    assert "extern_kernels.convolution" not in generated, "weights that are no constants are not packed"
+    assert generated.count("'relu'") + generated.count('"relu"') >= 3
 
 
 # --- copies, threads, forks -----------------------------------------------------------------------------------------

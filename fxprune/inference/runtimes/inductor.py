@@ -3,6 +3,7 @@
 import copy
 import shutil
 import threading
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -116,7 +117,7 @@ def frozen(network: nn.Module, given: Sequence[Tensor]) -> Callable[..., Sequenc
     Raises:
         AccelerationError: it cannot be compiled.
     """
-    compiled: Callable[..., Sequence[Tensor]] = torch.compile(network, dynamic=False, fullgraph=True)
+    compiled: Callable[..., Sequence[Tensor]] = torch.compile(with_own_code(network), dynamic=False, fullgraph=True)
     with warnings.catch_warnings(), torch._inductor.config.patch(freezing=True):
         warnings.simplefilter("ignore")  # the compiler warns of parts of its own
         try:
@@ -124,6 +125,20 @@ def frozen(network: nn.Module, given: Sequence[Tensor]) -> Callable[..., Sequenc
         except Exception as error:  # it raises whatever its many parts do
             raise AccelerationError(f"Inductor cannot compile the network: {first_line(error)}") from error
     return compiled
+
+
+def with_own_code(network: nn.Module) -> Callable[..., Sequence[Tensor]]:
+    """A function that calls a network, with a code object of its own: Dynamo keeps what it compiled by code object,
+    looks through all of it at each call, and takes 8 at most, over all networks whose forward is the same.
+    """
+
+    def forward(*tensors: Tensor) -> Sequence[Tensor]:
+        found: Sequence[Tensor] = network(*tensors)
+        return found
+
+    return types.FunctionType(
+        forward.__code__.replace(), forward.__globals__, forward.__name__, None, forward.__closure__
+    )
 
 
 def exported(network: nn.Module, specs: Sequence[TensorSpec]) -> torch.export.ExportedProgram:
