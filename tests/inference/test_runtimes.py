@@ -563,6 +563,16 @@ def test_inductor_ahead_of_time(
         torch.testing.assert_close(loaded(image(batch))[0], slow(image(batch)).detach(), rtol=1e-4, atol=1e-4)
 
 
+@needs["onnxruntime"]
+def test_no_constant_of_a_model_goes_unread(fast: Callable[[GraphRuntime], RuntimeModel]) -> None:
+    import onnx
+
+    model = onnx.load_from_string(fast("onnxruntime").program.model)  # type: ignore[attr-defined]
+    read = {name for node in model.graph.node for name in node.input}
+    assert {tensor.name for tensor in model.graph.initializer} <= read
+    assert any(node.op_type == "GlobalAveragePool" for node in model.graph.node), "whose axes were a constant"
+
+
 @needs["inductor"]
 def test_inductor_compiles_any_number_of_networks() -> None:
     """Dynamo takes 8 for each code object. Nothing is generated here: it is what would take the time."""

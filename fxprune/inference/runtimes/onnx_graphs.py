@@ -8,7 +8,7 @@ BatchNorm is folded already; a mean over pixels becomes the pooling that runtime
 import copy
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -188,3 +188,20 @@ def _pool_by_name(model: Any) -> None:
             continue
         if sorted(axis % 4 for axis in numpy_helper.to_array(axes).tolist()) == [2, 3]:
             node.CopyFrom(helper.make_node("GlobalAveragePool", node.input[:1], node.output, name=node.name))
+    drop_unread(model)
+
+
+def _reads(graph: Any) -> Iterator[str]:
+    """Names of what the nodes of a graph read, those within branches and loops as well."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())):
+                yield from _reads(inner)
+
+
+def drop_unread(model: Any) -> None:
+    """Take out constants that no node reads any more, in place; runtimes and their tools warn of them."""
+    read = {*_reads(model.graph), *(result.name for result in model.graph.output)}
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
+        model.graph.initializer.remove(tensor)

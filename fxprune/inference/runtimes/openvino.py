@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fxprune.inference.runtimes.model import Run
 from fxprune.inference.runtimes.onnx_based import OnnxBased, OnnxProgram, as_arrays, refused
+from fxprune.inference.runtimes.onnx_graphs import drop_unread
 
 MOST_SIZES = 8
 """Numbers of images for which a model is compiled; with a free one OpenVINO makes slower code. More share that."""
@@ -140,9 +141,7 @@ def hide_permutations(model: Any) -> None:
         model.graph.initializer.append(numpy_helper.from_array(order[None], f"{name}_order"))
         model.graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), f"{name}_axis"))
         model.graph.node.append(helper.make_node("Squeeze", [f"{name}_deep", f"{name}_axis"], [name]))
-    read = {name for node in model.graph.node for name in node.input}
-    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
-        model.graph.initializer.remove(tensor)
+    drop_unread(model)
 
 
 @functools.cache
