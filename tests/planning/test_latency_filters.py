@@ -313,8 +313,8 @@ def test_the_program_is_corrected_by_the_whole_network(clock: Clock, table: Late
     fast = compiled(table, granularity="auto", calibration=image(8), method="cocluster", criterion="l2")
     notes = [note for note in fxprune.report(fast).notes if note.startswith(f"{auto.PROGRAM}: ")]
     predicted, measured = (float(n) for n in re.findall(r"0\.\d\d(?= by the| when the)", notes[0]))
-    assert measured == pytest.approx(0.6, rel=0.07)
-    assert predicted == pytest.approx(0.5, rel=0.07)
+    assert measured <= 0.6 * 1.05
+    assert measured == pytest.approx(1.2 * predicted, rel=0.04)
 
 
 def test_the_record_keeps_what_was_told(clock: Clock, table: LatencyTable) -> None:
