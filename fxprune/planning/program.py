@@ -11,7 +11,7 @@ and layers lose what the way to spread that did best alone says: what was measur
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, TypeVar
 
@@ -186,7 +186,7 @@ class ProgramPlanner:
             return {}
         plan = plan_of_units(self._subject, self._filters, self._removable, goes, "", "")
         rest = self._subject.of(without_removed(self._subject, masked_by(self._judge.fitted, plan), plan))
-        narrow = sensitivity_of(rest, replace(self._kernels, sensitivity=None))
+        narrow = sensitivity_of(rest, self._kernels)
         units = self._removable.units
         stays = np.append(~goes, True)  # STAYS is the last
         reads = {name: layer.reads for name, layer in units.layers.items() if layer.reads is not None}

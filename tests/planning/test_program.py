@@ -13,14 +13,17 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune import PlanError
+from fxprune.calibration.agreement import Agreement
+from fxprune.calibration.judging import Judge
 from fxprune.calibration.subject import Subject
 from fxprune.channels.branches import residual_branches
-from fxprune.planning.filters import removable_of
+from fxprune.planning.filters import FilterPlanner, removable_of, removed_units
 from fxprune.planning.integer_program import GAP, Choice, IntegerProgram
 from fxprune.planning.interaction import STEEPEST, slopes
-from fxprune.planning.kernels import sensitivity_of
+from fxprune.planning.kernels import sensitivity_of, ways_to_spend
 from fxprune.planning.latency_grid import LayerGrid
 from fxprune.planning.latency_table import LatencyTable
+from fxprune.planning.program import Alone, Before, ProgramPlanner, Solved
 from fxprune.planning.program_kernels import kernel_ways
 from fxprune.planning.program_plans import SelectedPlans
 from fxprune.planning.program_terms import Kernels, KernelWay, Losses, NetworkTerms, widths_of
@@ -314,14 +317,64 @@ def test_times_are_those_of_the_table() -> None:
         assert program.costs(choice)[0] == pytest.approx(expected / table.seconds)
 
 
+# --- one scale --------------------------------------------------------------------------------------------------------
+
+
+def data(count: int = 48) -> Tensor:
+    return torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+
+
+def solved(of_kernels: float, of_filters: float, **asked: Any) -> Solved:
+    """What the program chooses where either kind alone came so far from the dense network."""
+    torch.manual_seed(0)
+    subject = Subject(Residual().eval(), None, data())
+    usual: dict[str, Any] = {"granularity": "auto", "macs": 0.5, "method": "cocluster"}
+    filters, kernels = Request(**(usual | asked)).parts()
+    sensitivity, planner = sensitivity_of(subject, kernels), FilterPlanner(subject)
+    (way, ratios), *_ = ways_to_spend(subject, replace(kernels, sensitivity=sensitivity))[0].items()
+    plan = next(iter(planner.plans(filters).values()))
+    near, far = (Agreement(1.0, 8, True, True, distance) for distance in (of_kernels, of_filters))
+    before = Before(Alone(way, ratios, near), Alone("global", plan, far), None, sensitivity, planner, None)
+    return ProgramPlanner(subject, Judge(subject), filters, kernels, before).solved()
+
+
+def test_the_kind_that_does_better_alone_goes_first() -> None:
+    kernels, filters = solved(0.001, 0.9), solved(0.9, 0.001)
+    assert kernels.kernels is not None
+    assert filters.whole is not None
+    assert filters.kernels is None
+    gone = [0 if s.whole is None else sum(len(r.outputs) for r in s.whole.removed.values()) for s in (kernels, filters)]
+    assert gone[0] < gone[1] / 2
+
+
+def test_filters_go_in_the_order_of_another_criterion() -> None:
+    torch.manual_seed(0)
+    subject = Subject(Residual().eval(), None, data())
+    request, _ = Request(granularity="auto", macs=0.5, criterion="l1").parts()
+    planner = FilterPlanner(subject)
+    plan = next(iter(planner.plans(request, "global").values()))
+    removable, found = planner.sensitivity(request, plan)
+    units, gone = removable.units, removed_units(removable, plan)
+    assert gone.any()
+    for space, name in enumerate(units.names):
+        mine = found.order[units.space[found.order] == space]
+        assert sorted(mine) == np.flatnonzero(units.space == space).tolist()
+        first = gone[mine]
+        assert first.tolist() == sorted(first.tolist(), reverse=True)  # what it removed goes first
+        damage = found.table.layers[space].damage
+        assert found.table.layers[space].name == name
+        assert list(damage) == sorted(damage, reverse=True)
+    ours = planner.sensitivity(replace(request, criterion=None), None)[1]
+    assert not np.array_equal(ours.order, found.order)  # control
+
+
 # --- whole plans ------------------------------------------------------------------------------------------------------
 
 
 def test_a_users_own_module_loses_filters_and_kernels_but_no_branches() -> None:
     torch.manual_seed(0)
     model = Residual().eval()
-    data = torch.randn(48, 3, 4, 4, generator=torch.Generator().manual_seed(2))
-    options: dict[str, Any] = {"macs": 0.5, "granularity": "auto", "calibration": data, "method": "cocluster"}
+    options: dict[str, Any] = {"macs": 0.5, "granularity": "auto", "calibration": data(), "method": "cocluster"}
     small = fxprune.compile(model, output="module", verify=True, **options)
     assert type(small) is type(model) or isinstance(small, Residual)
     notes = fxprune.report(small).notes
@@ -336,10 +389,9 @@ def test_an_infeasible_budget_says_how_near_one_comes() -> None:
     least = program.least(0)
     assert 0.001 < least < 0.2
     assert program.within(np.array([least * 1.001])).solved() is not None
-    data = torch.randn(32, 3, 4, 4, generator=torch.Generator().manual_seed(2))
     with pytest.raises(
         PlanError, match=r"one program: macs=0\.001 cannot be met by filters, kernels and branches together"
     ):
         fxprune.make_plan(
-            case.model, macs=0.001, granularity="auto", calibration=data, method="cocluster", criterion="l2"
+            case.model, macs=0.001, granularity="auto", calibration=data(32), method="cocluster", criterion="l2"
         )
