@@ -61,6 +61,19 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Floor:
+    """What must be left of several spaces together where the kernels of a layer are pruned.
+
+    Attributes:
+        counts: by place of the space, what is left of it at each width `(W,)`.
+        least: what must be left in all.
+    """
+
+    counts: Mapping[int, Array]
+    least: float
+
+
+@dataclass(frozen=True)
 class Part:
     """A layer, or something else that costs: all its terms share a way.
 
@@ -68,11 +81,13 @@ class Part:
         name: of the layer.
         terms: see `Term`.
         branches: places of the branches with which it goes. Of branches that hold one part no two go.
+        floors: see `Floor`.
     """
 
     name: str
     terms: tuple[Term, ...]
     branches: tuple[int, ...] = ()
+    floors: tuple[Floor, ...] = ()
 
     @property
     def ways(self) -> int:
@@ -128,10 +143,14 @@ class IntegerProgram:
         return float(self.costs(choice)[kind])
 
     def loss(self, choice: Choice) -> float:
-        """The loss of a choice."""
+        """The loss of a choice; infinite where it cannot be."""
         total = float(self.branches[list(choice.gone)].sum())
         for space, width in zip(self.spaces, choice.widths, strict=True):
             total += 0.0 if width is None else float(space.losses[width])
+        floors = [floor for part in self.parts if choice.ways.get(part.name) for floor in part.floors]
+        for floor in floors:
+            left = [0 if (w := choice.widths[space]) is None else c[w] for space, c in floor.counts.items()]
+            total += 0.0 if sum(left) >= floor.least else np.inf
         return total + float(sum(term.losses[cell] for term, cell in self._cells(choice)))
 
     def costs(self, choice: Choice) -> Array:
@@ -189,6 +208,14 @@ class _Form:
             self._one_unless(ways, part.branches)
             for term in part.terms:
                 self._write(part, term, ways, kind)
+            for floor in part.floors:
+                left = [
+                    (columns[i : i + 1], count)
+                    for space, counts in floor.counts.items()
+                    for columns in (self._widths[space],)
+                    for i, count in enumerate(counts.tolist())
+                ]
+                self._row(0, np.inf, *left, (ways[1:], -floor.least))
 
     def arguments(self) -> dict[str, Any]:
         """Of `scipy.optimize.milp`."""

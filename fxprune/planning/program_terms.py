@@ -8,16 +8,17 @@ concatenation, or writes several, has a term for each pair of them, weighed by t
 sums is the sum of the products, so counts stay exact but for the rounding of kernels, and times are as far as they are
 bilinear over all widths.
 
-Kernels go only where a narrower layer can be grouped as the wide one was measured, or in half as many groups, and so
-on; their loss is then multiplied by what the energies of the weights say of so many groups
-(`fxprune.planning.latency_budget.damages`).
+Kernels go only where a narrower layer can be grouped as the wide one was measured, or, where it reads and writes one
+space, in half as many groups, and so on; their loss is then multiplied by what the energies of the weights say of so
+many groups (`fxprune.planning.latency_budget.damages`). So of several spaces each keeps a multiple of the groups where
+kernels go.
 
 Two choices in one layer: the loss of a way to prune its kernels, where a share `r` of its inputs stays, is
 
-    loss(way, r) = loss(way, 1) * (1 + slope * (1 - r)),    slope >= -1,
+    loss(way, r) = loss(way, 1) * (1 + slope * min(1 - r, 1/2)),    slope >= -1,
 
-with the slope of the layer as measured on a narrower network (`fxprune.planning.interaction`). Linear in `r`, it is
-exact for several spaces, too.
+with the slope of the layer as measured on a narrower network (`fxprune.planning.interaction`); of several spaces the
+mean over all inputs.
 """
 
 import math
@@ -30,7 +31,7 @@ from torch import nn
 from fxprune.channels.removal import Removable
 from fxprune.channels.units import STAYS, Chosen, UnitLayer, Units
 from fxprune.methods import Labels
-from fxprune.planning.integer_program import Array, Choice, IntegerProgram, Part, Space, Term
+from fxprune.planning.integer_program import Array, Choice, Floor, IntegerProgram, Part, Space, Term
 from fxprune.planning.latency_grid import LayerGrid, step_of
 from fxprune.planning.latency_table import LatencyTable
 from fxprune.planning.sensitivity import FLOOR
@@ -39,6 +40,8 @@ from fxprune.plans.shapes import choose_shape
 
 WIDTHS = 8, 32
 """A channel space keeps one of about so many widths: the least, and the most, which small networks have."""
+MOST_GONE = 1 / 2
+"""The share of its inputs that a layer has lost beyond which its losses by kernels are taken to change no more."""
 CELLS = 6_000
 """For all layers together, pairs of widths of which are counted."""
 ALIGNED = 8
@@ -296,8 +299,7 @@ class NetworkTerms:
         reads, writes = self._sides(layer.reads), self._sides(layer.writes)
         alone = len(reads) == len(writes) == 1
         kernels = self._losses.kernels.get(name)
-        if kernels is not None and not alone and not _always_wide(reads, writes):
-            kernels = None
+        floors = () if kernels is None or alone else _floors(kernels, reads, writes)
         terms = []
         for read in reads:
             for write in writes:
@@ -306,7 +308,7 @@ class NetworkTerms:
                 left = (read.counts / read.size)[:, None, None] * (write.counts / write.size)[:, None] * kept
                 costs = [weight * self._cost(name, layer, cost, left, read, write, kernels) for cost in self._shares]
                 terms.append(Term(read.space, write.space, weight * losses, np.stack(costs, axis=-1)))
-        return Part(name, tuple(terms), self._within(name))
+        return Part(name, tuple(terms), self._within(name), floors)
 
     def _kernels(self, kernels: Kernels | None, read: _Side, write: _Side, alone: bool) -> tuple[Array, Array]:
         """The share of the kernels that are there which stay, and the loss, `(R, W, K)` each; infinite losses where
@@ -318,11 +320,11 @@ class NetworkTerms:
         losses[:, :, 1:] = np.inf
         if kernels is None:
             return kept, losses
-        gone = 1 - read.counts / read.size
+        gone = np.minimum(1 - read.counts / read.size, MOST_GONE)
         for j, filters in enumerate(write.counts.tolist()):
             for number, way in enumerate(ways):
-                groups = kernels.groups(number, filters)
-                if groups is None:
+                groups = kernels.groups(number, filters) if alone else max(way.losses)
+                if groups is None or filters % groups:
                     continue
                 for i, channels in enumerate(read.counts.tolist()):
                     share = kernels.kept(number, filters, channels) if alone else 1 - way.ratio
@@ -417,7 +419,13 @@ class NetworkTerms:
         return [Part("the rest, a time", (self._free(side, "latency", np.full((1, 1, 1), rest)),))]
 
 
-def _always_wide(reads: Sequence[_Side], writes: Sequence[_Side]) -> bool:
-    """Whether a layer of several spaces can be grouped whatever goes."""
-    least = [sum(int(side.counts.min()) for side in sides) for sides in (reads, writes)]
-    return least[0] >= MIN_IN_CHANNELS and least[1] >= MIN_OUT_CHANNELS
+def _floors(kernels: Kernels, reads: Sequence[_Side], writes: Sequence[_Side]) -> tuple[Floor, ...]:
+    """What a layer of several spaces must have left to be grouped."""
+    groups = max((max(way.losses) for way in kernels.ways), default=1)
+    floors = []
+    for sides, least in ((reads, MIN_IN_CHANNELS), (writes, max(MIN_OUT_CHANNELS, groups * kernels.least_group))):
+        stays = sum(side.size for side in sides if side.space is None)
+        counts = {side.space: side.counts.astype(np.float64) for side in sides if side.space is not None}
+        if counts:
+            floors.append(Floor(counts, least - stays))
+    return tuple(floors)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fxprune.planning.integer_program import GAP, Array, Choice, IntegerProgram, Part, Space, Term
+from fxprune.planning.integer_program import GAP, Array, Choice, Floor, IntegerProgram, Part, Space, Term
 
 NEAR = 2 * GAP
 
@@ -45,6 +45,7 @@ def random_program(seed: int, kinds: int = 1, branches: int = 2) -> IntegerProgr
         return Term(reads, writes, losses, costs)
 
     inside = (0,) if branches else ()
+    falling = [np.linspace(1, 0.5, int(size)) for size in sizes]
     both = (0, 1) if branches > 1 else inside
     parts = [
         Part("stem", (term(None, 0, 1),)),
@@ -52,7 +53,9 @@ def random_program(seed: int, kinds: int = 1, branches: int = 2) -> IntegerProgr
         Part("out", (term(1, 0, 2),), inside),
         Part("nested", (term(None, 0, 1),), both),
         Part("in place", (term(0, 0, 2),)),
-        Part("concat", (term(0, 2, 2, 0.5), term(None, 2, 2, 0.5))),
+        Part(
+            "concat", (term(0, 2, 2, 0.5), term(None, 2, 2, 0.5)), floors=(Floor({0: falling[0], 2: falling[2]}, 1.5),)
+        ),
         Part("head", (term(2, None, 1),)),
         Part("rest", (term(None, None, 1),)),
     ]
@@ -118,6 +121,23 @@ def test_both_sides_count_together() -> None:
     apart = replace(program, parts=[Part("middle", (replace(middle.terms[0], costs=added),))])
     assert apart.within(np.array([0.2])).solved() == program.solved()
     assert program.within(np.array([0.2])).solved() is None
+
+
+def test_kernels_go_only_where_enough_is_left() -> None:
+    """Of two spaces together, however they share it."""
+    losses = np.array([0.0, 1.0])
+    way = Part(
+        "grouped",
+        (Term(None, None, np.array([[[0.0, 0.1]]]), np.array([[[[2.0], [1.0]]]])),),
+        floors=(Floor({0: np.array([8.0, 4.0]), 1: np.array([8.0, 4.0])}, 12.0),),
+    )
+    sides = [Part(f"side {i}", (Term(i, None, np.zeros((2, 1, 1)), np.array([[[[2.0]]], [[[1.0]]]])),)) for i in (0, 1)]
+    program = IntegerProgram([Space(losses), Space(1.5 * losses)], [way, *sides], np.zeros(0), np.array([4.0]))
+    found = program.solved()
+    assert found == Choice((1, 0), {"grouped": 1, "side 0": 0, "side 1": 0})
+    assert program.within(np.array([3.0])).solved() is None
+    free = replace(program, parts=[replace(way, floors=()), *sides]).within(np.array([3.0])).solved()
+    assert free == Choice((1, 1), found.ways)  # control
 
 
 def test_a_space_read_and_written_by_one_layer_has_one_width() -> None:
