@@ -1,12 +1,14 @@
-"""One budget over branches, filters and kernels: what each kind alone makes of it, and one program over all of them.
+"""One budget over branches, filters and kernels: it is divided in several ways, and the best division is taken.
 
-Kernels alone, filters alone and, where there are any, residual branches alone are planned as they would be by
-themselves. What came of them puts their losses on one scale, on which an integer program chooses what becomes of each
-channel space, convolution and branch at once (`fxprune.planning.program`); where branches take part, once more without
-them. Each plan is refitted without the held-out inputs and compared with the dense network on these, and the nearest is
-taken; so the result is worse than one kind alone only where these inputs mislead.
+Kernels alone, filters alone and, where there are any, residual branches alone are always among them. Others let filters
+save a part and kernels of what they leave the rest, or branches a part and whichever of these was better the rest. And
+one is chosen as a whole: what came of each kind alone puts their losses on one scale, on which an integer program finds
+what becomes of each channel space, convolution and branch (`fxprune.planning.program`); where branches take part, once
+more without them. Each is refitted without the held-out inputs and compared with the dense network on these; so the
+result is worse than one kind alone only where these inputs mislead.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -28,9 +30,15 @@ from fxprune.planning.latency_parts import measure_for
 from fxprune.planning.planner import serves_accuracy
 from fxprune.planning.program import Alone, Before, ProgramPlanner
 from fxprune.planning.requests import Request
-from fxprune.planning.sensitivity import Sensitivity
+from fxprune.planning.sensitivity import Cost, Sensitivity
 from fxprune.plans import PrunePlan
 
+SPLITS = {"filters for a third of the saving": 1 / 3, "filters for two thirds of the saving": 2 / 3}
+"""Divisions between kernels alone and filters alone, with the share of the saving that filters make."""
+BRANCHES_FIRST = "branches for half of the saving"
+"""The division that lets whole branches save so much."""
+ROUND_TO = 8
+"""Before kernels, filters stay in multiples of this many, so that what they leave divides into groups."""
 PROGRAM, WITHOUT_BRANCHES = "one program", "one program without branches"
 """The names of what it chooses."""
 
@@ -72,8 +80,11 @@ def plan_auto(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module 
     trials = _Trials(subject, request)
     trials.of("kernels alone", trials.kernels_alone)
     trials.of("filters alone", trials.filters_alone)
+    for name, part in SPLITS.items():
+        trials.of(name, partial(trials.both, part))
     if trials.has_branches:
         trials.of("branches alone", trials.branches_alone)
+        trials.of(BRANCHES_FIRST, trials.branches_first)
     trials.of(PROGRAM, trials.program)
     if trials.takes_branches:
         trials.of(WITHOUT_BRANCHES, partial(trials.program, branches=False))
@@ -146,10 +157,59 @@ class _Trials:
         plans = self._planner.plans(self._filters)
         return self._best_of("filters", "ways to spread them", plans)
 
+    def both(self, part: float) -> tuple[_Division, Agreement | None]:
+        """Filters for a part of the saving, spread as was best for all of it; kernels of what they leave for the
+        rest, by the least damage.
+        """
+        eased = {name: 1 - part * (1 - share) for name, share in self._filters.shares.items()}
+        asked = replace(self._filters.with_shares(eased), round_to=math.lcm(self._filters.round_to, ROUND_TO))
+        filters = next(iter(self._planner.plans(asked, self._way("filters")).values()))
+        time = None if self._filters.latency is None else self._planner.share_of(filters)
+        return self._followed(filters, time)
+
     def branches_alone(self) -> tuple[_Division, Agreement | None]:
         """The best way to choose branches for all of the saving."""
         assert self._branches is not None
         return self._best_of("branches", "ways to choose them", self._branches.plans(self._asked))
+
+    def branches_first(self) -> tuple[_Division, Agreement | None]:
+        """Branches for half of the saving, and of what they leave whichever was better alone, by the least damage."""
+        assert self._branches is not None
+        eased = {name: (1 + share) / 2 for name, share in self._asked.shares.items()}
+        branches = next(iter(self._branches.plans(self._asked.with_shares(eased), self._way("branches")).values()))
+        branches = replace(branches, remarks=())
+        alone = {name: told[1] for name, told in self.found.items() if name in ("kernels alone", "filters alone")}
+        narrows = best(alone) == "filters alone" if alone else False
+        time = None
+        if self._asked.latency is not None:
+            time = self._branches.share_without(branches.branches, self._asked)
+        return self._followed(branches, time, narrows)
+
+    def _followed(
+        self, first: PrunePlan, time: float | None, narrows: bool = False
+    ) -> tuple[_Division, Agreement | None]:
+        """What goes as a whole, and kernels, or filters, of what it leaves for the rest of the budget.
+
+        Args:
+            first: what goes first.
+            time: the share of the dense time that it leaves, where time counts.
+            narrows: whether filters follow.
+        """
+        asked: list[Request] = []
+
+        def of_rest(rest: Subject) -> tuple[PrunePlan, nn.Module | None]:
+            left = self._of_rest(rest, self._filters if narrows else self._kernels, time)
+            if narrows:
+                return replace(
+                    next(iter(FilterPlanner(rest).plans(left, self._way("filters")).values())), remarks=()
+                ), None
+            asked.append(next(iter(ways_to_spend(rest, left)[0].values())))
+            return planned(rest, asked[0], accurate=serves_accuracy(rest, asked[0]))
+
+        plan, masked = with_rest(self._judge.fitted, first, of_rest)
+        if masked is None:
+            return _Division(plan), judged_plans(self._judge, {"": plan})[""]
+        return _Division(first, asked[0]), self._judge.agreement(masked)
 
     def program(self, branches: bool = True) -> tuple[_Division, Agreement | None]:
         """What goes at the least loss, all kinds together."""
@@ -185,6 +245,31 @@ class _Trials:
         self._alone[kind] = Alone(way, plans[way], agreements[way])
         return _Division(plans[way]), agreements[way]
 
+    def _of_rest(self, rest: Subject, request: Request, time: float | None) -> Request:
+        """What the network that something left has to keep, so that the whole budget is kept.
+
+        Args:
+            rest: that network.
+            request: with the whole budget.
+            time: the share of the dense time that it takes, where time counts.
+
+        Raises:
+            PlanError: the budget is kept already.
+        """
+        left: dict[str, float] = {cost: _cost(rest, cost) / _cost(self._subject, cost) for cost in request.budgets}
+        if time is not None:
+            left["latency"] = time
+        shares = {name: share / left[name] for name, share in request.shares.items()}
+        if min(shares.values()) >= 1:
+            what = ", ".join(f"{share:.4g} of the {name}" for name, share in left.items())
+            raise PlanError(f"what goes first leaves {what}, and nothing to do for the rest")
+        open_ = request.with_shares({name: share for name, share in shares.items() if share < 1})
+        return replace(open_, latency_table=None)  # which is of the whole network
+
+    def _way(self, kind: str) -> str | None:
+        """How the whole budget was best spent on a kind, if it could be."""
+        return self._alone[kind].way if kind in self._alone else None
+
 
 def _branches_of(subject: Subject, request: Request) -> BranchPlanner | None:
     """What can plan branches, if there are any."""
@@ -192,3 +277,10 @@ def _branches_of(subject: Subject, request: Request) -> BranchPlanner | None:
         return BranchPlanner(subject, request.of_branches())
     except PlanError:
         return None
+
+
+def _cost(subject: Subject, cost: Cost) -> int:
+    """MACs or parameters of a network, as a sensitivity counts them."""
+    if cost == "params":
+        return sum(parameter.numel() for parameter in subject.trace.module.parameters())
+    return sum(macs or 0 for _, macs in subject.costs.values())

@@ -100,6 +100,15 @@ class FilterPlanner:
                 continue
             return plans
 
+    def share_of(self, plan: PrunePlan) -> float:
+        """The share of the dense time that the network takes without the filters of a plan with `latency`.
+
+        Raises:
+            PlanError: it cannot be measured here.
+        """
+        assert self._times is not None
+        return self._times.share_with(plan)
+
     def sensitivity(self, request: Request, first: PrunePlan | None) -> tuple[Removable, UnitSensitivity]:
         """The units, and what it costs to remove them in the order in which they go as asked for, whatever their
         scores say of it.

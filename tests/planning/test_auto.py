@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from products_harness import fewer
 from torch import Tensor, nn
 
 import fxprune
@@ -19,7 +20,7 @@ from fxprune.planning import auto
 from fxprune.planning.requests import Request
 from fxprune.plans import PrunePlan
 
-NAMES = ["kernels alone", "filters alone", "branches alone", auto.PROGRAM, auto.WITHOUT_BRANCHES]
+NAMES = ["kernels alone", "filters alone", *auto.SPLITS, "branches alone", auto.PROGRAM, auto.WITHOUT_BRANCHES]
 
 
 class Net(nn.Module):
@@ -78,7 +79,7 @@ def take(monkeypatch: pytest.MonkeyPatch, name: str | None = None) -> Judgement:
     return judgement
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", fewer(NAMES, [NAMES[2], *NAMES[4:]]))
 def test_every_division_meets_the_budget_and_is_exact(net: Net, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     judgement = take(monkeypatch, name)
     small = fxprune.compile(net, macs=0.5, granularity="auto", calibration=images(), verify=True)
@@ -99,8 +100,18 @@ def test_every_division_meets_the_budget_and_is_exact(net: Net, name: str, monke
         assert left == pytest.approx(0.5, rel=0.01)
     assert f"{name} (taken)" in plan.remarks[0]  # control: whatever the judge says is done
     if name not in (auto.PROGRAM, auto.WITHOUT_BRANCHES):
-        assert bool(plan.layers) == (name == "kernels alone")
-        assert bool(plan.removed) == (name == "filters alone")
+        assert bool(plan.layers) == (name not in ("filters alone", "branches alone"))
+        assert bool(plan.removed) == (name not in ("kernels alone", "branches alone"))
+    assert any(
+        remark.startswith(f"{auto.BRANCHES_FIRST}: ") and "nothing to do for the rest" in remark
+        for remark in plan.remarks
+    )
+    if name in auto.SPLITS:
+        gone = fxprune.rewrite(fxprune.mask(net, filters := PrunePlan({}, removed=plan.removed)), filters, images(2))
+        narrower = fxprune.report(gone).macs_pruned
+        assert narrower is not None
+        assert narrower / report.macs_dense == pytest.approx(1 - auto.SPLITS[name] / 2, rel=0.1)  # in whole steps
+        assert all(layer.filters is not None and layer.filters % 8 == 0 for layer in fxprune.report(gone).layers)
     chosen = (
         r"one program: \d+ of 112 filters go, in \d of 3 channel spaces, kernels in \d of 3 convolutions, 1 of 1 bra"
     )

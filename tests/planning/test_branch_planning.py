@@ -160,6 +160,23 @@ def test_filters_and_kernels_of_what_branches_leave(net: Net, rest: Any) -> None
         assert sum(p.numel() for p in pruned.parameters()) < 0.75 * sum(p.numel() for p in net.parameters())
 
 
+@pytest.mark.parametrize("other", ["kernels alone", "filters alone"])
+def test_auto_lets_branches_go_first(net: Net, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(found: Mapping[str, object]) -> str:
+        named = [name for name in (auto.BRANCHES_FIRST, other) if name in found]
+        return named[0] if named else next(iter(found))
+
+    monkeypatch.setattr(auto, "best", choose)
+    pruned = fxprune.compile(net, macs=0.5, granularity="auto", calibration=images(), verify=True)
+    plan, report = record_of(pruned).plan, fxprune.report(pruned)
+    assert f"{auto.BRANCHES_FIRST} (taken)" in plan.remarks[0]
+    assert plan.branches
+    assert plan.layers if other == "kernels alone" else plan.removed
+    assert report.macs_dense is not None
+    assert report.macs_pruned is not None
+    assert report.macs_pruned / report.macs_dense == pytest.approx(0.5, rel=0.02)
+
+
 def test_auto_lets_branches_go_with_filters_and_kernels(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     names = (auto.PROGRAM, "branches alone")
 

@@ -251,10 +251,10 @@ def test_a_slow_layer_loses_more(clock: Clock, table: LatencyTable) -> None:
 # --- filters and kernels ----------------------------------------------------------------------------------------------
 
 
-NAMES = ["kernels alone", "filters alone", auto.PROGRAM]
+NAMES = ["kernels alone", "filters alone", *auto.SPLITS, auto.BRANCHES_FIRST, auto.PROGRAM]
 
 
-@pytest.mark.parametrize("name", fewer(NAMES, NAMES[2:3]))
+@pytest.mark.parametrize("name", fewer(NAMES, [NAMES[2], auto.PROGRAM]))
 def test_every_division_meets_the_share(
     clock: Clock, table: LatencyTable, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,15 +269,15 @@ def test_every_division_meets_the_share(
     monkeypatch.setattr(auto, "best", judged)
     data = image(8)
     fast = compiled(table, granularity="auto", calibration=data, method="cocluster", criterion="l2", verify=True)
-    assert found[-1] == NAMES  # it has a branch, which alone is not enough, and is not worth it
+    assert found[-1] == NAMES  # it has a branch, which alone is not enough, and the program keeps it
     assert reached(clock, fast) == pytest.approx(0.6, rel=0.07)
     notes = fxprune.report(fast).notes
     assert any(f"{name} (taken)" in note for note in notes)
-    if name != auto.PROGRAM:
+    if name not in (auto.BRANCHES_FIRST, auto.PROGRAM):
         grouped = {layer.name for layer in fxprune.report(fast).layers if layer.groups > 1}
-        assert bool(grouped) == (name == "kernels alone")
+        assert bool(grouped) == (name != "filters alone")
         narrower = {name for name, count in kept(fast).items() if count < convolutions(net())[name].out_channels}
-        assert bool(narrower) == (name == "filters alone")
+        assert bool(narrower) == (name != "kernels alone")
 
 
 def elsewhere(table: LatencyTable) -> LatencyTable:
@@ -306,6 +306,8 @@ def test_a_table_of_another_machine_is_enough_for_the_program(clock: Clock, tabl
     )  # fmt: skip
     (told,) = [remark for remark in plan.remarks if remark.startswith(f"{auto.PROGRAM}: ")]
     assert re.search(r"; 0\.(59|60) by the times of single layers, not measured here", told)
+    refused = [remark for remark in plan.remarks if "has to be timed anew" in remark]
+    assert len(refused) == len(auto.SPLITS)
 
 
 def test_the_program_is_corrected_by_the_whole_network(clock: Clock, table: LatencyTable) -> None:
