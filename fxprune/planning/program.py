@@ -8,8 +8,8 @@ distances of class probabilities rise about with the root of the errors: on ResN
 the losses of kernels that go are 0.11, 0.39 and 0.84, and from 0.028 to 0.054 for 0.13 and 0.37 of filters.) Spaces
 and layers lose what the way to spread that did best alone says: what was measured, the plainest, or between.
 
-How good it is: on ResNet-20 at 57 % of the multiply-accumulates (1,024 images, one seed) the distance on held-out inputs
-is 0.078, that of kernels alone 0.090 and of filters alone 0.101; with losses of filters counted twice as much 0.088.
+How good it is: on ResNet-20 at 57 % of the multiply-accumulates (1,024 images, one seed) its distance on held-out data
+is 0.078, that of kernels alone 0.090 and of filters alone 0.101; with filters counted twice as much 0.088.
 """
 
 import math
