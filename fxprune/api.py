@@ -114,8 +114,8 @@ def compile(
             shuffles and slices; convolutions become narrower. A mapping gives both a ratio and does one after the
             other: `{"filter": 0.25, "kernel": 0.5}`. `"branch"`: whole residual branches go, those that are missed
             least, and the layers behind them are refitted (`fxprune.planning.branches`); a ratio is a share of the
-            branches. `"auto"` divides a budget among all, in the way that does best on held-out data
-            (`fxprune.planning.auto`). Both need calibration data.
+            branches. `"auto"` divides a budget among all, in fixed ways and by an integer program, and takes what does
+            best on held-out data (`fxprune.planning.auto`). Both need calibration data.
         scope: of filters: `"local"` removes the same share from each channel space, `"global"` ranks all filters of the
             network (`fxprune.planning.selection.choose_units`). None is `"local"`; but for a budget with calibration
             data both are tried, and one between, and what does best on held-out data is taken.

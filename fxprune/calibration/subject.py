@@ -117,6 +117,13 @@ class Subject:
         other.batches, other.rows = batches, rows
         return other
 
+    def without_data(self) -> "Subject":
+        """The same model without calibration data."""
+        other = object.__new__(Subject)
+        vars(other).update({name: value for name, value in vars(self).items() if name != "network_batches"})
+        other.batches, other.run = None, None
+        return other
+
     def refitted_as(self, masked: nn.Module) -> "Subject":
         """The same model, to be refitted with the pulls that the refit of `masked` found: a number for each layer,
         which takes long to find, and differs little on a part of the data.

@@ -78,7 +78,7 @@ class _Stiff:
     def __init__(self, reader: StiffReader, unit_of: Labels, units: int) -> None:
         owner = torch.from_numpy(np.repeat(unit_of, len(reader.costs) // len(unit_of))).to(reader.costs.device)
         self._costs = reader.costs.new_zeros(units).index_add_(0, owner[owner >= 0], reader.costs[owner >= 0])
-        self.inputs = 0
+        self.inputs, self.device = 0, reader.costs.device
 
     def elimination(self) -> Summation:
         """See `_Losing`, as for the other."""
@@ -94,6 +94,7 @@ class _Losing:
 
     def __init__(self, reader: Reader, unit_of: Labels, units: int) -> None:
         self.reader, self._units, self.inputs = reader, units, reader.weight.shape[1]
+        self.device = reader.weight.device
         taps = reader.weight.shape[1] // len(unit_of)
         self.owner = torch.from_numpy(np.repeat(unit_of, taps)).to(reader.weight.device)
         first, second = reader.halves
@@ -135,7 +136,7 @@ class _Losing:
 
 
 def space_damage(
-    readers: Sequence[tuple[Reader | StiffReader, Labels]], units: int, gone: Labels
+    readers: Sequence[tuple[Reader | StiffReader, Labels]], units: int, gone: Labels, given: Labels | None = None
 ) -> tuple[Labels, Matrix]:
     """In which order the units of a space go, and what their readers lose.
 
@@ -144,6 +145,7 @@ def space_damage(
             channels, -1 for those of other spaces, which stay.
         units: how many the space has.
         gone: those that went before, in no order; they go first.
+        given: `(units,)` the order, if it is not to be found.
 
     Returns:
         the units `(units,)`, the first to go first, and the loss `(units,)`, entry `k - 1` if the last `k` of them
@@ -153,21 +155,29 @@ def space_damage(
     if not readers:
         rest = np.setdiff1d(np.arange(units), gone)[::-1]
         damages = 1 - np.arange(1, units + 1) / units
-        return np.concatenate([gone, rest]).astype(np.intp), np.array([loss_of(damage) for damage in damages])
+        order = np.concatenate([gone, rest]).astype(np.intp) if given is None else given
+        return order, np.array([loss_of(damage) for damage in damages])
     losing = [
         _Losing(reader, unit_of, units) if isinstance(reader, Reader) else _Stiff(reader, unit_of, units)
         for reader, unit_of in readers
     ]
-    eliminations = [reader.elimination() for reader in losing]
-    before = torch.as_tensor(gone, dtype=torch.long, device=eliminations[0].alive.device)
-    if len(before):
-        for elimination in eliminations:
-            elimination.drop(before)
-    order = torch.cat([before, give_up_together(eliminations, 0)])
+    places = _eliminated(losing, gone) if given is None else torch.as_tensor(given, device=losing[0].device)
     path = interpolated(
         units,
         max(reader.inputs for reader in losing),
-        lambda kept: np.sum([reader.losses(order, [units - count for count in kept]) for reader in losing], 0).tolist(),
+        lambda kept: np.sum(
+            [reader.losses(places, [units - count for count in kept]) for reader in losing], 0
+        ).tolist(),
     )
-    found: Labels = order.cpu().numpy()
+    found: Labels = places.cpu().numpy()
     return found, np.maximum.accumulate(np.maximum(path, 0)[::-1])[::-1]
+
+
+def _eliminated(losing: Sequence[_Losing | _Stiff], gone: Labels) -> Tensor:
+    """The units in the order of elimination, those that are gone first."""
+    eliminations = [reader.elimination() for reader in losing]
+    before = torch.as_tensor(gone, dtype=torch.long, device=losing[0].device)
+    if len(before):
+        for elimination in eliminations:
+            elimination.drop(before)
+    return torch.cat([before, give_up_together(eliminations, 0)])

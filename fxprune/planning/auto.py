@@ -1,15 +1,18 @@
 """One budget over branches, filters and kernels: it is divided in several ways, and the best division is taken.
 
-Kernels alone, filters alone and, where there are any, residual branches alone are always among them. The others let
-filters save a part and kernels of what they leave the rest, or branches a part and whichever of these was better the
-rest. Each is planned as it would be by itself, refitted without the held-out inputs, and compared with the dense
-network on these; so the result is worse than one alone only where these inputs mislead.
+Kernels alone, filters alone and, where there are any, residual branches alone are always among them. Others let filters
+save a part and kernels of what they leave the rest, or branches a part and whichever of these was better the rest. And
+one is chosen as a whole: what came of each kind alone puts their losses on one scale, on which an integer program finds
+what becomes of each channel space, convolution and branch (`fxprune.planning.program`); where branches take part, once
+more without them. Each is refitted without the held-out inputs and compared with the dense network on these; so the
+result is worse than one kind alone only where these inputs mislead.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 from torch import nn
 
@@ -23,12 +26,13 @@ from fxprune.planning.candidates import judged_plans, told
 from fxprune.planning.estimates import PLAN
 from fxprune.planning.filters import FilterPlanner
 from fxprune.planning.joint import with_rest
-from fxprune.planning.kernels import judged_ways, planned, ways_to_spend
+from fxprune.planning.kernels import judged_ways, planned, sensitivity_of, ways_to_spend
 from fxprune.planning.latency_parts import measure_for
 from fxprune.planning.planner import serves_accuracy
+from fxprune.planning.program import Alone, Before, ProgramPlanner
 from fxprune.planning.recovery_trials import recovered_agreements
 from fxprune.planning.requests import Request
-from fxprune.planning.sensitivity import Cost
+from fxprune.planning.sensitivity import Cost, Sensitivity
 from fxprune.plans import PrunePlan
 
 SPLITS = {"filters for a third of the saving": 1 / 3, "filters for two thirds of the saving": 2 / 3}
@@ -38,6 +42,8 @@ BRANCHES_FIRST = "branches for half of the saving"
 """The division that lets whole branches save so much."""
 ROUND_TO = 8
 """Before kernels, filters stay in multiples of this many, so that what they leave divides into groups."""
+PROGRAM, WITHOUT_BRANCHES = "one program", "one program without branches"
+"""The names of what it chooses."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,7 @@ class _Division:
     def carried_out(self, subject: Subject) -> tuple[PrunePlan, nn.Module | None]:
         """The plan of both, and the masked model if it was refitted on the way."""
         if self.kernels is None:
-            assert self.whole is not None
-            return self.whole, None
+            return PrunePlan({}) if self.whole is None else self.whole, None
         request, accurate = self.kernels, serves_accuracy(subject, self.kernels)
         if self.whole is None:
             return planned(subject, request, accurate)
@@ -83,6 +88,9 @@ def plan_auto(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module 
     if trials.has_branches:
         trials.of("branches alone", trials.branches_alone)
         trials.of(BRANCHES_FIRST, trials.branches_first)
+    trials.of(PROGRAM, trials.program)
+    if trials.takes_branches:
+        trials.of(WITHOUT_BRANCHES, partial(trials.program, branches=False))
     if not trials.found:
         raise PlanError("granularity='auto': " + "; ".join(trials.failures))
     agreements = {name: agreement for name, (_, agreement) in trials.found.items()}
@@ -118,9 +126,9 @@ class _Trials:
             request = replace(request, latency_table=measure_for(subject, request))
         self._filters, self._kernels = request.parts()
         self._judge, self._planner = Judge(subject), FilterPlanner(subject)
-        self._spread: str | None = None
         self._asked, self._branches = request.of_branches(), _branches_of(subject, request)
-        self._chosen: str | None = None
+        self._alone: dict[str, Alone[Any]] = {}
+        self.takes_branches = False
         if subject.is_recorded:
             self.failures.append("branches: they go from a graph only; output='graph' would try them")
 
@@ -143,7 +151,7 @@ class _Trials:
 
     def kernels_alone(self) -> tuple[_Division, Agreement | None]:
         """The best way to spend all on kernels. It is judged as it would be carried out, for filters are, too."""
-        ways, remarks = ways_to_spend(self._subject, self._kernels)
+        ways, remarks = ways_to_spend(self._subject, replace(self._kernels, sensitivity=self._sensitivity))
         self.remarks.extend(f"kernels alone, {remark}" for remark in remarks)
         way = next(iter(ways))
         if len(ways) > 1:
@@ -151,15 +159,14 @@ class _Trials:
             way = best(agreements)
             self.remarks.append(told("kernels alone, ways to spend the budget", agreements, way))
         division = _Division(kernels=ways[way])
-        _, masked = division.carried_out(self._judge.fitted)
-        assert masked is not None
-        return division, self._judge.agreement(masked)
+        agreement = self._judged(division)
+        self._alone["kernels"] = Alone(way, ways[way], agreement)
+        return division, agreement
 
     def filters_alone(self) -> tuple[_Division, Agreement | None]:
         """The best way to spend all on filters."""
         plans = self._planner.plans(self._filters)
-        self._spread, plan, agreement = self._best_of("filters alone, ways to spread them", plans)
-        return _Division(plan), agreement
+        return self._best_of("filters", "ways to spread them", plans)
 
     def both(self, part: float) -> tuple[_Division, Agreement | None]:
         """Filters for a part of the saving, spread as was best for all of it; kernels of what they leave for the
@@ -167,22 +174,20 @@ class _Trials:
         """
         eased = {name: 1 - part * (1 - share) for name, share in self._filters.shares.items()}
         asked = replace(self._filters.with_shares(eased), round_to=math.lcm(self._filters.round_to, ROUND_TO))
-        filters = next(iter(self._planner.plans(asked, self._spread).values()))
+        filters = next(iter(self._planner.plans(asked, self._way("filters")).values()))
         time = None if self._filters.latency is None else self._planner.share_of(filters)
         return self._followed(filters, time)
 
     def branches_alone(self) -> tuple[_Division, Agreement | None]:
         """The best way to choose branches for all of the saving."""
         assert self._branches is not None
-        plans = self._branches.plans(self._asked)
-        self._chosen, plan, agreement = self._best_of("branches alone, ways to choose them", plans)
-        return _Division(plan), agreement
+        return self._best_of("branches", "ways to choose them", self._branches.plans(self._asked))
 
     def branches_first(self) -> tuple[_Division, Agreement | None]:
         """Branches for half of the saving, and of what they leave whichever was better alone, by the least damage."""
         assert self._branches is not None
         eased = {name: (1 + share) / 2 for name, share in self._asked.shares.items()}
-        branches = next(iter(self._branches.plans(self._asked.with_shares(eased), self._chosen).values()))
+        branches = next(iter(self._branches.plans(self._asked.with_shares(eased), self._way("branches")).values()))
         branches = replace(branches, remarks=())
         alone = {name: told[1] for name, told in self.found.items() if name in ("kernels alone", "filters alone")}
         narrows = best(alone) == "filters alone" if alone else False
@@ -206,7 +211,9 @@ class _Trials:
         def of_rest(rest: Subject) -> tuple[PrunePlan, nn.Module | None]:
             left = self._of_rest(rest, self._filters if narrows else self._kernels, time)
             if narrows:
-                return replace(next(iter(FilterPlanner(rest).plans(left, self._spread).values())), remarks=()), None
+                return replace(
+                    next(iter(FilterPlanner(rest).plans(left, self._way("filters")).values())), remarks=()
+                ), None
             asked.append(next(iter(ways_to_spend(rest, left)[0].values())))
             return planned(rest, asked[0], accurate=serves_accuracy(rest, asked[0]))
 
@@ -215,14 +222,39 @@ class _Trials:
             return _Division(plan), judged_plans(self._judge, {"": plan})[""]
         return _Division(first, asked[0]), self._judge.agreement(masked)
 
-    def _best_of(self, what: str, plans: Mapping[str, PrunePlan]) -> tuple[str, PrunePlan, Agreement | None]:
-        """The best of several plans of what goes as a whole, with its name and how near it comes; all is remarked."""
+    def program(self, branches: bool = True) -> tuple[_Division, Agreement | None]:
+        """What goes at the least loss, all kinds together."""
+        solved = self._program.solved(branches)
+        self.takes_branches = branches and solved.branches > 0
+        self.remarks.append(f"{PROGRAM if branches else WITHOUT_BRANCHES}: {solved.remark}")
+        division = _Division(solved.whole, solved.kernels)
+        return division, self._judged(division)
+
+    @cached_property
+    def _sensitivity(self) -> Sensitivity:
+        """Of kernels, measured once."""
+        return sensitivity_of(self._subject, self._kernels)
+
+    @cached_property
+    def _program(self) -> ProgramPlanner:
+        kernels, filters, branches = (self._alone.get(kind) for kind in ("kernels", "filters", "branches"))
+        before = Before(kernels, filters, branches, self._sensitivity, self._planner, self._branches)
+        return ProgramPlanner(self._subject, self._judge, self._filters, self._kernels, before)
+
+    def _judged(self, division: _Division) -> Agreement | None:
+        """What comes of a division where it is refitted without the held-out inputs."""
+        plan, masked = division.carried_out(self._judge.fitted)
+        return judged_plans(self._judge, {"": plan})[""] if masked is None else self._judge.agreement(masked)
+
+    def _best_of(self, kind: str, what: str, plans: Mapping[str, PrunePlan]) -> tuple[_Division, Agreement | None]:
+        """The best of several plans of one kind that goes as a whole; all is remarked."""
         agreements = judged_plans(self._judge, plans)
         way = best(agreements)
         if len(plans) > 1:
-            self.remarks.append(told(what, agreements, way))
-        self.remarks.extend(f"{what.partition(',')[0]}, {remark}" for remark in plans[way].remarks)
-        return way, plans[way], agreements[way]
+            self.remarks.append(told(f"{kind} alone, {what}", agreements, way))
+        self.remarks.extend(f"{kind} alone, {remark}" for remark in plans[way].remarks)
+        self._alone[kind] = Alone(way, plans[way], agreements[way])
+        return _Division(plans[way]), agreements[way]
 
     def _of_rest(self, rest: Subject, request: Request, time: float | None) -> Request:
         """What the network that something left has to keep, so that the whole budget is kept.
@@ -244,6 +276,10 @@ class _Trials:
             raise PlanError(f"what goes first leaves {what}, and nothing to do for the rest")
         open_ = request.with_shares({name: share for name, share in shares.items() if share < 1})
         return replace(open_, latency_table=None)  # which is of the whole network
+
+    def _way(self, kind: str) -> str | None:
+        """How the whole budget was best spent on a kind, if it could be."""
+        return self._alone[kind].way if kind in self._alone else None
 
 
 def _branches_of(subject: Subject, request: Request) -> BranchPlanner | None:

@@ -6,6 +6,7 @@ of each way to compare is refitted and judged (`fxprune.calibration.judging`).
 
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import get_args
 
 from fxprune.calibration.subject import Subject
@@ -75,13 +76,21 @@ class BranchPlanner:
             if way not in (None, name):
                 continue
             gone, remarks = self._gone(request, order)
-            branches = {end: layers for end, layers in self.layers.items() if end in gone}
-            if all(branches.keys() != plan.branches.keys() for plan in found.values()):
-                ratio = {} if request.filter_ratio is None else request.filter_ratio
-                found[name] = PrunePlan(
-                    {}, {}, ratio, f"branch, {name}", "distance", request.seed, remarks=remarks, branches=branches
-                )
+            if all(set(gone) != plan.branches.keys() for plan in found.values()):
+                found[name] = replace(plan_of_branches(self.layers, gone, request, name), remarks=remarks)
         return found
+
+    def first(self, way: str | None, count: int, request: Request) -> PrunePlan:
+        """The plan without the first few branches, as one way, or the first, has them go."""
+        gone = self._order(way).first(count)
+        return plan_of_branches(self.layers, gone, request, next(iter(self._orders)) if way is None else way)
+
+    def distances(self, way: str | None) -> dict[str, float]:
+        """How far the network without each branch alone is from the dense one, compared in one way, or the first."""
+        return {name: self._order(way).alone(name) for name in self.layers}
+
+    def _order(self, way: str | None) -> "_Order":
+        return next(iter(self._orders.values())) if way is None else self._orders[way]
 
     def _gone(self, request: Request, order: "_Order") -> tuple[Branches, tuple[str, ...]]:
         if not request.has_budget:
@@ -145,6 +154,22 @@ class BranchPlanner:
         return order.first(count)
 
 
+def plan_of_branches(
+    layers: Mapping[str, tuple[str, ...]], gone: Collection[str], request: Request, way: str
+) -> PrunePlan:
+    """The plan without some branches.
+
+    Args:
+        layers: of all branches, by name.
+        gone: names of those that go.
+        request: what was asked for.
+        way: in which they were chosen.
+    """
+    ratio = {} if request.filter_ratio is None else request.filter_ratio
+    branches = {end: names for end, names in layers.items() if end in gone}
+    return PrunePlan({}, {}, ratio, f"branch, {way}", "distance", request.seed, branches=branches)
+
+
 class _Order:
     """The branches in the order in which they go, found as far as it is asked for.
 
@@ -162,6 +187,10 @@ class _Order:
         while len(self._gone) < min(count, len(self._worth)):
             self._gone = (*self._gone, self._next())
         return self._gone[:count]
+
+    def alone(self, name: str) -> float:
+        """How far the network without one branch is from the dense one."""
+        return self._distance((name,))
 
     def _next(self) -> str:
         """Of those that alone are missed least, the one whose loss adds least, for what it saves."""

@@ -34,11 +34,8 @@ def candidates(table: Sensitivity, budgets: Mapping[Cost, float], block: int) ->
     Raises:
         PlanError: the budgets cannot be met.
     """
-    tightest = min(budgets, key=budgets.__getitem__)
-    even = uniform(table, {layer.name: getattr(layer, tightest) for layer in table.layers})
-    ways = {"sensitivity": table, "between": between(table, even), "uniform": even}
     found: dict[str, dict[str, float]] = {}
-    for name, way in ways.items():
+    for name, way in tables(table, budgets).items():
         try:
             ratios = ratios_within(way, budgets, block)
         except PlanError:
@@ -48,6 +45,15 @@ def candidates(table: Sensitivity, budgets: Mapping[Cost, float], block: int) ->
         if ratios not in found.values():
             found[name] = ratios
     return found
+
+
+def tables(table: Sensitivity, budgets: Mapping[Cost, float]) -> dict[str, Sensitivity]:
+    """The losses that lead to each of `candidates`; to the first alone without a budget of MACs or parameters."""
+    if not budgets:
+        return {"sensitivity": table}
+    tightest = min(budgets, key=budgets.__getitem__)
+    even = uniform(table, {layer.name: getattr(layer, tightest) for layer in table.layers})
+    return {"sensitivity": table, "between": between(table, even), "uniform": even}
 
 
 def uniform(table: Sensitivity, costs: Mapping[str, float]) -> Sensitivity:

@@ -76,7 +76,7 @@ def foreseen(subject: Subject, request: Request, *, compiles: bool = False) -> d
         counts[PLAN] = work.plan(share)
     elif request.granularity == AUTO:
         trials = _trials(subject, work, share)
-        counts = {TRIALS: trials, SENSITIVITY: 3 * work.sensitivity(), JUDGING: 3 * judged, PLAN: work.plan(share)}
+        counts = {TRIALS: trials, SENSITIVITY: 4 * work.sensitivity(), JUDGING: 4 * judged, PLAN: work.plan(share)}
     elif request.granularity == BRANCH:
         counts = {TRIALS: _trials(subject, work, share), JUDGING: len(WAYS_OF_BRANCHES) * work.refit(share, ROWS)}
         if compiles:

@@ -24,6 +24,7 @@ from fxprune.planning.lossy import without_removed
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.requests import RECONSTRUCTION, Request
 from fxprune.planning.selection import choose_units
+from fxprune.planning.sensitivity import Sensitivity
 from fxprune.planning.unit_scores import unit_scores, varied
 from fxprune.planning.unit_sensitivity import UnitSensitivity, measure_readers, measure_units
 from fxprune.plans import PrunePlan, RemovedChannels
@@ -108,16 +109,46 @@ class FilterPlanner:
         assert self._times is not None
         return self._times.share_with(plan)
 
+    def sensitivity(self, request: Request, first: PrunePlan | None) -> tuple[Removable, UnitSensitivity]:
+        """The units, and what it costs to remove them in the order in which they go as asked for, whatever their
+        scores say of it.
+
+        Args:
+            request: what is asked for.
+            first: a plan that was made for it: where another criterion than the error decides, what it removes goes
+                first.
+
+        Raises:
+            PlanError: see `plan_filters`, as for the other.
+            CalibrationError: see there.
+        """
+        removable = removable_of(self._subject, request.patterns)
+        units, gone = removable.units, np.zeros(removable.units.count, dtype=np.bool_)
+        if request.measures_filters(calibrated=True):
+            return removable, self._measured(request, removable, gone)
+        scores = _by_criterion(self._subject, request, removable).scores["local"]
+        order = np.lexsort((scores, ~removed_units(removable, first), units.space))
+        return removable, measure_units(self._known_readers(request, units), units, gone, order)
+
+    def tables(self, request: Request, removable: Removable, found: UnitSensitivity) -> dict[str, Sensitivity]:
+        """What the units of each space cost together, by the way in which an amount is spread, see `plans`."""
+        return _tables(request, found, removable.units, self._times)
+
     def _measured(self, request: Request, removable: Removable, gone: Chosen) -> UnitSensitivity:
         """The sensitivity of the units, measured anew only where these are others than before."""
         units = removable.units
+        readers = self._known_readers(request, units)
+        key = b"".join(part.tobytes() for part in (removable.unit_of, gone))
+        if self._sensitivity is None or self._sensitivity[0] != key:
+            self._sensitivity = key, measure_units(readers, units, gone)
+        return self._sensitivity[1]
+
+    def _known_readers(self, request: Request, units: ChannelUnits) -> dict[str, Reader | StiffReader]:
+        """What the layers that read units lose without some, measured once."""
         if self._readers is None:
             self._subject.begin(SENSITIVITY)
             self._readers = measure_readers(self._subject, units, request.seed, request.progress)
-        key = b"".join(part.tobytes() for part in (removable.unit_of, gone))
-        if self._sensitivity is None or self._sensitivity[0] != key:
-            self._sensitivity = key, measure_units(self._readers, units, gone)
-        return self._sensitivity[1]
+        return self._readers
 
     def _timed(self, request: Request, units: ChannelUnits) -> FilterTimes:
         """The times of the network, measured once."""
@@ -151,7 +182,6 @@ def _plans(
     only: str | None,
 ) -> dict[str, PrunePlan]:
     model, units = subject.layers, removable.units
-    uncalled = {name: why for name, why in subject.obstacles.items() if name not in units.layers}
     found: dict[str, PrunePlan] = {}
     taken: list[Chosen] = []
     judged = request.scope is None and request.has_budget and subject.batches is not None
@@ -172,17 +202,32 @@ def _plans(
         if any(np.array_equal(chosen, other) for other in taken):
             continue
         taken.append(chosen)
-        found[way] = PrunePlan(
-            {},
-            {**uncalled, **units.fixed},
-            {} if request.filter_ratio is None else request.filter_ratio,
-            f"filter, {way}",
-            criterion,
-            request.seed,
-            removed=_annotated(removable, removable.removed(chosen), request.filter_ratio, redundancies),
-            remarks=remarks,
-        )
+        found[way] = plan_of_units(subject, request, removable, chosen, f"filter, {way}", criterion, redundancies)
+        found[way] = replace(found[way], remarks=remarks)
     return found
+
+
+def plan_of_units(
+    subject: Subject,
+    request: Request,
+    removable: Removable,
+    chosen: Chosen,
+    method: str,
+    criterion: str,
+    redundancies: tuple[Redundancy, ...] = (),
+) -> PrunePlan:
+    """The plan that removes the units that are `chosen (U,)`."""
+    units = removable.units
+    uncalled = {name: why for name, why in subject.obstacles.items() if name not in units.layers}
+    return PrunePlan(
+        {},
+        {**uncalled, **units.fixed},
+        {} if request.filter_ratio is None else request.filter_ratio,
+        method,
+        criterion,
+        request.seed,
+        removed=_annotated(removable, removable.removed(chosen), request.filter_ratio, redundancies),
+    )
 
 
 def _chosen(
@@ -211,12 +256,20 @@ def _by_error(request: Request, found: UnitSensitivity, units: ChannelUnits, tim
     if not request.has_budget:
         scores = found.scores(found.table, None)
         return _Worth({"global": scores, "local": scores}, RECONSTRUCTION, comparable=True)
-    prices = _prices(request, found, units, times)
-    sizes = np.bincount(units.space, minlength=len(units.names))
-    costs = dict(zip(units.names, (prices * sizes).tolist(), strict=True))
-    scores = found.scores(found.table, prices)
-    mean = found.scores(between(found.table, uniform(found.table, costs)), prices)
+    prices, tables = _prices(request, found, units, times), _tables(request, found, units, times)
+    scores = found.scores(tables["global"], prices)
+    mean = found.scores(tables["between"], prices)
     return _Worth({"global": scores, "between": mean, "local": scores}, RECONSTRUCTION, comparable=True)
+
+
+def _tables(
+    request: Request, found: UnitSensitivity, units: ChannelUnits, times: FilterTimes | None
+) -> dict[str, Sensitivity]:
+    """The losses that lead to each way to spread an amount."""
+    sizes = np.bincount(units.space, minlength=len(units.names))
+    costs = dict(zip(units.names, (_prices(request, found, units, times) * sizes).tolist(), strict=True))
+    even = uniform(found.table, costs)
+    return {"global": found.table, "between": between(found.table, even), "local": even}
 
 
 def _prices(request: Request, found: UnitSensitivity, units: ChannelUnits, times: FilterTimes | None) -> Array:

@@ -31,10 +31,10 @@ def with_rest(
     rest, refitted = plan_rest(subject.of(without_removed(subject, masked, first)))
     if refitted is not None:
         put_back(masked, refitted, first)
-    return _joined(first, rest), None if refitted is None else masked
+    return joined(first, rest), None if refitted is None else masked
 
 
-def _joined(first: PrunePlan, rest: PrunePlan) -> PrunePlan:
+def joined(first: PrunePlan, rest: PrunePlan) -> PrunePlan:
     """One plan of both; why a layer keeps its filters is said beside why it stays dense, or noted."""
     skipped, notes = dict(rest.skipped), dict(rest.notes)
     for name, reason in first.skipped.items():

@@ -6,23 +6,23 @@ corrected (`latency_meeting`).
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from glob import escape
 
 import numpy as np
 from torch import nn
 
 from fxprune.calibration.subject import Subject
 from fxprune.errors import PlanError
-from fxprune.graph.convolutions import convolutions
+from fxprune.graph.convolutions import Convolution, conv_at, convolutions, kernels_of
 from fxprune.methods import Matrix, cocluster
 from fxprune.planning.latency_measure import GROUP_COUNTS, Wanted, measure_layers
 from fxprune.planning.latency_meeting import Meeting
 from fxprune.planning.latency_table import LatencyOption, LatencyTable, Limit
-from fxprune.planning.patterns import match_patterns
+from fxprune.planning.patterns import match_patterns, one_each
 from fxprune.planning.planner import Planner, prunable_shapes
 from fxprune.planning.requests import PUBLISHED, Request
 from fxprune.planning.sensitivity import Sensitivity
 from fxprune.planning.whole_network import WholeNetwork
+from fxprune.plans import Form
 
 
 def meet_latency(
@@ -121,49 +121,63 @@ def damages(model: nn.Module, table: LatencyTable, sensitivity: Sensitivity, see
     for layer in table.layers:
         if layer.name not in known:
             raise PlanError(f"sensitivity: {layer.name} is not in it; measure it with fxprune.measure_sensitivity")
-        weight = model.get_parameter(f"{layer.name}.weight").detach().double().cpu()
-        energy: Matrix = weight.square().sum((2, 3)).numpy()
         measured = known[layer.name]
-        counts = {measured.groups, *(option.groups for option in layer.options)}
-        lost = {groups: _lost(energy, groups, seed) for groups in counts}
+        energies = Energies(conv_at(model, layer.name), seed)
         found[layer.name] = []
         for option in layer.options:
             damage = measured.damage[option.kept - 1] - measured.damage[-1]
-            usual = float(lost[measured.groups][option.kept - 1])
-            if option.form == "partition":
-                clusters = cocluster(energy, option.groups, option.kept, "partition", seed)
-                rows = np.array(clusters.out_order).reshape(option.groups, -1, 1)
-                now = 1 - float(energy[rows, np.array(clusters.kept)[:, None]].sum()) / _total(energy)
-            else:
-                now = float(lost[option.groups][option.kept - 1])
-            found[layer.name].append(damage * now / usual if usual > 0 else damage)
+            lost = energies.relative(option.form, option.groups, option.kept, measured.groups)
+            found[layer.name].append(damage * lost)
     return found
 
 
 def as_patterns(table: LatencyTable, choice: Mapping[str, LatencyOption]) -> tuple[dict[str, float], dict[str, int]]:
     """Ratio and number of groups by pattern, as `fxprune.planning.planner.Planner` reads them: each matches one
-    module only.
-
-    A pattern also matches what lies below the module it names, and the first that matches counts: the deepest come
-    first, dense ones too.
+    module only, the dense ones too.
     """
-    names = sorted((layer.name for layer in table.layers), key=lambda name: -name.count("."))
-    ratios = {escape(name): choice[name].ratio if name in choice else 0.0 for name in names}
-    groups = {escape(name): choice[name].groups for name in names if name in choice}
-    return ratios, groups
+    ratios = {layer.name: choice[layer.name].ratio if layer.name in choice else 0.0 for layer in table.layers}
+    return one_each(ratios), one_each({name: option.groups for name, option in choice.items()})
 
 
-def _lost(energy: Matrix, groups: int, seed: int) -> Matrix:
-    """`(C,)`: the share of the energy `(O, C)` that is lost where each group keeps 1 to `C` channels."""
-    clusters = cocluster(energy, groups, max(1, energy.shape[1] // 2), seed=seed)
-    totals = energy[np.array(clusters.out_order).reshape(groups, -1)].sum(1)  # (n, C)
-    kept: Matrix = np.sort(totals, axis=1)[:, ::-1].sum(0).cumsum()
-    lost: Matrix = np.maximum(0, 1 - kept / _total(energy))
-    return lost
+class Energies:
+    """The weight energies of one convolution that are lost in different numbers of groups.
 
+    Args:
+        conv: dense.
+        seed: of the clustering.
+    """
 
-def _total(energy: Matrix) -> float:
-    return max(float(energy.sum()), np.finfo(np.float64).tiny)
+    def __init__(self, conv: Convolution, seed: int) -> None:
+        weight = kernels_of(conv).detach().double().cpu()
+        self._energy: Matrix = weight.square().flatten(2).sum(2).numpy()
+        self._seed = seed
+        self._known: dict[int, Matrix] = {}
+
+    def relative(self, form: Form, groups: int, kept: int, usual: int) -> float:
+        """What is lost with so many groups that keep so many channels, relative to the overlap form with another
+        number of groups and the same channels.
+        """
+        if form == "overlap" and groups == usual:
+            return 1.0
+        before, now = float(self._lost(usual)[kept - 1]), float(self._lost(groups)[kept - 1])
+        if form == "partition":
+            clusters = cocluster(self._energy, groups, kept, "partition", self._seed)
+            rows = np.array(clusters.out_order).reshape(groups, -1, 1)
+            now = 1 - float(self._energy[rows, np.array(clusters.kept)[:, None]].sum()) / self._total
+        return now / before if before > 0 else 1.0
+
+    def _lost(self, groups: int) -> Matrix:
+        """`(C,)`: the share of the energy that is lost where each group keeps 1 to `C` channels."""
+        if groups not in self._known:
+            clusters = cocluster(self._energy, groups, max(1, self._energy.shape[1] // 2), seed=self._seed)
+            totals = self._energy[np.array(clusters.out_order).reshape(groups, -1)].sum(1)  # (n, C)
+            kept: Matrix = np.sort(totals, axis=1)[:, ::-1].sum(0).cumsum()
+            self._known[groups] = np.maximum(0, 1 - kept / self._total)
+        return self._known[groups]
+
+    @property
+    def _total(self) -> float:
+        return max(float(self._energy.sum()), np.finfo(np.float64).tiny)
 
 
 def _total_damage(

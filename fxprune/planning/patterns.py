@@ -3,6 +3,7 @@
 import fnmatch
 import warnings
 from collections.abc import Collection, Iterable, Mapping
+from glob import escape
 from typing import TypeAlias, TypeVar
 
 from torch import nn
@@ -35,6 +36,15 @@ def match_patterns(what: str, patterns: Mapping[str, Value], names: Collection[s
         for match in matches:
             values.setdefault(match, value)
     return values
+
+
+def one_each(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Patterns that match one module each, from its name.
+
+    A pattern also matches what lies below the module it names, and the first that matches counts: the deepest come
+    first.
+    """
+    return {escape(name): values[name] for name in sorted(values, key=lambda name: -name.count("."))}
 
 
 def as_entries(ignore: Ignored | Iterable[Ignored]) -> tuple[Ignored, ...]:

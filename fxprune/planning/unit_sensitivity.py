@@ -104,13 +104,16 @@ def measure_readers(
     return {name: reader.weighed(share) for name, (reader, share) in found.items()}
 
 
-def measure_units(readers: Mapping[str, Reader | StiffReader], units: ChannelUnits, gone: Chosen) -> UnitSensitivity:
+def measure_units(
+    readers: Mapping[str, Reader | StiffReader], units: ChannelUnits, gone: Chosen, given: Labels | None = None
+) -> UnitSensitivity:
     """Put together what the readers of each space lose.
 
     Args:
         readers: see `measure_readers`.
         units: those of the network.
         gone: `(U,)` units that were removed before.
+        given: `(U,)` the order of the units, space by space, where it is not to be that of elimination.
     """
     every = np.ones(units.count, dtype=np.bool_)
     whole = round(units.macs(every)), round(units.params(every))
@@ -125,7 +128,8 @@ def measure_units(readers: Mapping[str, Reader | StiffReader], units: ChannelUni
             own = np.where((reads >= mine[0]) & (reads <= mine[-1]), reads - mine[0], STAYS)
             if (own != STAYS).any():
                 reading.append((reader, own))
-        order, losses = space_damage(reading, len(mine), np.flatnonzero(gone[mine]))
+        fixed = None if given is None else given[mine] - mine[0]
+        order, losses = space_damage(reading, len(mine), np.flatnonzero(gone[mine]), fixed)
         orders.append(mine[order])
         damage = tuple(damage_of(loss) for loss in losses)
         spaces.append(LayerSensitivity(name, 1, round(macs[mine].sum()), round(params[mine].sum()), damage))

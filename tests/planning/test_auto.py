@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from products_harness import fewer
 from torch import Tensor, nn
 
 import fxprune
@@ -19,7 +20,7 @@ from fxprune.planning import auto
 from fxprune.planning.requests import Request
 from fxprune.plans import PrunePlan
 
-NAMES = ["kernels alone", "filters alone", *auto.SPLITS, "branches alone"]
+NAMES = ["kernels alone", "filters alone", *auto.SPLITS, "branches alone", auto.PROGRAM, auto.WITHOUT_BRANCHES]
 
 
 class Net(nn.Module):
@@ -78,7 +79,7 @@ def take(monkeypatch: pytest.MonkeyPatch, name: str | None = None) -> Judgement:
     return judgement
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", fewer(NAMES, [NAMES[2], *NAMES[4:]]))
 def test_every_division_meets_the_budget_and_is_exact(net: Net, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     judgement = take(monkeypatch, name)
     small = fxprune.compile(net, macs=0.5, granularity="auto", calibration=images(), verify=True)
@@ -86,24 +87,35 @@ def test_every_division_meets_the_budget_and_is_exact(net: Net, name: str, monke
     report, plan = fxprune.report(small), record_of(small).plan
     assert report.macs_dense is not None
     assert report.macs_pruned is not None
-    if name == "branches alone":  # the only one, and more than half of the network
-        assert report.macs_pruned / report.macs_dense < 0.45
+    left = report.macs_pruned / report.macs_dense
+    if name in ("branches alone", auto.PROGRAM):  # the only one, and more than half of the network
+        assert left < 0.45
         assert plan.branches == {"outer": ("inner", "outer")}
+    elif name == auto.WITHOUT_BRANCHES:
+        assert 0.45 < left <= 0.5
+        assert not plan.branches
+        assert plan.removed
+        assert plan.layers
     else:
-        assert report.macs_pruned / report.macs_dense == pytest.approx(0.5, rel=0.01)
+        assert left == pytest.approx(0.5, rel=0.01)
     assert f"{name} (taken)" in plan.remarks[0]  # control: whatever the judge says is done
-    assert bool(plan.layers) == (name not in ("filters alone", "branches alone"))
-    assert bool(plan.removed) == (name not in ("kernels alone", "branches alone"))
+    if name not in (auto.PROGRAM, auto.WITHOUT_BRANCHES):
+        assert bool(plan.layers) == (name not in ("filters alone", "branches alone"))
+        assert bool(plan.removed) == (name not in ("kernels alone", "branches alone"))
     assert any(
         remark.startswith(f"{auto.BRANCHES_FIRST}: ") and "nothing to do for the rest" in remark
         for remark in plan.remarks
     )
     if name in auto.SPLITS:
         gone = fxprune.rewrite(fxprune.mask(net, filters := PrunePlan({}, removed=plan.removed)), filters, images(2))
-        left = fxprune.report(gone).macs_pruned
-        assert left is not None
-        assert left / report.macs_dense == pytest.approx(1 - auto.SPLITS[name] / 2, rel=0.1)  # in whole steps
+        narrower = fxprune.report(gone).macs_pruned
+        assert narrower is not None
+        assert narrower / report.macs_dense == pytest.approx(1 - auto.SPLITS[name] / 2, rel=0.1)  # in whole steps
         assert all(layer.filters is not None and layer.filters % 8 == 0 for layer in fxprune.report(gone).layers)
+    chosen = (
+        r"one program: \d+ of 112 filters go, in \d of 3 channel spaces, kernels in \d of 3 convolutions, 1 of 1 bra"
+    )
+    assert any(re.match(chosen, remark) for remark in plan.remarks)
 
 
 def test_the_best_on_held_out_inputs_is_taken_and_all_is_told(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +135,7 @@ def test_the_best_on_held_out_inputs_is_taken_and_all_is_told(net: Net, monkeypa
 
 
 def test_what_is_planned_step_by_step_is_what_compile_gives(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    take(monkeypatch, NAMES[2])
+    take(monkeypatch, auto.WITHOUT_BRANCHES)
     plan = made(net)
     assert PrunePlan.from_json(plan.to_json()) == plan
     masked = fxprune.mask(net, plan, images()).eval()
@@ -135,9 +147,9 @@ def test_what_is_planned_step_by_step_is_what_compile_gives(net: Net, monkeypatc
 
 
 def test_parameters_are_a_budget_too(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    take(monkeypatch, NAMES[3])
+    take(monkeypatch, auto.WITHOUT_BRANCHES)
     report = fxprune.report(fxprune.compile(net, params=0.6, granularity="auto", calibration=images()))
-    assert report.params_pruned / report.params_dense == pytest.approx(0.6, rel=0.012)
+    assert 0.57 < report.params_pruned / report.params_dense <= 0.6
 
 
 class Narrow(nn.Module):

@@ -177,6 +177,23 @@ def test_auto_lets_branches_go_first(net: Net, other: str, monkeypatch: pytest.M
     assert report.macs_pruned / report.macs_dense == pytest.approx(0.5, rel=0.02)
 
 
+def test_auto_lets_branches_go_with_filters_and_kernels(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = (auto.PROGRAM, "branches alone")
+
+    def choose(found: Mapping[str, object]) -> str:
+        return next((name for name in names if name in found), next(iter(found)))
+
+    monkeypatch.setattr(auto, "best", choose)
+    pruned = fxprune.compile(net, macs=0.3, granularity="auto", calibration=images(), verify=True)
+    plan, report = record_of(pruned).plan, fxprune.report(pruned)
+    assert f"{auto.PROGRAM} (taken)" in plan.remarks[0]
+    assert USELESS in plan.branches
+    assert plan.layers or plan.removed
+    assert report.macs_dense is not None
+    assert report.macs_pruned is not None
+    assert 0.27 < report.macs_pruned / report.macs_dense <= 0.3
+
+
 def test_latency_is_measured_without_the_branches(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     times = {0: 1.0, 1: 0.85, 2: 0.7, 3: 0.55, 4: 0.4}  # a branch saves less time than it has of the MACs
     asked: list[int] = []

@@ -3,6 +3,7 @@ clock that counts multiply-accumulates.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -250,10 +251,10 @@ def test_a_slow_layer_loses_more(clock: Clock, table: LatencyTable) -> None:
 # --- filters and kernels ----------------------------------------------------------------------------------------------
 
 
-NAMES = ["kernels alone", "filters alone", *auto.SPLITS]
+NAMES = ["kernels alone", "filters alone", *auto.SPLITS, auto.BRANCHES_FIRST, auto.PROGRAM]
 
 
-@pytest.mark.parametrize("name", fewer(NAMES, NAMES[2:3]))
+@pytest.mark.parametrize("name", fewer(NAMES, [NAMES[2], auto.PROGRAM]))
 def test_every_division_meets_the_share(
     clock: Clock, table: LatencyTable, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,14 +269,15 @@ def test_every_division_meets_the_share(
     monkeypatch.setattr(auto, "best", judged)
     data = image(8)
     fast = compiled(table, granularity="auto", calibration=data, method="cocluster", criterion="l2", verify=True)
-    assert found[-1] == [*NAMES, auto.BRANCHES_FIRST]  # it has one, which alone is not enough
+    assert found[-1] == NAMES  # it has a branch, which alone is not enough, and the program keeps it
     assert reached(clock, fast) == pytest.approx(0.6, rel=0.07)
     notes = fxprune.report(fast).notes
     assert any(f"{name} (taken)" in note for note in notes)
-    grouped = {layer.name for layer in fxprune.report(fast).layers if layer.groups > 1}
-    assert bool(grouped) == (name != "filters alone")
-    narrower = {name for name, count in kept(fast).items() if count < convolutions(net())[name].out_channels}
-    assert bool(narrower) == (name != "kernels alone")
+    if name not in (auto.BRANCHES_FIRST, auto.PROGRAM):
+        grouped = {layer.name for layer in fxprune.report(fast).layers if layer.groups > 1}
+        assert bool(grouped) == (name != "filters alone")
+        narrower = {name for name, count in kept(fast).items() if count < convolutions(net())[name].out_channels}
+        assert bool(narrower) == (name != "kernels alone")
 
 
 def elsewhere(table: LatencyTable) -> LatencyTable:
@@ -296,13 +298,25 @@ def test_a_table_of_another_machine_plans_for_that(clock: Clock, table: LatencyT
     assert (corrected.layers, corrected.removed) != (here.layers, here.removed)
 
 
-def test_with_a_table_of_another_machine_both_together_cannot_be_timed(clock: Clock, table: LatencyTable) -> None:
+def test_a_table_of_another_machine_is_enough_for_the_program(clock: Clock, table: LatencyTable) -> None:
+    clock.factor = 2.0  # what is measured here says nothing of it
     plan = fxprune.make_plan(
         net(), latency=0.6, target="cpu", granularity="auto", example_inputs=image(), calibration=image(8),
         latency_table=elsewhere(table), criterion="l2",
     )  # fmt: skip
+    (told,) = [remark for remark in plan.remarks if remark.startswith(f"{auto.PROGRAM}: ")]
+    assert re.search(r"; 0\.(59|60) by the times of single layers, not measured here", told)
     refused = [remark for remark in plan.remarks if "has to be timed anew" in remark]
     assert len(refused) == len(auto.SPLITS)
+
+
+def test_the_program_is_corrected_by_the_whole_network(clock: Clock, table: LatencyTable) -> None:
+    clock.factor = 1.2
+    fast = compiled(table, granularity="auto", calibration=image(8), method="cocluster", criterion="l2")
+    notes = [note for note in fxprune.report(fast).notes if note.startswith(f"{auto.PROGRAM}: ")]
+    predicted, measured = (float(n) for n in re.findall(r"0\.\d\d(?= by the| when the)", notes[0]))
+    assert measured <= 0.6 * 1.05
+    assert measured == pytest.approx(1.2 * predicted, rel=0.04)
 
 
 def test_the_record_keeps_what_was_told(clock: Clock, table: LatencyTable) -> None:
