@@ -29,7 +29,7 @@ from fxprune.planning.joint import with_rest
 from fxprune.planning.kernels import judged_ways, planned, sensitivity_of, ways_to_spend
 from fxprune.planning.latency_parts import measure_for
 from fxprune.planning.planner import serves_accuracy
-from fxprune.planning.program import Alone, Before, ProgramPlanner
+from fxprune.planning.program.planner import Alone, Before, ProgramPlanner
 from fxprune.planning.recovery_trials import recovered_agreements
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Cost, Sensitivity

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fxprune.planning.integer_program import GAP, Array, Choice, Floor, IntegerProgram, Part, Space, Term
+from fxprune.planning.program.integer_program import GAP, Array, Choice, Floor, IntegerProgram, Part, Space, Term
 
 NEAR = 2 * GAP
 

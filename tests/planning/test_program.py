@@ -18,15 +18,15 @@ from fxprune.calibration.judging import Judge
 from fxprune.calibration.subject import Subject
 from fxprune.channels.branches import residual_branches
 from fxprune.planning.filters import FilterPlanner, removable_of, removed_units
-from fxprune.planning.integer_program import GAP, Choice, IntegerProgram
-from fxprune.planning.interaction import STEEPEST, slopes
 from fxprune.planning.kernels import sensitivity_of, ways_to_spend
 from fxprune.planning.latency_grid import LayerGrid
 from fxprune.planning.latency_table import LatencyTable
-from fxprune.planning.program import Alone, Before, ProgramPlanner, Solved
-from fxprune.planning.program_kernels import kernel_ways
-from fxprune.planning.program_plans import SelectedPlans
-from fxprune.planning.program_terms import Kernels, KernelWay, Losses, NetworkTerms, widths_of
+from fxprune.planning.program.integer_program import GAP, Choice, IntegerProgram
+from fxprune.planning.program.interaction import STEEPEST, slopes
+from fxprune.planning.program.kernel_ways import kernel_ways
+from fxprune.planning.program.planner import Alone, Before, ProgramPlanner, Solved
+from fxprune.planning.program.selected_plans import SelectedPlans
+from fxprune.planning.program.terms import Kernels, KernelWay, Losses, NetworkTerms, widths_of
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import LayerSensitivity, Sensitivity
 

@@ -32,6 +32,7 @@ class TorchModel(nn.Module):
         self.scripted = scripted
         self.meta = graph.meta
         self.training = False
+        self._signature = inspect.signature(graph.forward)
         self._script()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -42,7 +43,7 @@ class TorchModel(nn.Module):
         """
         if self._run is None:
             return self.network(*args, **kwargs)
-        given = inspect.signature(self.network.forward).bind(*args, **kwargs)
+        given = self._signature.bind(*args, **kwargs)
         given.apply_defaults()
         for name, value in given.arguments.items():  # checked here, for errors in TorchScript lose their type
             entry = getattr(self.network, f"entry_{name}", None)

@@ -1,5 +1,5 @@
 """What may become of each channel space, layer and branch of a network, and what it loses and costs: the numbers of the
-integer program (`fxprune.planning.integer_program`).
+integer program (`fxprune.planning.program.integer_program`).
 
 Of a layer that reads one space and writes one, all is exact: multiply-accumulates, parameters and kernels that stay are
 counted as they will be, times are those of the table (`fxprune.planning.latency_grid`), bilinear between its points,
@@ -17,8 +17,8 @@ Two choices in one layer: the loss of a way to prune its kernels, where a share 
 
     loss(way, r) = loss(way, 1) * (1 + slope * min(1 - r, 1/2)),    slope >= -1,
 
-with the slope of the layer as measured on a narrower network (`fxprune.planning.interaction`); of several spaces the
-mean over all inputs.
+with the slope of the layer as measured on a narrower network (`fxprune.planning.program.interaction`); of several
+spaces the mean over all inputs.
 """
 
 import math
@@ -31,9 +31,9 @@ from torch import nn
 from fxprune.channels.removal import Removable
 from fxprune.channels.units import STAYS, Chosen, UnitLayer, Units
 from fxprune.methods import Labels
-from fxprune.planning.integer_program import Array, Choice, Floor, IntegerProgram, Part, Space, Term
 from fxprune.planning.latency_grid import LayerGrid, step_of
 from fxprune.planning.latency_table import LatencyTable
+from fxprune.planning.program.integer_program import Array, Choice, Floor, IntegerProgram, Part, Space, Term
 from fxprune.planning.sensitivity import FLOOR
 from fxprune.plans.eligibility import MIN_IN_CHANNELS, MIN_OUT_CHANNELS
 from fxprune.plans.shapes import choose_shape

@@ -10,7 +10,7 @@ from fxprune.graph.convolutions import conv_at
 from fxprune.planning.latency_budget import Energies, damages, group_counts
 from fxprune.planning.latency_table import LatencyTable
 from fxprune.planning.planner import serves_accuracy
-from fxprune.planning.program_terms import ALIGNED, Kernels, KernelWay, width_count
+from fxprune.planning.program.terms import ALIGNED, Kernels, KernelWay, width_count
 from fxprune.planning.requests import PUBLISHED, Request
 from fxprune.planning.sensitivity import LayerSensitivity, Sensitivity
 from fxprune.plans import Form
@@ -32,7 +32,7 @@ def kernel_ways(
         subject: the model.
         request: for kernels; with a table of times its options are the ways.
         losses: of the layers; the least damage, or another way to spend a budget.
-        slopes: see `fxprune.planning.interaction`.
+        slopes: see `fxprune.planning.program.interaction`.
         scale: by which losses are multiplied.
     """
     form = (

@@ -1,5 +1,5 @@
 """One budget over filters, kernels and branches as one problem: what becomes of each channel space, convolution and
-branch is chosen at once, by an integer program (`fxprune.planning.integer_program`).
+branch is chosen at once, by an integer program (`fxprune.planning.program.integer_program`).
 
 Losses are on one scale: what is expected to come of it when the network is judged. The errors of single layers, spaces
 and branches were measured each in its own way, so each kind is scaled by what the plan of that kind alone came to: the
@@ -31,15 +31,15 @@ from fxprune.exact.narrowing import CountedError
 from fxprune.planning.branches import BranchPlanner
 from fxprune.planning.candidates import judged_plans, tables
 from fxprune.planning.filters import FilterPlanner, plan_of_units, removed_units
-from fxprune.planning.integer_program import GAP, Array, Choice, IntegerProgram
-from fxprune.planning.interaction import WIDTH, slopes
 from fxprune.planning.kernels import sensitivity_of
 from fxprune.planning.latency_meeting import Meeting
 from fxprune.planning.lossy import masked_by, without_removed
 from fxprune.planning.patterns import one_each
-from fxprune.planning.program_kernels import kernel_ways
-from fxprune.planning.program_plans import SelectedPlans
-from fxprune.planning.program_terms import WIDTHS, Kernels, Losses, NetworkTerms, Selected, widths_of
+from fxprune.planning.program.integer_program import GAP, Array, Choice, IntegerProgram
+from fxprune.planning.program.interaction import WIDTH, slopes
+from fxprune.planning.program.kernel_ways import kernel_ways
+from fxprune.planning.program.selected_plans import SelectedPlans
+from fxprune.planning.program.terms import WIDTHS, Kernels, Losses, NetworkTerms, Selected, widths_of
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import LayerSensitivity, Sensitivity
 from fxprune.planning.unit_sensitivity import UnitSensitivity
@@ -183,7 +183,7 @@ class ProgramPlanner:
 
     @cached_property
     def _slopes(self) -> dict[str, float]:
-        """How losses of kernels change with inputs that go, see `fxprune.planning.interaction`."""
+        """How losses of kernels change with inputs that go, see `fxprune.planning.program.interaction`."""
         dense, goes = self._before.sensitivity, self._keeping(self._removable, self._units, WIDTH)
         if not dense.layers or not goes.any():
             return {}

@@ -27,7 +27,7 @@ STEEPEST = 4.0
 
 
 def slopes(dense: Sensitivity, narrow: Sensitivity, inputs: Mapping[str, float]) -> dict[str, float]:
-    """The slope of each layer of the dense network, see `fxprune.planning.program_terms`.
+    """The slope of each layer of the dense network, see `fxprune.planning.program.terms`.
 
     Layers that lost no inputs, or have another number of groups in the narrower network, take the median of the others;
     none where there are no others.

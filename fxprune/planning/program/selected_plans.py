@@ -14,8 +14,8 @@ from fxprune.planning.joint import joined, with_rest
 from fxprune.planning.kernels import planned
 from fxprune.planning.lossy import without_removed
 from fxprune.planning.patterns import one_each
-from fxprune.planning.program_kernels import form_for
-from fxprune.planning.program_terms import Selected
+from fxprune.planning.program.kernel_ways import form_for
+from fxprune.planning.program.terms import Selected
 from fxprune.planning.requests import Request
 from fxprune.plans import PrunePlan
 from fxprune.plans.masking import masked_copy
