@@ -67,7 +67,12 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
         help="filters: the same share of each layer, or all ranked together (default: local; for a budget with "
         "calibration data what does better on held-out data)",
     )
-    parser.add_argument("--round-to", type=int, metavar="N", help="filters: keep a multiple of N in each layer")
+    parser.add_argument(
+        "--round-to",
+        type=int,
+        metavar="N",
+        help="filters: keep a multiple of N in each layer (default: 1; of compile with --onnx or --bench 4)",
+    )
     parser.add_argument("--groups", type=values.groups, default="auto", metavar="N|auto", help="groups per convolution")
     parser.add_argument("--form", choices=get_args(FormChoice), default="auto", help="default: %(default)s")
     parser.add_argument(

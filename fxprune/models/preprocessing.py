@@ -79,7 +79,11 @@ class Preprocessing:
         """The same with what the user says instead."""
         if size is None and mean is None and std is None:
             return self
-        result = replace(self, source="as asked for", mean=mean or self.mean, std=std or self.std)
+        asked = " and ".join(
+            name for name, value in (("size", size), ("mean", mean), ("deviation", std)) if value is not None
+        )
+        source = f"{asked} as asked for" + ("" if mean and std else f", else {self.source}")
+        result = replace(self, source=source, mean=mean or self.mean, std=std or self.std)
         if size is None:
             return result
         scale = None if self.short is None else self.short / min(self.height, self.width)

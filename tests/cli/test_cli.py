@@ -1,5 +1,6 @@
 """The command line: what each subcommand prints and writes, its exit codes, and its one-line errors."""
 
+import argparse
 import inspect
 import json
 import re
@@ -16,6 +17,7 @@ from products_harness import in_turns
 from torch import nn
 
 import fxprune
+from fxprune.cli import command_compile
 from fxprune.cli import program as cli
 from fxprune.exact.rewriting import rewritten
 from fxprune.models import load_model
@@ -566,3 +568,21 @@ def test_python_m_fxprune_in_a_process_of_its_own() -> None:
     command = [sys.executable, "-m", "fxprune", "--version"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == f"fxprune {fxprune.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "granularity, onnx, bench, expected",
+    [
+        ("filter", "m.onnx", False, {"round_to": 4}),
+        ("auto", None, True, {"round_to": 4}),
+        ({"filter": 0.2, "kernel": 0.5}, None, True, {"round_to": 4}),
+        ("filter", None, False, {}),
+        (None, "m.onnx", True, {}),
+        ("branch", "m.onnx", True, {}),
+    ],
+)
+def test_filters_leave_widths_that_onnx_runtime_likes(
+    granularity: Any, onnx: str | None, bench: bool, expected: dict[str, int]
+) -> None:
+    options = argparse.Namespace(granularity=granularity, onnx=onnx, bench=bench)
+    assert command_compile._widths(options) == expected
