@@ -122,6 +122,7 @@ def run(options: argparse.Namespace) -> int:
     written = _write(pruned, inputs, options, worth)
     report = fxprune.report(pruned)
     evaluation = _evaluated(pruned, model, given)
+    _warn_of_poor(evaluation)
     document = {
         "model": options.model,
         "weights": None if options.weights is None else str(options.weights),
@@ -158,6 +159,18 @@ def _evaluated(pruned: nn.Module, dense: nn.Module, given: Inputs | None) -> Eva
     if given is None or given.held_out is None:
         return None
     return evaluate(pruned, given.held_out, given.labels, dense, source=given.source, which=HELD_BACK)
+
+
+def _warn_of_poor(evaluation: Evaluation | None) -> None:
+    """Say so where pictures that nothing was calibrated with are judged otherwise than by the dense network: those that
+    were held out of the calibration may be too few to show it.
+    """
+    found = None if evaluation is None else evaluation.agreement
+    if evaluation is not None and found is not None and found.is_poor:
+        warn(
+            f"on {evaluation.inputs} {evaluation.which} only {found.share:.1%} agree with the dense network; calibrate "
+            "with more pictures, prune less (--macs 0.8), or --recover"
+        )
 
 
 def _worth(dense: nn.Module, pruned: nn.Module, inputs: tuple[Tensor], options: argparse.Namespace) -> Worth | None:

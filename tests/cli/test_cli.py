@@ -17,8 +17,10 @@ from products_harness import in_turns
 from torch import nn
 
 import fxprune
+from fxprune.calibration.agreement import Agreement
 from fxprune.cli import command_compile
 from fxprune.cli import program as cli
+from fxprune.comparison.evaluation import Evaluation
 from fxprune.exact.rewriting import rewritten
 from fxprune.models import load_model
 
@@ -586,3 +588,15 @@ def test_filters_leave_widths_that_onnx_runtime_likes(
 ) -> None:
     options = argparse.Namespace(granularity=granularity, onnx=onnx, bench=bench)
     assert command_compile._widths(options) == expected
+
+
+@pytest.mark.parametrize("share, warns", [(0.5, True), (0.95, False)])
+def test_pictures_held_back_on_which_few_agree_are_a_warning(
+    share: float, warns: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation = Evaluation(10, Agreement(share, 10, True, True, 0.1), None, None, which="pictures")
+    command_compile._warn_of_poor(evaluation)
+    said = capsys.readouterr().err
+    assert ("on 10 pictures only 50.0% agree with the dense network" in said) == warns
+    command_compile._warn_of_poor(None)
+    assert capsys.readouterr().err == ""
