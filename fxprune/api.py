@@ -332,9 +332,8 @@ def measure_latency(
     """
     check_is_model(model)
     place = {"target": next((p.device.type for p in model.parameters()), "cpu")} if (target or runtime) is None else {}
-    request = request_of(
-        {**locals(), **place, "latency": 1.0}
-    )  # what a share of the latency would need, whatever it is
+    asked = {**locals(), **place, "latency": 1.0}  # what a share of the latency would need, whatever it is
+    request = request_of(asked)
     return measure_for(Subject(model, example_inputs, None), request)
 
 

@@ -165,11 +165,12 @@ def _warn_of_poor(evaluation: Evaluation | None) -> None:
     """Say so where pictures that nothing was calibrated with are judged otherwise than by the dense network: those that
     were held out of the calibration may be too few to show it.
     """
+    from fxprune.planning.lossy import WAY_OUT
+
     found = None if evaluation is None else evaluation.agreement
     if evaluation is not None and found is not None and found.is_poor:
         warn(
-            f"on {evaluation.inputs} {evaluation.which} only {found.share:.1%} agree with the dense network; calibrate "
-            "with more pictures, prune less (--macs 0.8), or --recover"
+            f"on {evaluation.inputs} {evaluation.which} only {found.share:.1%} agree with the dense network; {WAY_OUT}"
         )
 
 

@@ -42,6 +42,9 @@ from fxprune.vocabulary import GraphRuntime, RuntimeName
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
+SCRIPTED = " scripted"
+"""Ends the name of a graph that TorchScript calls."""
+
 ROUNDS = 9  # of the race between whole graphs
 TURN_SECONDS = 0.02  # a turn of it lasts at least about this long
 MARGIN = 1.15  # a memory format whose convolutions alone are slower by this factor is not raced
@@ -130,9 +133,10 @@ def accelerate(
     others, absent = entrants(runtime, Network(graph, inputs, stopwatch, progress), original, reference, dtype)
     stopwatch.save()
 
-    graphs: dict[str, Any] = {**dict(_candidates(graph, inputs, choices)), **others}
+    in_torch = dict(_candidates(graph, inputs, choices))
+    graphs: dict[str, Any] = {**in_torch, **others}
     if runtime == AUTO:
-        scripted, unscripted = _scripted({name: graph for name, graph in graphs.items() if name not in others})
+        scripted, unscripted = _scripted(in_torch)
         graphs |= scripted
         skipped += unscripted
     timings = race(
@@ -148,9 +152,10 @@ def accelerate(
     if runtime == AUTO and isinstance(result, fx.GraphModule):
         result = TorchModel(result)
     gap = check_same(result, original, inputs, reference, dtype)
-    in_torch = chosen not in others
-    memory_format_name = chosen.split()[1] if in_torch else "own"
-    layers = _layers(choices[memory_format_name], dense=chosen.startswith("dense")) if in_torch else result.layers
+    network = in_torch.get(chosen.removesuffix(SCRIPTED))
+    memory_format_name = "own" if network is None else chosen.split()[1]
+    is_dense = chosen.startswith("dense")
+    layers = result.layers if network is None else _layers(choices[memory_format_name], is_dense)
     result.meta[ACCELERATION] = AccelerationReport(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
@@ -160,13 +165,11 @@ def accelerate(
         relative=timings[chosen].fastest / timings[best_dense].fastest,
         spread={name: timing.spread for name, timing in timings.items()},
         layers=layers,
-        gathers=sum(isinstance(module, FormatKeepingGather) for module in result.modules())
-        if in_torch
-        else result.gathers,
+        gathers=result.gathers if network is None else sum(1 for _ in calls(network, FormatKeepingGather)),
         difference=gap,
         notes=skipped,
         compiled=getattr(find_record(model), "report", None),
-        runtime=TORCH if in_torch else result.runtime,
+        runtime=result.runtime if network is None else TORCH,
         absent=absent,
     )
     return result
@@ -250,7 +253,7 @@ def _scripted(graphs: Mapping[str, fx.GraphModule]) -> tuple[dict[str, TorchMode
     refused = []
     for name, graph in graphs.items():
         try:
-            found[f"{name} scripted"] = TorchModel(graph, scripted=True)
+            found[f"{name}{SCRIPTED}"] = TorchModel(graph, scripted=True)
         except AccelerationError as error:
             refused.append(f"{name}: {error}")
     return found, tuple(refused)

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from fxprune.inference.kernels import native
 
 
-class NativeMaxPool2d(nn.Module):
+class NativeMaxPool2d(native.NativeModule):
     """`fxprune_native::max_pool2d`, float32 on the CPU; what it was not made for goes to PyTorch's.
 
     Args:
@@ -31,16 +31,6 @@ class NativeMaxPool2d(nn.Module):
             return F.max_pool2d(x, self.kernel_size, self.stride, self.padding, self.dilation)
         y: Tensor = torch.ops.fxprune_native.max_pool2d(x, self.kernel_size, self.stride, self.padding, self.dilation)
         return y
-
-    @torch.jit.unused
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load the kernel in a process that unpickles a model.
-
-        Raises:
-            KernelError: it cannot be built there.
-        """
-        native.load()
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
 
 def use_native_pools(gm: fx.GraphModule) -> None:

@@ -88,17 +88,8 @@ class FilterPlanner:
             else:
                 worth = _by_criterion(subject, request, removable)
             plans = _plans(subject, request, removable, gone, worth, times, only)
-            if not subject.is_recorded:
+            if not any(is_counted(subject, plan) for plan in plans.values()):
                 return plans
-            try:
-                for plan in plans.values():
-                    without_removed(subject, masked_copy(subject.model, plan), plan)
-            except CountedError as error:
-                if error.nodes.keys() <= subject.counted.keys():
-                    raise
-                subject.counted.update(error.nodes)
-                continue
-            return plans
 
     def share_of(self, plan: PrunePlan) -> float:
         """The share of the dense time that the network takes without the filters of a plan with `latency`.
@@ -132,7 +123,7 @@ class FilterPlanner:
 
     def tables(self, request: Request, removable: Removable, found: UnitSensitivity) -> dict[str, Sensitivity]:
         """What the units of each space cost together, by the way in which an amount is spread, see `plans`."""
-        return _tables(request, found, removable.units, self._times)
+        return _tables(found, removable.units, _prices(request, found, removable.units, self._times))
 
     def _measured(self, request: Request, removable: Removable, gone: Chosen) -> UnitSensitivity:
         """The sensitivity of the units, measured anew only where these are others than before."""
@@ -207,6 +198,25 @@ def _plans(
     return found
 
 
+def is_counted(subject: Subject, plan: PrunePlan) -> bool:
+    """Whether the code of a user's own module has numbers of channels written into it that a plan changes. They are
+    noted in the subject, and stay when it is planned for anew.
+
+    Raises:
+        CountedError: they were noted before.
+    """
+    if not subject.is_recorded:
+        return False
+    try:
+        without_removed(subject, masked_copy(subject.model, plan), plan)
+    except CountedError as error:
+        if error.nodes.keys() <= subject.counted.keys():
+            raise
+        subject.counted.update(error.nodes)
+        return True
+    return False
+
+
 def plan_of_units(
     subject: Subject,
     request: Request,
@@ -256,18 +266,17 @@ def _by_error(request: Request, found: UnitSensitivity, units: ChannelUnits, tim
     if not request.has_budget:
         scores = found.scores(found.table, None)
         return _Worth({"global": scores, "local": scores}, RECONSTRUCTION, comparable=True)
-    prices, tables = _prices(request, found, units, times), _tables(request, found, units, times)
+    prices = _prices(request, found, units, times)
+    tables = _tables(found, units, prices)
     scores = found.scores(tables["global"], prices)
     mean = found.scores(tables["between"], prices)
     return _Worth({"global": scores, "between": mean, "local": scores}, RECONSTRUCTION, comparable=True)
 
 
-def _tables(
-    request: Request, found: UnitSensitivity, units: ChannelUnits, times: FilterTimes | None
-) -> dict[str, Sensitivity]:
-    """The losses that lead to each way to spread an amount."""
+def _tables(found: UnitSensitivity, units: ChannelUnits, prices: Array) -> dict[str, Sensitivity]:
+    """The losses that lead to each way to spread an amount, where one unit of each space saves `prices` `(S,)`."""
     sizes = np.bincount(units.space, minlength=len(units.names))
-    costs = dict(zip(units.names, (_prices(request, found, units, times) * sizes).tolist(), strict=True))
+    costs = dict(zip(units.names, (prices * sizes).tolist(), strict=True))
     even = uniform(found.table, costs)
     return {"global": found.table, "between": between(found.table, even), "local": even}
 

@@ -5,7 +5,6 @@ corrected (`latency_meeting`).
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 from torch import nn
@@ -48,19 +47,9 @@ def meet_latency(
     table.check(model, inputs, request.runs_in, request.precision)
     form = "overlap" if request.method in PUBLISHED else request.form
     open_ = table.among(counts, form)
-    # Which kernels stay changes no time: the cheapest plan will do.
-    cheapest = Request(
-        form=form,
-        block=request.effective_block,
-        target=request.target,
-        ignore=request.ignore,
-        seed=request.seed,
-        progress=request.progress,
-    )
 
     def share_of(choice: Mapping[str, LatencyOption]) -> float:
-        ratios, groups = as_patterns(open_, choice)
-        planner = Planner(model, replace(cheapest, ratio=ratios, groups=groups), writers=writers)
+        planner = Planner(model, request.by_weights(*as_patterns(open_, choice), form), writers=writers)
         return network.share_with(planner.from_weights())
 
     damage = damages(model, open_, sensitivity, request.seed)

@@ -144,6 +144,20 @@ class Request:
         """The request with something else in place of its budgets, such as ratios."""
         return replace(self, macs=None, params=None, latency=None, latency_table=None, sensitivity=None, **changes)
 
+    def by_weights(
+        self, ratio: float | Mapping[str, float] | None, groups: Groups | Mapping[str, Groups], form: FormChoice
+    ) -> "Request":
+        """Kernels of these amounts, chosen in the cheapest way: which of them stay changes no time and no count."""
+        return Request(
+            ratio=ratio,
+            groups=groups,
+            form=form,
+            block=self.effective_block,
+            target=self.target,
+            ignore=self.ignore,
+            seed=self.seed,
+        )
+
     def with_shares(self, shares: Mapping[str, float]) -> "Request":
         """The request with other budgets, see `shares`."""
         macs, params, latency = (shares.get(name) for name in ("macs", "params", "latency"))

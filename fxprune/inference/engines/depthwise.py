@@ -1,7 +1,5 @@
 """The compiled depthwise convolution of `fxprune.inference.kernels.native`, which costs little to call."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -10,7 +8,7 @@ from fxprune.inference.engines.engine import Engine
 from fxprune.inference.kernels import native
 
 
-class NativeDepthwiseConv2d(Engine):
+class NativeDepthwiseConv2d(native.NativeModule, Engine):
     """`fxprune_native::depthwise_conv2d`, float32 on the CPU, channels_last."""
 
     name = "depthwise"
@@ -27,9 +25,8 @@ class NativeDepthwiseConv2d(Engine):
 
     @classmethod
     def obstacle(cls, conv: FusedConv2d, memory_format: torch.memory_format) -> str:
-        if conv.weight.device.type != "cpu" or conv.weight.dtype != torch.float32:
-            where = f"{conv.weight.dtype} on {conv.weight.device.type}"
-            return f"the compiled kernel is for float32 on the CPU, not {where}"
+        if reason := native.unsuited(conv.weight):
+            return reason
         if not conv.groups == conv.channels == conv.out_channels:
             return "it is for one filter a channel"
         if memory_format != torch.channels_last:
@@ -44,13 +41,3 @@ class NativeDepthwiseConv2d(Engine):
             self.minimum, self.maximum,
         )  # fmt: skip
         return y
-
-    @torch.jit.unused
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load the kernel in a process that unpickles a model.
-
-        Raises:
-            KernelError: it cannot be built there.
-        """
-        native.load()
-        super().__setstate__(state)  # type: ignore[no-untyped-call]

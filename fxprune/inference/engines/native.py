@@ -2,8 +2,6 @@
 convolution.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from fxprune.inference.engines.engine import Engine
 from fxprune.inference.kernels import native
 
 
-class NativeConv2d(Engine):
+class NativeConv2d(native.NativeModule, Engine):
     """`fxprune_native::conv2d`, float32 on the CPU."""
 
     name = "native"
@@ -40,9 +38,8 @@ class NativeConv2d(Engine):
 
     @classmethod
     def obstacle(cls, conv: FusedConv2d, memory_format: torch.memory_format) -> str:
-        if conv.weight.device.type != "cpu" or conv.weight.dtype != torch.float32:
-            where = f"{conv.weight.dtype} on {conv.weight.device.type}"
-            return f"the compiled kernel is for float32 on the CPU, not {where}"
+        if reason := native.unsuited(conv.weight):
+            return reason
         if conv.groups == conv.channels > 1 and memory_format == torch.channels_last:
             return "one filter a group leaves the registers of the compiled kernel empty in channels_last"
         return native.obstacle()
@@ -54,13 +51,3 @@ class NativeConv2d(Engine):
             self.channels_last,
         )  # fmt: skip
         return y
-
-    @torch.jit.unused
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load the kernel in a process that unpickles a model.
-
-        Raises:
-            KernelError: it cannot be built there.
-        """
-        native.load()
-        super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -13,11 +13,11 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxprune.errors import KernelError
 from fxprune.inference import instructions
@@ -43,6 +43,27 @@ class Packed(NamedTuple):
     weights: Tensor
     bias: Tensor
     panels: Tensor
+
+
+class NativeModule(nn.Module):
+    """What calls the compiled kernel."""
+
+    @torch.jit.unused
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load the kernel in a process that unpickles a model.
+
+        Raises:
+            KernelError: it cannot be built there.
+        """
+        load()
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+
+def unsuited(weight: Tensor) -> str:
+    """Why the compiled kernel does not take such a weight; empty if it does."""
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        return ""
+    return f"the compiled kernel is for float32 on the CPU, not {weight.dtype} on {weight.device.type}"
 
 
 @functools.cache

@@ -1,5 +1,5 @@
-// channels_last: SIMD lanes are output channels. The work is cut into tiles of a few neighbouring pixels of one output row
-// times one panel of filters, whose sums stay in registers.
+// channels_last: SIMD lanes are output channels. The work is cut into tiles of a few neighbouring pixels of one output row,
+// with AVX2 of several, times one panel of filters, whose sums stay in registers.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -224,7 +224,7 @@ bool is_pointwise(const Geometry& g) {
 bool shares_sets(const Geometry& g) { return g.channels * g.stride_width % kSharing == 0; }
 
 // Where a task finds its input. It is copied
-
+//
 // - with padding columns on both sides as zeros, so that the pixels of a tile stand at one distance from another also at
 //   the edges;
 // - if its pixels would share sets of the cache: somewhat further apart, and of a strided 1x1 convolution only those that

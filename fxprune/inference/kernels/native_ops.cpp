@@ -129,14 +129,17 @@ void check_input(const at::Tensor& input) {
               input.sizes(), " on ", input.device());
 }
 
-fxprune::Geometry geometry(const at::Tensor& x, int64_t out_channels, int64_t kept, at::IntArrayRef kernel,
-                           at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+void check_window(at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
   const auto is_pair = [](at::IntArrayRef values, int64_t least) {
     return values.size() == 2 && values[0] >= least && values[1] >= least;
   };
   TORCH_CHECK(is_pair(kernel, 1) && is_pair(stride, 1) && is_pair(padding, 0) && is_pair(dilation, 1),
               "fxprune: no convolution or pooling has kernel ", kernel, ", stride ", stride, ", padding ", padding, ", dilation ",
               dilation);
+}
+
+fxprune::Geometry geometry(const at::Tensor& x, int64_t out_channels, int64_t kept, at::IntArrayRef kernel,
+                           at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
   fxprune::Geometry g{};
   g.images = x.size(0);
   g.channels = x.size(1);
@@ -190,10 +193,9 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weights, const at::
               input.size(1));
   const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   const at::Tensor x = input.contiguous(format);
-  TORCH_CHECK(index.dim() == 2 && out.dim() == 1, "fxprune: index must be (groups, kept) and out (O), not ",
-              index.sizes(), " and ", out.sizes());
-  const fxprune::Geometry g = geometry(x, out.size(0), index.size(1), kernel, stride, padding, dilation);
+  check_window(kernel, stride, padding, dilation);
   check_tables(weights, bias, panels, index, out, kernel[0] * kernel[1], channels, channels_last);
+  const fxprune::Geometry g = geometry(x, out.size(0), index.size(1), kernel, stride, padding, dilation);
   at::Tensor y = result(g, x, format);
   const at::Tensor addend = added(residual, y, format);
   if (!y.numel()) return y;
@@ -222,6 +224,7 @@ at::Tensor depthwise_conv2d(const at::Tensor& input, const at::Tensor& weights, 
   check_input(input);
   const auto format = at::MemoryFormat::ChannelsLast;
   const at::Tensor x = input.contiguous(format);
+  check_window(kernel, stride, padding, dilation);
   const fxprune::Geometry g = geometry(x, x.size(1), 1, kernel, stride, padding, dilation);
   const auto is_table = [&](const at::Tensor& table, at::IntArrayRef sizes) {
     return table.sizes() == sizes && table.is_contiguous() && table.device().is_cpu() &&
@@ -251,6 +254,7 @@ at::Tensor max_pool2d(const at::Tensor& input, at::IntArrayRef kernel, at::IntAr
   check_input(input);
   const auto format = at::MemoryFormat::ChannelsLast;
   const at::Tensor x = input.contiguous(format);
+  check_window(kernel, stride, padding, dilation);
   const fxprune::Geometry g = geometry(x, x.size(1), 1, kernel, stride, padding, dilation);
   TORCH_CHECK(padding[0] * 2 <= kernel[0] && padding[1] * 2 <= kernel[1], "fxprune: padding ", padding,
               " is more than half of the kernel ", kernel);

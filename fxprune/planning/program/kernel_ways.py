@@ -35,9 +35,7 @@ def kernel_ways(
         slopes: see `fxprune.planning.program.interaction`.
         scale: by which losses are multiplied.
     """
-    form = (
-        "overlap" if request.method in PUBLISHED or (request.form == "auto" and not request.latency) else request.form
-    )
+    form = form_for(request)
     model = subject.layers
     if request.latency_table is None:
         widths = width_count(len(subject.costs))

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from glob import escape
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -27,14 +28,12 @@ from fxprune.calibration.subject import Subject
 from fxprune.channels.removal import Removable
 from fxprune.channels.units import Chosen
 from fxprune.errors import PlanError
-from fxprune.exact.narrowing import CountedError
 from fxprune.planning.branches import BranchPlanner
 from fxprune.planning.candidates import judged_plans, tables
-from fxprune.planning.filters import FilterPlanner, plan_of_units, removed_units
+from fxprune.planning.filters import FilterPlanner, is_counted, plan_of_units, removed_units
 from fxprune.planning.kernels import sensitivity_of
 from fxprune.planning.latency_meeting import Meeting
 from fxprune.planning.lossy import masked_by, without_removed
-from fxprune.planning.patterns import one_each
 from fxprune.planning.program.integer_program import GAP, Array, Choice, IntegerProgram
 from fxprune.planning.program.interaction import WIDTH, slopes
 from fxprune.planning.program.kernel_ways import kernel_ways
@@ -45,7 +44,6 @@ from fxprune.planning.sensitivity import LayerSensitivity, Sensitivity
 from fxprune.planning.unit_sensitivity import UnitSensitivity
 from fxprune.planning.whole_network import WholeNetwork
 from fxprune.plans import PrunePlan
-from fxprune.plans.masking import masked_copy
 
 T = TypeVar("T")
 
@@ -162,14 +160,8 @@ class ProgramPlanner:
             if not subject.is_recorded or not removable.units.count:
                 return removable, found
             plan = plan_of_units(subject, self._filters, removable, self._keeping(removable, found, 0.0), "", "")
-            try:
-                without_removed(subject, masked_copy(subject.model, plan), plan)
-            except CountedError as error:
-                if error.nodes.keys() <= subject.counted.keys():
-                    raise
-                subject.counted.update(error.nodes)
-                continue
-            return removable, found
+            if not is_counted(subject, plan):
+                return removable, found
 
     def _keeping(self, removable: Removable, found: UnitSensitivity, share: float) -> Chosen:
         """The units that go where each space keeps the width that is nearest to a share of it."""
@@ -219,8 +211,7 @@ class ProgramPlanner:
         """The layers with the ratios that were asked for; by name, or by the pattern that matches the name alone."""
         assert isinstance(request.ratio, Mapping)
         for layer in self._layers.layers:
-            (pattern,) = one_each({layer.name: 0})
-            yield layer, request.ratio.get(layer.name, request.ratio.get(pattern, 0.0))
+            yield layer, request.ratio.get(layer.name, request.ratio.get(escape(layer.name), 0.0))
 
     @cached_property
     def _branch_losses(self) -> dict[str, float]:

@@ -69,15 +69,7 @@ class SelectedPlans:
         whole, kernels, bare = self.whole(selected), self.kernels(selected), self.subject.without_data()
         if kernels is None:
             return PrunePlan({}) if whole is None else whole
-        cheapest = Request(
-            ratio=kernels.ratio,
-            groups=kernels.groups,
-            form=kernels.form,
-            block=kernels.effective_block,
-            target=kernels.target,
-            ignore=kernels.ignore,
-            seed=kernels.seed,
-        )
+        cheapest = kernels.by_weights(kernels.ratio, kernels.groups, kernels.form)
         if whole is None:
             return planned(bare, cheapest)[0]
         return with_rest(bare, whole, lambda rest: planned(rest, cheapest))[0]
