@@ -12,7 +12,7 @@ from fxprune.durations import in_words
 logger = logging.getLogger("fxprune")
 
 LONG = 30.0
-"""Seconds from which on a run is announced in the log."""
+"""Seconds from which on a run is announced where no bar is asked for."""
 
 
 @dataclass
@@ -35,10 +35,10 @@ class Run:
         text = f"about {in_words(total)}"
         if len(self.seconds) > 1:
             text += ": " + ", ".join(f"{stage} {in_words(time)}" for stage, time in self.seconds.items())
-        if total >= LONG or self.progress:
-            logger.info(text)
         if self.progress:
             tqdm.write(text, file=sys.stderr)
+        elif total >= LONG:
+            logger.warning("fxprune: %s", text)  # seen where nobody set up logging
         layout = "{desc:<16}{percentage:3.0f}%|{bar}| {elapsed}"
         self._bar = tqdm(total=max(total, 1e-9), bar_format=layout, disable=not self.progress)
 

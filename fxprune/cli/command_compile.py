@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -34,11 +33,6 @@ if TYPE_CHECKING:
     from fxprune.cli.data import Inputs
     from fxprune.comparison.evaluation import Evaluation
     from fxprune.comparison.worth import Worth
-
-ONNX_WIDTHS = 4
-"""ONNX Runtime is slow where channels are no multiple of this many: MobileNetV2 at 80 % of the MACs takes 4.3 ms with
-any widths, 3.8 with multiples of 2, 1.9 of 4 and 1.8 of 8 (96 pixels, one thread of an AMD EPYC, dense 1.95).
-"""
 
 EXAMPLES = """\
 examples:
@@ -113,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
     given = inputs_for(model, options)
     calibration = None if given is None else given.calibration
     inputs = inputs_of(model, options, calibration)
-    asked = _widths(options) | pruning_of(options) | {"recover": False if recovery is None else recovery}
+    asked = pruning_of(options) | {"recover": False if recovery is None else recovery}
     request = request_of({"model": model, **asked})
     subject = Subject(model, inputs, calibration, options.result if request.target is None else "graph")
     done = compiled_for(subject, request, check=not options.no_verify)
@@ -122,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
     written = _write(pruned, inputs, options, worth)
     report = fxprune.report(pruned)
     evaluation = _evaluated(pruned, model, given)
-    _warn_of_poor(evaluation)
+    _warn_of_poor(evaluation, done.plan, recovered=recovery is not None)
     document = {
         "model": options.model,
         "weights": None if options.weights is None else str(options.weights),
@@ -146,12 +140,6 @@ def run(options: argparse.Namespace) -> int:
     return show(options, document, "\n".join(lines))
 
 
-def _widths(options: argparse.Namespace) -> dict[str, int]:
-    """What widths filters leave, where the result goes to ONNX and `--round-to` does not say it."""
-    loses_filters = options.granularity in ("filter", "auto") or isinstance(options.granularity, Mapping)
-    return {"round_to": ONNX_WIDTHS} if loses_filters and (options.onnx or options.bench) else {}
-
-
 def _evaluated(pruned: nn.Module, dense: nn.Module, given: Inputs | None) -> Evaluation | None:
     """How good the result is on pictures that were held back; None if there are none."""
     from fxprune.comparison.evaluation import HELD_BACK, evaluate
@@ -161,16 +149,17 @@ def _evaluated(pruned: nn.Module, dense: nn.Module, given: Inputs | None) -> Eva
     return evaluate(pruned, given.held_out, given.labels, dense, source=given.source, which=HELD_BACK)
 
 
-def _warn_of_poor(evaluation: Evaluation | None) -> None:
+def _warn_of_poor(evaluation: Evaluation | None, plan: fxprune.PrunePlan, *, recovered: bool) -> None:
     """Say so where pictures that nothing was calibrated with are judged otherwise than by the dense network: those that
     were held out of the calibration may be too few to show it.
     """
-    from fxprune.planning.lossy import WAY_OUT
+    from fxprune.planning.lossy import way_out
 
     found = None if evaluation is None else evaluation.agreement
     if evaluation is not None and found is not None and found.is_poor:
         warn(
-            f"on {evaluation.inputs} {evaluation.which} only {found.share:.1%} agree with the dense network; {WAY_OUT}"
+            f"on {evaluation.inputs} {evaluation.which} only {found.share:.1%} agree with the dense network; "
+            f"{way_out(plan, recovered=recovered)}"
         )
 
 

@@ -71,7 +71,7 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
         "--round-to",
         type=int,
         metavar="N",
-        help="filters: keep a multiple of N in each layer (default: 1; of compile with --onnx or --bench 4)",
+        help="filters: keep a multiple of N in each layer (default: 4, and 1 where there are fewer than 16)",
     )
     parser.add_argument("--groups", type=values.groups, default="auto", metavar="N|auto", help="groups per convolution")
     parser.add_argument("--form", choices=get_args(FormChoice), default="auto", help="default: %(default)s")

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
+from fxprune.errors import near_matches
+
 
 def either(kind: object) -> str:
     """The names that one of the types of `fxprune.vocabulary` has, with commas between."""
@@ -100,7 +102,9 @@ def some_of(what: str, legal: Sequence[str]) -> Callable[[str], list[Any]]:
 
     def read(name: str) -> str:
         if name not in legal:
-            raise argparse.ArgumentTypeError(f"there is no {what} {name!r}; choose from {', '.join(legal)}")
+            raise argparse.ArgumentTypeError(
+                f"there is no {what} {name!r}{near_matches(name, legal)}; choose from {', '.join(legal)}"
+            )
         return name
 
     return list_of(read)

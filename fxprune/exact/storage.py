@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.calibration.agreement import Agreement
 from fxprune.errors import FxpruneError, StorageError
 from fxprune.exact.record import Record, keep_record, record_of
 from fxprune.exact.reporting import Report
@@ -41,6 +43,8 @@ def save(pruned: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors = pruned.state_dict() if is_graph else tensors_of(pruned)
     state = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     described = {"plan": record.plan.to_json(), "inputs": _describe(record.inputs), "options": dict(record.options)}
+    if record.report.agreement is not None:
+        described["agreement"] = asdict(record.report.agreement)
     if not is_graph:
         described |= {"surgery": record.surgery, "report": record.report.to_dict(), "modes": list(record.modes)}
     elif any(not tensor.is_meta for tensor in tensors_in(record.inputs)):
@@ -76,6 +80,10 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> Any:
         pruned = rewritten(blank, plan, trace(blank, inputs or None), **header["options"])
     except FxpruneError as error:
         raise StorageError(f"{path} does not fit {type(model).__name__}: {error}") from error
+    if "agreement" in header:  # what was measured then; the rest of the report is found again
+        record = record_of(pruned)
+        report = replace(record.report, agreement=Agreement(**header["agreement"]))
+        keep_record(pruned, replace(record, report=report))
     return _fill(pruned, content["state"], path, model)
 
 

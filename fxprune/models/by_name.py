@@ -58,7 +58,7 @@ def load_model(name: str, weights: str | Path | None = None, seed: int = 0) -> n
         except Exception as error:  # the user's function, or a library's
             if published:
                 raise StorageError(
-                    f"{name}: its published weights {weights} cannot be had: {_told(error)}. Without a network, "
+                    f"{name}: its published weights {weights} cannot be had: {_said(error)}. Without a network, "
                     "download them elsewhere and give the file: --weights FILE"
                 ) from error
             raise ModelNameError(f"{name}: called without arguments, it raises {_told(error)}") from error
@@ -131,7 +131,10 @@ def _builder(name: str, weights: str | None = None) -> Callable[[], Any]:
         return partial(OWN_MODELS[name], **given)
     if _timm_names(name):
         return _timm_builder(name, weights, given)
-    raise ModelNameError(f"{name}: no such model{_did_you_mean(name)}; see torchvision.models.list_models()")
+    raise ModelNameError(
+        f"{name}: no such model{_did_you_mean(name)}; see torchvision.models.list_models(), or give one of your own as "
+        "path/to/file.py:callable"
+    )
 
 
 def _torchvision_options(name: str, weights: str | None) -> dict[str, Any]:
@@ -236,8 +239,13 @@ def _file(path: Path) -> Any:
 def _told(error: Exception) -> str:
     """An error in one line, with the place in the file where it was raised."""
     last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{_said(error)} ({Path(last.filename).name}, line {last.lineno})"
+
+
+def _said(error: Exception) -> str:
+    """An error in one line."""
     said = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}{said and ': ' + said} ({Path(last.filename).name}, line {last.lineno})"
+    return f"{type(error).__name__}{said and ': ' + said}"
 
 
 def _did_you_mean(name: str) -> str:

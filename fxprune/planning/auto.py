@@ -173,7 +173,7 @@ class _Trials:
         rest, by the least damage.
         """
         eased = {name: 1 - part * (1 - share) for name, share in self._filters.shares.items()}
-        asked = replace(self._filters.with_shares(eased), round_to=math.lcm(self._filters.round_to, ROUND_TO))
+        asked = replace(self._filters.with_shares(eased), round_to=math.lcm(self._filters.round_to or 1, ROUND_TO))
         filters = next(iter(self._planner.plans(asked, self._way("filters")).values()))
         time = None if self._filters.latency is None else self._planner.share_of(filters)
         return self._followed(filters, time)

@@ -14,7 +14,7 @@ from fxprune.channels.branches import residual_branches
 from fxprune.errors import PlanError
 from fxprune.planning.branch_trials import TRIED, WAYS, Branches, Trials
 from fxprune.planning.candidates import best_plan
-from fxprune.planning.latency_table import TOLERANCE
+from fxprune.planning.latency_table import NEAR
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Cost
@@ -102,7 +102,7 @@ class BranchPlanner:
         gone = self._within(order, request.budgets)
         if request.latency is None:
             return gone, ()
-        limit = request.latency * (1 + TOLERANCE)
+        limit = request.latency * (1 + NEAR)
         counts = range(len(gone), len(self.layers) + 1)
         place = bisect_left(counts, True, key=lambda n: self.share_without(order.first(n), request) <= limit)
         if place == len(counts):

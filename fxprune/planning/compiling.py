@@ -12,7 +12,7 @@ from fxprune.exact.record import keep_record, record_of
 from fxprune.exact.rewriting import rewritten
 from fxprune.exact.verification import Verification, verify
 from fxprune.planning.estimates import PLAN, REFIT
-from fxprune.planning.lossy import WAY_OUT, masked_by, recovered_by, tell_agreement
+from fxprune.planning.lossy import masked_by, recovered_by, tell_agreement, way_out
 from fxprune.planning.making import noted_as_baked, plan_for
 from fxprune.planning.requests import AUTO, Request
 from fxprune.plans import PrunePlan
@@ -73,7 +73,7 @@ def compiled_for(
         pruned = _rewritten(subject, plan, masked, fold_batch_norm)
         found = getattr(masked, AGREEMENT, None)
         if found is not None and found.is_poor:
-            warnings.warn(f"{found}; {WAY_OUT}", PoorAgreementWarning, stacklevel=3)
+            warnings.warn(f"{found}; {way_out(plan, recovered=True)}", PoorAgreementWarning, stacklevel=3)
     else:
         record = record_of(pruned)
         agreement = tell_agreement(subject, plan, masked, progress=progress)

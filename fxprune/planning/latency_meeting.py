@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from fxprune.errors import PlanError
-from fxprune.planning.latency_table import TOLERANCE, LatencyTable
+from fxprune.planning.latency_table import NEAR, TOLERANCE, LatencyTable
 
 T = TypeVar("T")
 
 CORRECTIONS = 3
-"""If the time of the whole network is further than `TOLERANCE` from what was predicted, the prediction is corrected, so
-many times at most."""
+"""If the time of the whole network is further than `NEAR` from what was predicted, the prediction is corrected, so many
+times at most."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Meeting(Generic[T]):
             pace: what the whole network takes relative to what the table predicts, as far as it is known.
 
         Returns:
-            Of the choices that leave it, or `TOLERANCE` of it more, the one with the least damage; else the fastest.
+            Of the choices that leave it, or `NEAR` of it more, the one with the least damage; else the fastest.
 
         Raises:
             PlanError: what `choose` raises.
@@ -58,10 +58,10 @@ class Meeting(Generic[T]):
         tried: list[tuple[bool, float, Met[T]]] = []
         while choice and self.measure is not None and all(choice != met.choice for *_, met in tried):
             reached, predicted = self.measure(choice), self.predicted(choice)
-            misses = reached > self.share * (1 + TOLERANCE)
+            misses = reached > self.share * (1 + NEAR)
             tried.append((misses, reached if misses else self.damage(choice), Met(choice, predicted, reached)))
-            is_near = abs(reached / self.share - 1) <= TOLERANCE
-            is_as_predicted = abs(reached / (predicted * self.share / budget) - 1) <= TOLERANCE
+            is_near = abs(reached / self.share - 1) <= NEAR
+            is_as_predicted = abs(reached / (predicted * self.share / budget) - 1) <= NEAR
             if is_near or is_as_predicted or len(tried) > CORRECTIONS:
                 break
             budget = self._within(self.share * predicted / reached)

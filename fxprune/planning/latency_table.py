@@ -20,9 +20,10 @@ from fxprune.planning.latency_grid import LayerGrid, NetworkTimes
 from fxprune.plans import Form
 from fxprune.tables import Bar, Cell, Column, Table, Tabular
 
-# A share is met if the whole network exceeds it by no more than this. If its time is further than this from what was
-# predicted, the prediction is corrected, so many times at most.
+# A share is met if the whole network exceeds it by no more than this.
 TOLERANCE = 0.05
+# How near to the share a choice is brought: measured anew it lies up to 3 % elsewhere, and shall be met all the same.
+NEAR = 0.02
 # Of a sum of seconds in another order.
 ROUNDING = 1e-9
 SHOWN = (1 / 4, 1 / 2, 3 / 4)

@@ -43,6 +43,9 @@ from fxprune.plans.masking import (
 from fxprune.plans.plan import check_is_plan
 from fxprune.vocabulary import AugmentName
 
+ACCURATE_GROUPS = 8
+"""Advised where accuracy counts for more than time: of ResNet-20 at 57 % of the MACs 3 points are due to them."""
+
 
 def mask(
     model: nn.Module,
@@ -301,7 +304,7 @@ def tell_agreement(subject: Subject, plan: PrunePlan, masked: nn.Module, *, prog
     if found is not None:
         setattr(masked, AGREEMENT, found)
         if found.is_poor:
-            warnings.warn(f"{found}; {WAY_OUT}", PoorAgreementWarning, stacklevel=3)
+            warnings.warn(f"{found}; {way_out(plan, recovered=False)}", PoorAgreementWarning, stacklevel=3)
     return found
 
 
@@ -390,7 +393,11 @@ def put_back(masked: nn.Module, smaller: nn.Module, plan: PrunePlan) -> None:
                 tensor[rows] = new
 
 
-WAY_OUT = (
-    "more calibration images help most; then recovery (recover=True, --recover), a smaller ratio or larger budget, "
-    "8 groups for kernels, or fine-tuning"
-)
+def way_out(plan: PrunePlan, *, recovered: bool) -> str:
+    """What to try where the agreement is poor and was not tried, as the end of a warning."""
+    others = ["a smaller ratio or larger budget"]
+    if not recovered:
+        others = ["recovery (recover=True, --recover)", *others]
+    if any(kernels.groups < ACCURATE_GROUPS for kernels in plan.layers.values()):
+        others += [f"{ACCURATE_GROUPS} groups for kernels"]
+    return f"more calibration images help most; then {', '.join(others)}, or fine-tuning"

@@ -53,6 +53,13 @@ RECONSTRUCTION = "reconstruction"
 """The criterion of filters that is the error after a refit; the default with calibration data."""
 ON_CPU = ("onnxruntime", "openvino", "inductor")
 """Runtimes that fxprune runs on the CPU only, so that they say what the target is."""
+MULTIPLE = 4
+"""Of which each channel space keeps a multiple, for ONNX Runtime leaves its fast layout where a convolution reads any
+other number: MobileNetV2 at 80 % of the MACs takes 4.3 ms with any widths, 3.8 with multiples of 2, 1.9 of 4 and 1.8 of
+8 (96 pixels, one thread of an AMD EPYC, dense 1.95).
+"""
+NARROW = 16
+"""Spaces of fewer channels keep any number: of so few multiples there is little to choose from."""
 DEFAULT_RATIO = 0.5
 """Of kernel groups, or filters, where neither ratio nor budget is given."""
 
@@ -81,7 +88,7 @@ class Request:
     sensitivity: Sensitivity | None = None
     granularity: GranularityChoice | Mapping[str, float] = "kernel"
     scope: Scope | None = None
-    round_to: int = 1
+    round_to: int | None = None
     groups: Groups | Mapping[str, Groups] = "auto"
     method: Method = "auto"
     form: FormChoice = "auto"
@@ -193,6 +200,10 @@ class Request:
         if self.block is not None:
             return self.block
         return 1 if self.target is None or self.method in PUBLISHED else BLOCKS[self.target]
+
+    def multiple(self, size: int) -> int:
+        """What a channel space of so many filters keeps a multiple of."""
+        return self.round_to or (MULTIPLE if size >= NARROW else 1)
 
     @property
     def gives_up_blocks(self) -> bool:
@@ -363,8 +374,10 @@ class Request:
                 raise PlanError(
                     "ratio maps patterns to shares, but scope='global' ranks all layers together; use 'local'"
                 )
-        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
-            raise PlanError(f"round_to is {self.round_to!r}; it must be an integer, 1 or more")
+        if self.round_to is not None and (
+            isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1
+        ):
+            raise PlanError(f"round_to is {self.round_to!r}; it must be an integer, 1 or more, or None for what suits")
 
     def _check_groups(self) -> None:
         for count in self.groups.values() if isinstance(self.groups, Mapping) else (self.groups,):

@@ -149,7 +149,8 @@ class _Steps:
         times: NetworkTimes | None = None,
     ) -> "_Steps":
         lanes = 1 if times is None else times.lanes
-        round_to = np.array([math.lcm(request.round_to, step_of(size, lanes)) for size in sizes.tolist()], np.intp)
+        steps = [math.lcm(request.multiple(size), step_of(size, lanes)) for size in sizes.tolist()]
+        round_to = np.array(steps, np.intp)
         order = np.lexsort((-np.arange(units.count), scores, ~gone, units.space))
         position = positions(units.space)
         rounded = round_to[units.space]

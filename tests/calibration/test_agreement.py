@@ -265,6 +265,19 @@ def test_poor_agreement_warns_and_says_what_to_try() -> None:
         fxprune.compile(seeded(Net), 0.9, example_inputs=data[:2])
 
 
+@pytest.mark.parametrize("groups, advised", [(2, True), (8, False)])
+def test_only_what_was_not_tried_is_advised(groups: int, advised: bool) -> None:
+    data = images(64)
+    asked: dict[str, Any] = {"ratio": 0.9, "groups": groups, "calibration": data}
+    with pytest.warns(PoorAgreementWarning, match="more calibration images") as refitted:
+        fxprune.compile(seeded(Net), **asked)
+    with pytest.warns(PoorAgreementWarning, match="more calibration images") as recovered:
+        fxprune.compile(seeded(Net), **asked, recover={"steps": 1})
+    before, after = (str(caught[0].message) for caught in (refitted, recovered))
+    assert ("8 groups for kernels" in before, "8 groups for kernels" in after) == (advised, advised)
+    assert ("recover=True" in before, "recover=True" in after) == (True, False)
+
+
 def test_the_model_is_left_alone() -> None:
     class Counting(Net):
         def __init__(self) -> None:

@@ -71,13 +71,15 @@ def test_one_bar_reaches_its_end_with_the_stages_in_their_order(capsys: pytest.C
 
 
 @pytest.mark.parametrize("slower, said", [(1e9, True), (1e-9, False)])
-def test_only_what_takes_long_is_logged_unasked(
+def test_only_what_takes_long_is_announced_unasked(
     slower: float, said: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(fxprune.planning.estimates, "SLOWER", slower)
     with caplog.at_level(logging.INFO, "fxprune"):
         fxprune.make_plan(net(), 0.5, calibration=IMAGES)
-    assert any(record.getMessage().startswith("about ") for record in caplog.records) is said
+    told = [record for record in caplog.records if record.getMessage().startswith("fxprune: about ")]
+    assert bool(told) is said
+    assert all(record.levelno == logging.WARNING for record in told), "else it is seen only where logging is set up"
 
 
 def test_the_bar_never_goes_back_and_a_stage_ends_where_the_next_begins() -> None:

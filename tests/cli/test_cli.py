@@ -1,6 +1,5 @@
 """The command line: what each subcommand prints and writes, its exit codes, and its one-line errors."""
 
-import argparse
 import inspect
 import json
 import re
@@ -572,31 +571,13 @@ def test_python_m_fxprune_in_a_process_of_its_own() -> None:
     assert done.stdout == f"fxprune {fxprune.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "granularity, onnx, bench, expected",
-    [
-        ("filter", "m.onnx", False, {"round_to": 4}),
-        ("auto", None, True, {"round_to": 4}),
-        ({"filter": 0.2, "kernel": 0.5}, None, True, {"round_to": 4}),
-        ("filter", None, False, {}),
-        (None, "m.onnx", True, {}),
-        ("branch", "m.onnx", True, {}),
-    ],
-)
-def test_filters_leave_widths_that_onnx_runtime_likes(
-    granularity: Any, onnx: str | None, bench: bool, expected: dict[str, int]
-) -> None:
-    options = argparse.Namespace(granularity=granularity, onnx=onnx, bench=bench)
-    assert command_compile._widths(options) == expected
-
-
 @pytest.mark.parametrize("share, warns", [(0.5, True), (0.95, False)])
 def test_pictures_held_back_on_which_few_agree_are_a_warning(
     share: float, warns: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluation = Evaluation(10, Agreement(share, 10, True, True, 0.1), None, None, which="pictures")
-    command_compile._warn_of_poor(evaluation)
+    command_compile._warn_of_poor(evaluation, fxprune.PrunePlan({}), recovered=True)
     said = capsys.readouterr().err
-    assert ("on 10 pictures only 50.0% agree with the dense network" in said) == warns
-    command_compile._warn_of_poor(None)
+    assert ("on 10 pictures only 50.0% agree with the dense network; more calibration images" in said) == warns
+    command_compile._warn_of_poor(None, fxprune.PrunePlan({}), recovered=True)
     assert capsys.readouterr().err == ""

@@ -349,6 +349,21 @@ def test_eval_of_a_file_says_what_flatters(photos: Path, capsys: pytest.CaptureF
     assert "note:" not in capsys.readouterr().out, "a dense network was calibrated with none"
 
 
+def test_eval_reads_pictures_at_the_size_a_file_was_compiled_with(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(load_model("digits_resnet", seed=5).state_dict(), "w.pth")
+    weights, data = ("--weights", "w.pth"), ("--data", str(photos))
+    assert main(["compile", "digits_resnet", *weights, "--size", "20", "-o", "net.pt"]) == 0
+    capsys.readouterr()
+    of_the_file = run_json(capsys, "eval", "net.pt", "digits_resnet", *weights, *data)
+    asked = run_json(capsys, "eval", "net.pt", "digits_resnet", *weights, *data, "--size", "16")
+    usual = run_json(capsys, "eval", "digits_resnet", *weights, *data, "--labels", "names")
+    assert "20x20" in of_the_file["pictures"]
+    assert "16x16" in asked["pictures"]
+    assert "8x8" in usual["pictures"]
+
+
 def test_eval_measures_nothing_by_random_weights(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(load_model("digits_resnet", seed=5).state_dict(), "w.pth")
     net, weights = ("digits_resnet", "--size", "16"), ("--weights", "w.pth")

@@ -146,6 +146,9 @@ def test_bench_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "torch sees no CUDA device" in error_of(capsys, *BENCH, "--device", "cuda")
     assert "no CUDA graphs on the CPU" in error_of(capsys, *BENCH, "--runtime", "cudagraph")
     assert "resnet2: no such model; did you mean" in error_of(capsys, "bench", "resnet2", "--rounds", "1")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*BENCH, "--against", "filter"])
+    assert "there is no rival 'filter' (near: 'filters'); choose from" in capsys.readouterr().err
     Path("a.json").write_text("{}")
     assert "a.json: is no record of fxprune bench" in error_of(capsys, "bench", "--from", "a.json", "--plot", "a.png")
     assert "b.json" in error_of(capsys, "bench", "--from", "b.json", "--plot", "a.png")

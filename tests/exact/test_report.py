@@ -259,7 +259,7 @@ def test_both_granularities_in_one_table() -> None:
     first, each, last, tail = report.layers
     assert [layer.form for layer in report.layers] == ["partition", "filters", "partition", "filters"]
     assert (first.asked_ratio, first.filters_dense, first.filters, first.groups) == (0.5, 32, 24, 2)
-    assert (last.params_dense, last.params) == (24 * 32, 18 * 12)
+    assert (last.params_dense, last.params) == (24 * 32, 20 * 12)
     assert each.asked_ratio is None
     assert tail.reason
     assert report.rewritten == 4

@@ -18,6 +18,7 @@ import fxprune
 from fxprune.errors import FxpruneError, StorageError
 from fxprune.exact import storage
 from fxprune.graph.layers import ChannelGather
+from fxprune.vocabulary import Output
 
 X = torch.randn(2, 16, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -66,6 +67,18 @@ def altered(path: Path, change: Callable[[dict[str, Any]], None], digest: bool =
 
 
 # --- there and back -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output", ["graph", "module"])
+def test_the_agreement_comes_back(output: Output, tmp_path: Path) -> None:
+    images = torch.randn(24, 16, 6, 6, generator=torch.Generator().manual_seed(1))
+    pruned = fxprune.compile(
+        randomize(Net()).eval(), ratio=0.25, granularity="filter", calibration=images, output=output
+    )
+    fxprune.save(pruned, tmp_path / "net.pt")
+    report = fxprune.report(fxprune.load(tmp_path / "net.pt", Net()))
+    assert report.agreement == fxprune.report(pruned).agreement is not None
+    assert f"note: {report.agreement}" in str(report)
 
 
 @pytest.mark.parametrize(

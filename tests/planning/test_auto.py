@@ -147,7 +147,7 @@ def test_what_is_planned_step_by_step_is_what_compile_gives(net: Net, monkeypatc
 
 
 def test_parameters_are_a_budget_too(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
-    take(monkeypatch, auto.WITHOUT_BRANCHES)
+    take(monkeypatch, auto.PROGRAM)
     report = fxprune.report(fxprune.compile(net, params=0.6, granularity="auto", calibration=images()))
     assert 0.57 < report.params_pruned / report.params_dense <= 0.6
 
@@ -211,5 +211,5 @@ def test_what_does_not_go_together(asked: dict[str, Any], message: str) -> None:
 def test_what_both_parts_understand_is_passed_on() -> None:
     filters, kernels = Request(granularity="auto", macs=0.5, groups=8, round_to=4, ignore="a").parts()
     assert (filters.granularity, filters.macs, filters.round_to, filters.groups) == ("filter", 0.5, 4, "auto")
-    assert (kernels.granularity, kernels.macs, kernels.round_to, kernels.groups) == ("kernel", 0.5, 1, 8)
+    assert (kernels.granularity, kernels.macs, kernels.round_to, kernels.groups) == ("kernel", 0.5, None, 8)
     assert filters.patterns == kernels.patterns == ("a",)

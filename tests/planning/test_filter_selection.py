@@ -32,8 +32,9 @@ SCOPES: tuple[Scope, ...] = ("local", "global")
 
 
 def choose_units(units: ChannelUnits, scores: Array, *, gone: Chosen | None = None, **asked: Any) -> Chosen:
-    """What is chosen if this is asked for."""
-    return fxprune.planning.selection.choose_units(units, scores, Request(granularity="filter", **asked), gone)
+    """What is chosen if this is asked for; any number may stay unless it is said."""
+    request = Request(granularity="filter", **{"round_to": 1, **asked})
+    return fxprune.planning.selection.choose_units(units, scores, request, gone)
 
 
 class Shapes:
@@ -426,6 +427,19 @@ def test_a_global_ranking_leaves_a_share_of_each_space() -> None:
     ):
         choose_units(units, scores, ratio=0.95, scope="global")
     assert choose_units(units, scores, ratio=0.9375, scope="global").sum() == units.count * 15 / 16
+
+
+def test_unless_it_is_said_multiples_of_4_stay_where_there_are_enough() -> None:
+    shapes = Shapes(few=15, some=16, odd=30, many=64)
+    for name, reads in (("some", "few"), ("odd", "some"), ("many", "odd")):
+        shapes.layer(name, reads, name)
+    units = shapes.done()
+    for ratio in (0.1, 0.3, 0.5, 0.7):
+        kept = sizes_of(units) - counts(units, choose_units(units, some_scores(units), ratio=ratio, round_to=None))
+        by_ones = sizes_of(units) - counts(units, choose_units(units, some_scores(units), ratio=ratio))
+        assert kept[0] == by_ones[0]
+        assert ((kept % 4 == 0) | (kept == sizes_of(units)))[1:].all()
+        assert (np.abs(kept - by_ones) <= 2).all()
 
 
 @pytest.mark.parametrize("round_to", [1, 4, 8])

@@ -211,11 +211,11 @@ def tried(factor: float, share: float = 0.6) -> tuple[list[float], float]:
     return seen, factor * FINE.predicted(result)
 
 
-@pytest.mark.parametrize("factor, attempts", [(1.0, 1), (1.04, 1), (1.2, 2), (0.8, 2)])
+@pytest.mark.parametrize("factor, attempts", [(1.0, 1), (1.01, 1), (1.04, 2), (1.2, 2), (0.8, 2)])
 def test_the_budget_is_corrected_by_what_was_measured(factor: float, attempts: int) -> None:
     seen, reached = tried(factor)
     assert len(seen) == attempts
-    assert reached == pytest.approx(0.6, rel=0.05)
+    assert reached == pytest.approx(0.6, rel=0.02)
 
 
 def test_control_without_corrections_the_share_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +238,7 @@ def test_at_most_three_corrections_and_the_fastest_if_none_will_do() -> None:
 
 
 def test_of_the_choices_that_meet_the_share_the_least_damage_counts() -> None:
-    shares = iter((0.4, 0.7, 0.62))
+    shares = iter((0.4, 0.7, 0.61))
     choices = []
 
     def measure(choice: Mapping[str, LatencyOption]) -> float:

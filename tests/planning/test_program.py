@@ -125,7 +125,7 @@ class Case:
     def terms(self, losses: Losses | None = None, table: LatencyTable | None = None) -> NetworkTerms:
         shares = self.filters.shares
         network = self.subject.trace.module
-        return NetworkTerms(network, self.removable, losses or self.losses, self.branches, shares, 1, table)
+        return NetworkTerms(network, self.removable, losses or self.losses, self.branches, shares, table=table)
 
     def counted(self, terms: NetworkTerms, choice: Choice) -> tuple[float, float]:
         """The shares of MACs and parameters of the network that is compiled by a choice."""

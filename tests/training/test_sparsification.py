@@ -236,7 +236,7 @@ FILTERS: dict[str, dict[str, Any]] = {
     "random": {"ratio": 0.5, "criterion": "random", "seed": 5},
     "variety": {"ratio": 0.5, "variety": "pairs-pure"},
     "global": {"ratio": 0.5, "scope": "global"},
-    "budget": {"macs": 0.5, "example_inputs": X},
+    "budget": {"macs": 0.5, "round_to": 1, "example_inputs": X},
     "by pattern": {"ratio": {"0": 0.75}},
 }
 

@@ -168,7 +168,7 @@ class ProgramPlanner:
         goes = np.zeros(removable.units.count, dtype=np.bool_)
         for space in range(len(removable.units.names)):
             mine = found.order[removable.units.space[found.order] == space]
-            widths = widths_of(len(mine), WIDTHS[0], self._filters.round_to)
+            widths = widths_of(len(mine), WIDTHS[0], self._filters.multiple(len(mine)))
             kept = min(widths, key=lambda width: abs(width / len(mine) - share))
             goes[mine[: len(mine) - kept]] = True
         return goes
@@ -239,8 +239,8 @@ class ProgramPlanner:
         spaces = [self._scales[1] * losses for losses in self._spaces]
         losses = Losses(self._units.order, spaces, self._ways, self._branch_losses if branches else {})
         network, shares = self._subject.trace.module, self._filters.shares
-        table, round_to = self._filters.latency_table, self._filters.round_to
-        return NetworkTerms(network, self._removable, losses, self._held, shares, round_to, table)
+        table, multiple = self._filters.latency_table, self._filters.multiple
+        return NetworkTerms(network, self._removable, losses, self._held, shares, multiple, table)
 
     @property
     def _plans(self) -> SelectedPlans:

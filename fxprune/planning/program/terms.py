@@ -22,7 +22,7 @@ spaces the mean over all inputs.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -142,19 +142,19 @@ def width_count(layers: int) -> int:
     return int(np.clip(math.sqrt(CELLS / max(1, layers)), *WIDTHS))
 
 
-def widths_of(size: int, count: int, round_to: int = 1, lanes: int = 1) -> tuple[int, ...]:
+def widths_of(size: int, count: int, multiple: int = 1, lanes: int = 1) -> tuple[int, ...]:
     """The numbers of units that a space may keep, falling, the whole first.
 
     Args:
         size: how many units it has.
         count: about how many widths there are to be.
-        round_to: only multiples of this many.
+        multiple: only multiples of this many.
         lanes: see `fxprune.planning.latency_grid.step_of`.
 
     >>> widths_of(16, 8), widths_of(100, 8)
     ((16, 14, 12, 10, 8, 6, 4, 2, 1), (100, 96, 80, 64, 48, 32, 16, 7))
     """
-    step = math.lcm(round_to, step_of(size, lanes))
+    step = math.lcm(multiple, step_of(size, lanes))
     share = math.ceil(size / count)
     share = ALIGNED * math.ceil(share / ALIGNED) if share >= ALIGNED else 1 << (share - 1).bit_length()
     stride = step * math.ceil(share / step)
@@ -189,7 +189,7 @@ class NetworkTerms:
         losses: of all choices.
         branches: the modules of each branch that may go, by its name.
         shares: the costs that count, with the share of the dense network that may remain.
-        round_to: each space keeps a multiple of this many units.
+        multiple: of how many units a space of so many keeps a multiple.
         table: times, if these count.
     """
 
@@ -200,7 +200,7 @@ class NetworkTerms:
         losses: Losses,
         branches: Mapping[str, Collection[str]],
         shares: Mapping[str, float],
-        round_to: int = 1,
+        multiple: Callable[[int], int] = lambda size: 1,
         table: LatencyTable | None = None,
     ) -> None:
         self._network, self._removable, self._losses, self._shares = network, removable, losses, shares
@@ -209,7 +209,7 @@ class NetworkTerms:
         sizes = np.bincount(self._units.space, minlength=len(self._units.names)).tolist()
         lanes = 1 if table is None else table.lanes
         count = width_count(len(self._units.layers))
-        self.widths = [widths_of(size, count, round_to, lanes) for size in sizes]
+        self.widths = [widths_of(size, count, multiple(size), lanes) for size in sizes]
         self._first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.intp)
 
     def program(self) -> IntegerProgram:
