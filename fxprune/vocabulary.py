@@ -50,7 +50,6 @@ Rival: TypeAlias = Literal["dense", "filters", "torch-pruning"]
 ComparedMethod: TypeAlias = Literal[
     "dense", "tmi", "tmi-refit", "srgkp", "srgkp-refit", "fxprune", "fxprune-8", "filters", "filters-refit", "pairs",
     "pairs-pure", "filters-error", "combined", "branches", "auto", "fxprune-8-recovered", "filters-error-recovered",
-    "branches-recovered",
-    "auto-recovered", "tp-magnitude", "tp-fpgm", "tp-taylor",
+    "branches-recovered", "auto-recovered", "tp-magnitude", "tp-magnitude-recovered", "tp-fpgm", "tp-taylor",
 ]  # fmt: skip
 """Of `fxprune.comparison.methods.METHODS`."""

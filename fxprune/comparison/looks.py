@@ -63,6 +63,7 @@ LOOKS = {
     "srgkp": Look(SKY, "s", hollow=True),
     "srgkp-refit": Look(SKY, "s"),
     "tp-magnitude": Look(BLUE, "P"),
+    "tp-magnitude-recovered": Look(BLUE, "D"),
     "tp-fpgm": Look(BLUE, "X"),
     "tp-taylor": Look(BLUE, "v"),
     "torch-pruning": Look(BLUE, "P"),

@@ -3,7 +3,8 @@
 Filters here are removed by the l1 norm (Li et al. 2017, section 3.1) or for the error that the refit leaves; *variety*
 is `fxprune.criteria.variety`. Networks that are *refitted* have their kept weights solved anew on images to calibrate
 with, and those that are *recovered* are then trained on these without labels. The published methods, SR-GKP and
-TMI-GKP, do not know of that and have it as a variant; Torch-Pruning has nothing of the kind.
+TMI-GKP, do not know of that and have it as a variant; Torch-Pruning has nothing of the kind, so that what fxprune makes
+of its choice of channels is a row of its own.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.comparison.layer_calls import count_macs
-from fxprune.comparison.torch_pruning import Importance, prune_channels
+from fxprune.comparison.torch_pruning import Importance, Narrowed, as_plan, prune_channels
 from fxprune.criteria.snapshots import Snapshot
 from fxprune.graph.convolutions import convolutions
 from fxprune.graph.costs import layer_costs
@@ -132,9 +133,18 @@ def recovered(case: Case, *, prune: Callable[[Case], Pruned]) -> Pruned:
 
 def torch_pruning(case: Case, *, importance: Importance) -> Pruned:
     """Whole channels, the same share of each layer, by Torch-Pruning."""
+    return Pruned(_narrowed(case, importance).network.eval())
+
+
+def torch_pruning_refitted(case: Case, *, importance: Importance) -> Pruned:
+    """The channels that Torch-Pruning chooses, removed and refitted by fxprune."""
+    return _masked(case, as_plan(case.model, _narrowed(case, importance).removed, case.example), refit=True)
+
+
+def _narrowed(case: Case, importance: Importance) -> Narrowed:
     macs = round(case.share * count_macs(case.model, case.example))
     batches = list(zip(case.images.split(100), case.labels.split(100), strict=True))  # type: ignore[no-untyped-call]
-    return Pruned(prune_channels(case.model, case.example, macs, importance, batches).eval())
+    return prune_channels(case.model, case.example, macs, importance, batches)
 
 
 def _planned(model: nn.Module, case: Case, share: float, groups: Groups = "auto") -> fxprune.PrunePlan:
@@ -238,6 +248,12 @@ METHODS = {
             "tp-magnitude",
             "Torch-Pruning, magnitude",
             partial(torch_pruning, importance="magnitude"),
+            package="torch_pruning",
+        ),
+        Method(
+            "tp-magnitude-recovered",
+            "Torch-Pruning, magnitude, refitted and recovered by fxprune",
+            partial(recovered, prune=partial(torch_pruning_refitted, importance="magnitude")),
             package="torch_pruning",
         ),
         Method("tp-fpgm", "Torch-Pruning, FPGM", partial(torch_pruning, importance="fpgm"), package="torch_pruning"),

@@ -120,7 +120,7 @@ def torch_pruning_network(
     are in the result. Where it crashes the result says so.
     """
     try:
-        pruned = prune_channels(model, inputs, macs, importance, batches, round_to)
+        pruned = prune_channels(model, inputs, macs, importance, batches, round_to).network
         if random_weights:
             settle(pruned, inputs)
         return Network("torch-pruning", ratio, count_macs(pruned, inputs), pruned, folded(pruned, inputs), pruned)

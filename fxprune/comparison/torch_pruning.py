@@ -17,15 +17,22 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxprune.comparison.extras import require
+from fxprune.calibration.subject import Subject
+from fxprune.channels.units import STAYS
+from fxprune.comparison.extras import ComparisonError, require
 from fxprune.comparison.layer_calls import count_macs, last_layer
 from fxprune.errors import PlanError
+from fxprune.graph.convolutions import convolutions
+from fxprune.planning.filters import removable_of
+from fxprune.plans import PrunePlan
 
 Importance = Literal["magnitude", "fpgm", "taylor"]
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -36,6 +43,19 @@ MACS_TOLERANCE = 0.01
 MACS_STEPS = 12
 
 
+@dataclass(frozen=True)
+class Narrowed:
+    """A network without some channels.
+
+    Attributes:
+        network: a smaller copy of the dense one.
+        removed: the filters that went, by the name of their convolution, ascending.
+    """
+
+    network: nn.Module
+    removed: Mapping[str, tuple[int, ...]]
+
+
 def prune_channels(
     model: nn.Module,
     inputs: Tensor,
@@ -43,7 +63,7 @@ def prune_channels(
     importance: Importance = "magnitude",
     batches: Batches = (),
     round_to: int = 1,
-) -> nn.Module:
+) -> Narrowed:
     """A copy of `model` with about `macs` MACs, found by bisection of the ratio of channels, the same in all layers.
 
     Where the MACs leap over the target, because many layers lose their next channels at one ratio, what is bisected
@@ -68,12 +88,12 @@ def prune_channels(
     """
     score = _importance(importance)
     gradients = _gradients(model, batches) if importance == "taylor" else {}
-    best, best_gap = model, math.inf
+    best, best_gap = Narrowed(model, {}), math.inf
 
     def is_large(low: float, high: float, behind: Sequence[int]) -> bool:
         nonlocal best, best_gap
         pruned = _prune(model, inputs, score, gradients, round_to, low, high, behind)
-        found = count_macs(pruned, inputs)
+        found = count_macs(pruned.network, inputs)
         if abs(found / macs - 1) < best_gap:
             best, best_gap = pruned, abs(found / macs - 1)
         return found > macs
@@ -93,6 +113,32 @@ def prune_channels(
             few, many = (middle, many) if is_large(low, high, behind + ahead[:middle]) else (few, middle)
         behind, ahead = behind + ahead[:few], ahead[many:]
     return best
+
+
+def as_plan(model: nn.Module, removed: Mapping[str, tuple[int, ...]], inputs: Tensor) -> PrunePlan:
+    """The plan of fxprune without the same filters, so that what is left can be refitted and recovered.
+
+    Args:
+        model: the dense network.
+        removed: see `Narrowed`.
+        inputs: `(N, C, H, W)`.
+
+    Raises:
+        ComparisonError: fxprune removes other channels together than Torch-Pruning did, which (1.6.1) ties channels of
+            the same number where zeros were padded before them, as in the shortcuts of some ResNets for CIFAR.
+        PlanError: the model has no convolution, or shapes that cannot be found.
+    """
+    removable = removable_of(Subject(model, inputs, None))
+    chosen = np.zeros(removable.units.count, dtype=np.bool_)
+    for name, positions in removed.items():
+        units = removable.units.layers[name].writes[list(positions)]
+        chosen[units[units != STAYS]] = True
+    goes = removable.removed(chosen)
+    for name in convolutions(model):
+        planned = goes[name].outputs if name in goes else ()
+        if planned != removed.get(name, ()):
+            raise ComparisonError(f"{name}: Torch-Pruning ties its filters to others than fxprune does")
+    return PrunePlan({}, removed=goes)
 
 
 def _importance(name: Importance) -> Callable[..., Any]:
@@ -142,7 +188,7 @@ def _prune(
     low: float,
     high: float,
     behind: Sequence[int],
-) -> nn.Module:
+) -> Narrowed:
     """Remove a share of channels from a copy: `high` of the layers of the numbers `behind`, `low` of the others."""
     pruned = copy.deepcopy(model)
     layers = list(_layers(pruned))
@@ -152,7 +198,7 @@ def _prune(
         warnings.simplefilter("ignore")  # of operators it does not know
         import torch_pruning
 
-        torch_pruning.pruner.MagnitudePruner(
+        pruner = torch_pruning.pruner.MagnitudePruner(
             pruned,
             inputs[:1],
             importance=score,
@@ -160,9 +206,19 @@ def _prune(
             pruning_ratio_dict={layers[number]: high for number in behind},
             ignored_layers=[last_layer(pruned, inputs)],
             round_to=round_to,
-        ).step()
+        )
+        kept = {name: np.arange(conv.out_channels) for name, conv in convolutions(pruned).items()}
+        names = {pruned.get_submodule(name): name for name in kept}
+        for group in pruner.step(interactive=True):
+            for dependency, positions in group:  # among the channels that are still there
+                narrower = names.get(dependency.target.module)
+                if narrower is not None and pruner.DG.is_out_channel_pruning_fn(dependency.handler):
+                    kept[narrower] = np.delete(kept[narrower], positions)
+            group.prune()
     pruned.zero_grad()
-    return pruned
+    sizes = {name: conv.out_channels for name, conv in convolutions(model).items()}
+    gone = {name: np.setdiff1d(np.arange(size), kept[name]) for name, size in sizes.items()}
+    return Narrowed(pruned, {name: tuple(places.tolist()) for name, places in gone.items() if places.size})
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:

@@ -7,12 +7,14 @@ from typing import get_args
 
 import pytest
 import torch
+from equality import randomize
 from torch import Tensor, nn
 
 import fxprune
 from fxprune.comparison import rivals, torch_pruning
 from fxprune.comparison.layer_calls import count_macs, last_layer
 from fxprune.comparison.torch_pruning import Importance, prune_channels
+from fxprune.errors import FxpruneError
 from fxprune.models import load_model
 from fxprune.models.cifar import CifarResNet
 
@@ -34,7 +36,7 @@ def test_equal_macs(importance: Importance) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     target = round(0.5 * count_macs(model, inputs))
     batches, state = [labelled()], torch.get_rng_state()
-    pruned = prune_channels(model, inputs, target, importance, batches)
+    pruned = prune_channels(model, inputs, target, importance, batches).network
     assert torch.equal(state, torch.get_rng_state())
     assert abs(count_macs(pruned, inputs) / target - 1) <= 0.01
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -48,9 +50,9 @@ def test_a_layer_that_leaps_too_far_is_passed_over(monkeypatch: pytest.MonkeyPat
     model, inputs = CifarResNet(8).eval(), images()
     target = round(0.5 * count_macs(model, inputs))
     layers = torch_pruning._layers
-    near = prune_channels(model, inputs, target)
+    near = prune_channels(model, inputs, target).network
     monkeypatch.setattr(torch_pruning, "_layers", lambda model: itertools.islice(layers(model), 1))
-    far = prune_channels(model, inputs, target)
+    far = prune_channels(model, inputs, target).network
     assert abs(count_macs(near, inputs) / target - 1) <= 0.01 < abs(count_macs(far, inputs) / target - 1)
 
 
@@ -61,10 +63,10 @@ def test_the_search_comes_near_where_it_can(monkeypatch: pytest.MonkeyPatch) -> 
     ).eval()
     inputs = images()
     target = round(0.3 * count_macs(model, inputs))
-    near = count_macs(prune_channels(model, inputs, target), inputs)
+    near = count_macs(prune_channels(model, inputs, target).network, inputs)
     monkeypatch.setattr(torch_pruning, "MACS_STEPS", 1)
     monkeypatch.setattr(torch_pruning, "_layers", lambda model: iter(()))
-    far = count_macs(prune_channels(model, inputs, target), inputs)
+    far = count_macs(prune_channels(model, inputs, target).network, inputs)
     assert abs(near / target - 1) < 0.02 < abs(far / target - 1)
 
 
@@ -75,16 +77,16 @@ def test_a_leap_is_taken_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5)).eval()
     inputs = images()
     target = round(0.48 * count_macs(model, inputs))  # between (48 / 64) ** 2 and (40 / 64) ** 2
-    near = count_macs(prune_channels(model, inputs, target, round_to=8), inputs)
+    near = count_macs(prune_channels(model, inputs, target, round_to=8).network, inputs)
     monkeypatch.setattr(torch_pruning, "_layers", lambda model: iter(()))
-    far = count_macs(prune_channels(model, inputs, target, round_to=8), inputs)
+    far = count_macs(prune_channels(model, inputs, target, round_to=8).network, inputs)
     assert abs(near / target - 1) < 0.06 < abs(far / target - 1)
 
 
 def test_the_last_layer_keeps_its_classes() -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert last_layer(model, images()) is model[2]
-    assert prune_channels(model, images(), count_macs(model, images()) // 2)(images()).shape == (2, 8)
+    assert prune_channels(model, images(), count_macs(model, images()) // 2).network(images()).shape == (2, 8)
 
 
 def four_filters() -> nn.Sequential:
@@ -107,7 +109,9 @@ def four_filters() -> nn.Sequential:
 )
 def test_which_filter_goes(importance: Importance, removed: int) -> None:
     model, (inputs, labels) = four_filters(), labelled(4, 2, 1)
-    pruned = prune_channels(model, inputs, 12, importance, [(inputs, labels)])
+    found = prune_channels(model, inputs, 12, importance, [(inputs, labels)])
+    pruned = found.network
+    assert found.removed == {"0": (removed,)}
     kept = [number for number in range(4) if number != removed]
     assert torch.equal(pruned.get_parameter("0.weight"), model.get_parameter("0.weight")[kept])
     assert torch.equal(pruned.get_parameter("2.weight"), model.get_parameter("2.weight")[:, kept])
@@ -139,6 +143,25 @@ def test_taylor_needs_images() -> None:
 def test_an_importance_that_does_not_exist() -> None:
     with pytest.raises(fxprune.PlanError, match="'l1': must be one of magnitude, fpgm, taylor"):
         prune_channels(four_filters(), torch.rand(1, 2, 1, 1), 12, "l1")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["resnet20_zeros_after", "mobilenet_v2"])
+def test_its_channels_are_a_plan_of_the_same_network(name: str) -> None:
+    model, inputs = randomize(load_model(name)).eval(), images()
+    found = prune_channels(model, inputs, round(0.5 * count_macs(model, inputs)))
+    plan = torch_pruning.as_plan(model, found.removed, inputs)
+    same = fxprune.rewrite(fxprune.mask(model, plan), plan, inputs).eval()
+    assert count_macs(same, inputs) == count_macs(found.network, inputs)
+    torch.testing.assert_close(same(inputs), found.network.eval()(inputs), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(same(inputs), model(inputs), rtol=1e-3, atol=1e-4), "control"
+
+
+def test_other_channels_than_go_together_are_no_plan() -> None:
+    """Where zeros are padded before the channels, too, Torch-Pruning removes the wrong ones behind them."""
+    model, inputs = load_model("resnet20").eval(), images()
+    found = prune_channels(model, inputs, round(0.5 * count_macs(model, inputs)))
+    with pytest.raises(FxpruneError, match="Torch-Pruning ties its filters to others than fxprune does"):
+        torch_pruning.as_plan(model, found.removed, inputs)
 
 
 def test_an_opponent_in_the_race() -> None:
