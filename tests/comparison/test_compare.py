@@ -54,7 +54,8 @@ def case(share: float = 0.6) -> Case:
 
 
 FILTERS = (
-    "filters", "filters-refit", "filters-error", "filters-error-recovered", "pairs", "pairs-pure", "combined"
+    "filters", "filters-refit", "filters-error", "filters-error-recovered", "pairs", "pairs-pure", "combined",
+    "tp-magnitude-recovered",
 )  # fmt: skip
 
 
