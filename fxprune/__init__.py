@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from fxprune.inference.acceleration import accelerate, acceleration_report
     from fxprune.inference.reporting import AccelerationReport
     from fxprune.inference.runtimes.int8 import quantize
-    from fxprune.planning.latency_table import LatencyTable
+    from fxprune.planning.latency.table import LatencyTable
     from fxprune.planning.lossy import mask, recover, refit
     from fxprune.planning.sensitivity import Sensitivity
     from fxprune.plans import GroupedKernels, PrunePlan
@@ -115,7 +115,7 @@ _HOMES = {
     "acceleration_report": "fxprune.inference.acceleration",
     "AccelerationReport": "fxprune.inference.reporting",
     "quantize": "fxprune.inference.runtimes.int8",
-    "LatencyTable": "fxprune.planning.latency_table",
+    "LatencyTable": "fxprune.planning.latency.table",
     "mask": "fxprune.planning.lossy",
     "recover": "fxprune.planning.lossy",
     "refit": "fxprune.planning.lossy",

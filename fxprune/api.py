@@ -23,13 +23,13 @@ from fxprune.inference.acceleration import acceleration_report
 from fxprune.planning.compiling import compiled_for
 from fxprune.planning.hints import refuse_unknown
 from fxprune.planning.kernels import sensitivity_of
-from fxprune.planning.latency_parts import measure_for
-from fxprune.planning.latency_table import LatencyTable
+from fxprune.planning.latency.network import WholeNetwork, check_target
+from fxprune.planning.latency.table import LatencyTable
+from fxprune.planning.latency.wanted import measure_for
 from fxprune.planning.making import noted_as_baked, plan_for
 from fxprune.planning.patterns import Ignored, ignored_patterns
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Sensitivity
-from fxprune.planning.whole_network import WholeNetwork, check_target
 from fxprune.plans import PrunePlan
 from fxprune.plans.shapes import Groups
 from fxprune.vocabulary import (
@@ -102,7 +102,7 @@ def compile(
         latency: the share in `(0, 1]` of the time of the best dense form that may remain on `target`, in `runtime`, one
             of which it needs. Ratio, number of groups and form of each layer, or the widths of all, follow from
             measured times and from what a layer suffers; the whole network is measured too, and the choice corrected,
-            see `fxprune.planning.latency_meeting`.
+            see `fxprune.planning.latency.meeting`.
         latency_table: a table from `measure_latency` for it, also one of another machine to plan for that; measured
             anew if absent.
         sensitivity: a table from `measure_sensitivity` for a budget; measured anew if absent.

@@ -16,7 +16,8 @@ from fxprune.inference import acceleration, duel, forms, integers
 from fxprune.inference import stopwatch as measurements
 from fxprune.inference.engines import LibraryConv2d
 from fxprune.inference.race import Timing
-from fxprune.planning import latency_measure, layer_times
+from fxprune.planning.latency import layers as layer_times
+from fxprune.planning.latency import measure as latency_measure
 
 
 class Net(nn.Module):

@@ -27,7 +27,7 @@ from fxprune.planning.estimates import PLAN
 from fxprune.planning.filters import FilterPlanner
 from fxprune.planning.joint import with_rest
 from fxprune.planning.kernels import judged_ways, planned, sensitivity_of, ways_to_spend
-from fxprune.planning.latency_parts import measure_for
+from fxprune.planning.latency.wanted import measure_for
 from fxprune.planning.planner import serves_accuracy
 from fxprune.planning.program.planner import Alone, Before, ProgramPlanner
 from fxprune.planning.recovery_trials import recovered_agreements

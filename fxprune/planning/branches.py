@@ -14,11 +14,11 @@ from fxprune.channels.branches import residual_branches
 from fxprune.errors import PlanError
 from fxprune.planning.branch_trials import TRIED, WAYS, Branches, Trials
 from fxprune.planning.candidates import best_plan
-from fxprune.planning.latency_table import NEAR
+from fxprune.planning.latency.network import WholeNetwork
+from fxprune.planning.latency.table import NEAR
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Cost
-from fxprune.planning.whole_network import WholeNetwork
 from fxprune.plans import PrunePlan
 
 

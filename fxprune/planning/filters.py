@@ -19,7 +19,7 @@ from fxprune.exact.narrowing import CountedError
 from fxprune.graph.convolutions import conv_at, convolutions
 from fxprune.planning.candidates import best_plan, between, uniform
 from fxprune.planning.estimates import SENSITIVITY
-from fxprune.planning.filter_times import FilterTimes
+from fxprune.planning.latency.filters import FilterTimes
 from fxprune.planning.lossy import without_removed
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.requests import RECONSTRUCTION, Request

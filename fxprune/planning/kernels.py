@@ -13,7 +13,7 @@ from fxprune.channels.writers import common_writers
 from fxprune.graph.copying import copied
 from fxprune.planning.candidates import candidates, told
 from fxprune.planning.estimates import JUDGING, PLAN, SENSITIVITY
-from fxprune.planning.latency_budget import meet_latency
+from fxprune.planning.latency.budget import meet_latency
 from fxprune.planning.planner import Planner, prunable_shapes, serves_accuracy
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Sensitivity, measure

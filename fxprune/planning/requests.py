@@ -11,8 +11,8 @@ from fxprune.criteria.snapshots import Snapshot, listed
 from fxprune.criteria.variety import Variety
 from fxprune.errors import PlanError, near_matches
 from fxprune.inference.runtimes import RUNTIMES
-from fxprune.planning.latency_table import LatencyTable, check_latency
-from fxprune.planning.layer_times import check_precision, check_timed
+from fxprune.planning.latency.layers import check_precision, check_timed
+from fxprune.planning.latency.table import LatencyTable, check_latency
 from fxprune.planning.patterns import Ignored, as_entries
 from fxprune.planning.sensitivity import Cost, Sensitivity
 from fxprune.plans import PrunePlan

@@ -31,7 +31,7 @@ from fxprune.channels.units import STAYS, ChannelUnits, Chosen, Units, positions
 from fxprune.criteria.variety import Array
 from fxprune.errors import PlanError
 from fxprune.methods import Labels, Matrix
-from fxprune.planning.latency_grid import NetworkTimes, step_of
+from fxprune.planning.latency.grid import NetworkTimes, step_of
 from fxprune.planning.patterns import match_patterns
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import ENOUGH, TOLERANCE, Cost
@@ -75,7 +75,7 @@ def choose_units(
         gone: `(U,)` units that were removed before and stay so. If they are more than is asked for, no others go.
         comparable: the scores have the same scale everywhere: a global ranking takes them as they are.
         times: for `latency`: those of the network. Filters then go in steps that save time: each space keeps multiples
-            of as many as the processor computes at once (`fxprune.planning.latency_grid.step_of`) and of `round_to`.
+            of as many as the processor computes at once (`fxprune.planning.latency.grid.step_of`) and of `round_to`.
 
     Returns:
         `(U,)` True for the units that are removed, `gone` included.

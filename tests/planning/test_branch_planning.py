@@ -19,9 +19,9 @@ from fxprune.exact.record import record_of
 from fxprune.planning import auto
 from fxprune.planning.branches import BranchPlanner
 from fxprune.planning.joint import with_rest
+from fxprune.planning.latency.network import WholeNetwork
 from fxprune.planning.making import plan_for
 from fxprune.planning.requests import Request
-from fxprune.planning.whole_network import WholeNetwork
 from fxprune.plans import PrunePlan
 
 BLOCKS = 4

@@ -20,8 +20,9 @@ import fxprune
 from fxprune import LatencyTable, PlanError
 from fxprune.exact.record import record_of
 from fxprune.graph.convolutions import convolutions
-from fxprune.planning import auto, latency_meeting
-from fxprune.planning.latency_grid import LayerGrid, NetworkTimes, step_of, widths
+from fxprune.planning import auto
+from fxprune.planning.latency import meeting
+from fxprune.planning.latency.grid import LayerGrid, NetworkTimes, step_of, widths
 
 MACS = {"stem": 3 * 9 * 144, "first": 32 * 9 * 144, "twice": 2 * 32 * 9 * 144, "down": 32 * 9 * 36, "point": 64 * 36}
 """Multiply-accumulates of one filter of each layer."""
@@ -194,7 +195,7 @@ def test_a_network_that_is_slower_than_its_layers(
 ) -> None:
     clock.factor = 1.2
     assert 1.2 * reached(clock, compiled(table)) <= 0.6 * 1.05
-    monkeypatch.setattr(latency_meeting, "CORRECTIONS", 0)  # control
+    monkeypatch.setattr(meeting, "CORRECTIONS", 0)  # control
     assert 1.2 * reached(clock, compiled(table)) > 0.6 * 1.05
 
 

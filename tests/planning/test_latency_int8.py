@@ -16,7 +16,7 @@ from fxprune import AccelerationError, CalibrationError, LatencyTable, PlanError
 from fxprune.inference.runtimes import RuntimeModel
 from fxprune.inference.runtimes.int8_tools import IN_INTEGERS, OnnxRuntimeInt8
 from fxprune.inference.runtimes.onnxruntime import OnnxRuntimeProgram
-from fxprune.planning import latency_grid, latency_measure
+from fxprune.planning.latency import grid, measure
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -36,8 +36,8 @@ def wound(patch: pytest.MonkeyPatch, cache: Any) -> OnnxClock:
     clock = OnnxClock(price)
     wind(patch, cache, clock)
     clock.watch(patch, OnnxRuntimeProgram)
-    patch.setattr(latency_measure, "RATIOS", (1 / 2, 3 / 4))
-    patch.setattr(latency_grid, "SHARES", (1 / 2, 1))
+    patch.setattr(measure, "RATIOS", (1 / 2, 3 / 4))
+    patch.setattr(grid, "SHARES", (1 / 2, 1))
     return clock
 
 
@@ -77,7 +77,7 @@ def test_layers_are_timed_in_integers(tables: dict[str | None, LatencyTable]) ->
 def test_the_planner_knows_what_gains_nothing(
     clock: OnnxClock, tables: dict[str | None, LatencyTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fxprune.planning.layer_times.SPLIT", "pruned grouped")  # the machine knows no other form
+    monkeypatch.setattr("fxprune.planning.latency.layers.SPLIT", "pruned grouped")  # the machine knows no other form
     grouped = measured(precision="int8")
     for layer in grouped.layers:
         half = next(option for option in layer.options if option.ratio == 0.5)

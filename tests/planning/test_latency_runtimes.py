@@ -20,8 +20,8 @@ from fxprune import AccelerationError, LatencyTable, PlanError
 from fxprune.environment import environment
 from fxprune.inference.runtimes import OTHERS, RuntimeModel
 from fxprune.inference.runtimes.onnx_based import OnnxBased
-from fxprune.planning import latency_meeting
-from fxprune.planning.layer_times import InRuntime, check_timed
+from fxprune.planning.latency import meeting
+from fxprune.planning.latency.layers import InRuntime, check_timed
 from fxprune.vocabulary import RuntimeName
 
 READS_ONNX = [
@@ -193,7 +193,7 @@ def test_a_runtime_that_is_slower_than_its_layers(
         return float(note.rpartition(" ")[2])
 
     assert reached() <= 0.6 * 1.05
-    monkeypatch.setattr(latency_meeting, "CORRECTIONS", 0)
+    monkeypatch.setattr(meeting, "CORRECTIONS", 0)
     assert reached() > 0.6 * 1.05  # control
 
 

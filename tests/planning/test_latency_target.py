@@ -33,11 +33,14 @@ from fxprune.cli import program as cli
 from fxprune.inference import forms
 from fxprune.inference import stopwatch as measurements
 from fxprune.inference.engines import LibraryConv2d
-from fxprune.planning import Request, latency_measure, latency_meeting, layer_times
+from fxprune.planning import Request
 from fxprune.planning.knapsack import silent
-from fxprune.planning.latency_budget import as_patterns, damages
-from fxprune.planning.latency_meeting import Meeting
-from fxprune.planning.latency_table import LatencyOption, LayerLatency
+from fxprune.planning.latency import layers as layer_times
+from fxprune.planning.latency import measure as latency_measure
+from fxprune.planning.latency import meeting as latency_meeting
+from fxprune.planning.latency.budget import as_patterns, damages
+from fxprune.planning.latency.meeting import Meeting
+from fxprune.planning.latency.table import LatencyOption, LayerLatency
 from fxprune.planning.planner import Planner
 from fxprune.vocabulary import FormChoice
 

@@ -19,8 +19,8 @@ from fxprune.calibration.subject import Subject
 from fxprune.channels.branches import residual_branches
 from fxprune.planning.filters import FilterPlanner, removable_of, removed_units
 from fxprune.planning.kernels import sensitivity_of, ways_to_spend
-from fxprune.planning.latency_grid import LayerGrid
-from fxprune.planning.latency_table import LatencyTable
+from fxprune.planning.latency.grid import LayerGrid
+from fxprune.planning.latency.table import LatencyTable
 from fxprune.planning.program.integer_program import GAP, Choice, IntegerProgram
 from fxprune.planning.program.interaction import STEEPEST, slopes
 from fxprune.planning.program.kernel_ways import kernel_ways

@@ -14,7 +14,7 @@ from torch import nn
 import fxprune
 from fxprune import PlanError, PrunePlan
 from fxprune.criteria.variety import Variety
-from fxprune.planning.latency_table import LatencyTable
+from fxprune.planning.latency.table import LatencyTable
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import Sensitivity
 

@@ -17,8 +17,8 @@ import fxprune
 from fxprune import LatencyTable, PlanError
 from fxprune.calibration.damage import loss_of
 from fxprune.planning.knapsack import Way, least_damage
-from fxprune.planning.latency_budget import damages
-from fxprune.planning.latency_table import Limit
+from fxprune.planning.latency.budget import damages
+from fxprune.planning.latency.table import Limit
 from fxprune.planning.sensitivity import Cost, LayerSensitivity, Sensitivity
 from fxprune.planning.several_budgets import ratios_within
 from fxprune.vocabulary import Granularity

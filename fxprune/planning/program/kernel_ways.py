@@ -7,8 +7,8 @@ from torch import nn
 from fxprune.calibration.damage import loss_of
 from fxprune.calibration.subject import Subject
 from fxprune.graph.convolutions import conv_at
-from fxprune.planning.latency_budget import Energies, damages, group_counts
-from fxprune.planning.latency_table import LatencyTable
+from fxprune.planning.latency.budget import Energies, damages, group_counts
+from fxprune.planning.latency.table import LatencyTable
 from fxprune.planning.planner import serves_accuracy
 from fxprune.planning.program.terms import ALIGNED, Kernels, KernelWay, width_count
 from fxprune.planning.requests import PUBLISHED, Request

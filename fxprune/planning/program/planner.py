@@ -32,7 +32,8 @@ from fxprune.planning.branches import BranchPlanner
 from fxprune.planning.candidates import judged_plans, tables
 from fxprune.planning.filters import FilterPlanner, is_counted, plan_of_units, removed_units
 from fxprune.planning.kernels import sensitivity_of
-from fxprune.planning.latency_meeting import Meeting
+from fxprune.planning.latency.meeting import Meeting
+from fxprune.planning.latency.network import WholeNetwork
 from fxprune.planning.lossy import masked_by, without_removed
 from fxprune.planning.program.integer_program import GAP, Array, Choice, IntegerProgram
 from fxprune.planning.program.interaction import WIDTH, slopes
@@ -42,7 +43,6 @@ from fxprune.planning.program.terms import WIDTHS, Kernels, Losses, NetworkTerms
 from fxprune.planning.requests import Request
 from fxprune.planning.sensitivity import LayerSensitivity, Sensitivity
 from fxprune.planning.unit_sensitivity import UnitSensitivity
-from fxprune.planning.whole_network import WholeNetwork
 from fxprune.plans import PrunePlan
 
 T = TypeVar("T")

@@ -2,7 +2,7 @@
 integer program (`fxprune.planning.program.integer_program`).
 
 Of a layer that reads one space and writes one, all is exact: multiply-accumulates, parameters and kernels that stay are
-counted as they will be, times are those of the table (`fxprune.planning.latency_grid`), bilinear between its points,
+counted as they will be, times are those of the table (`fxprune.planning.latency.grid`), bilinear between its points,
 with grouped kernels in the same proportion to dense ones as at full width. A layer that reads several spaces, behind a
 concatenation, or writes several, has a term for each pair of them, weighed by the shares of its channels: a product of
 sums is the sum of the products, so counts stay exact but for the rounding of kernels, and times are as far as they are
@@ -10,7 +10,7 @@ bilinear over all widths.
 
 Kernels go only where a narrower layer can be grouped as the wide one was measured, or, where it reads and writes one
 space, in half as many groups, and so on; their loss is then multiplied by what the energies of the weights say of so
-many groups (`fxprune.planning.latency_budget.damages`). So of several spaces each keeps a multiple of the groups where
+many groups (`fxprune.planning.latency.budget.damages`). So of several spaces each keeps a multiple of the groups where
 kernels go.
 
 Two choices in one layer: the loss of a way to prune its kernels, where a share `r` of its inputs stays, is
@@ -31,8 +31,8 @@ from torch import nn
 from fxprune.channels.removal import Removable
 from fxprune.channels.units import STAYS, Chosen, UnitLayer, Units
 from fxprune.methods import Labels
-from fxprune.planning.latency_grid import LayerGrid, step_of
-from fxprune.planning.latency_table import LatencyTable
+from fxprune.planning.latency.grid import LayerGrid, step_of
+from fxprune.planning.latency.table import LatencyTable
 from fxprune.planning.program.integer_program import Array, Choice, Floor, IntegerProgram, Part, Space, Term
 from fxprune.planning.sensitivity import FLOOR
 from fxprune.plans.eligibility import MIN_IN_CHANNELS, MIN_OUT_CHANNELS
@@ -149,7 +149,7 @@ def widths_of(size: int, count: int, multiple: int = 1, lanes: int = 1) -> tuple
         size: how many units it has.
         count: about how many widths there are to be.
         multiple: only multiples of this many.
-        lanes: see `fxprune.planning.latency_grid.step_of`.
+        lanes: see `fxprune.planning.latency.grid.step_of`.
 
     >>> widths_of(16, 8), widths_of(100, 8)
     ((16, 14, 12, 10, 8, 6, 4, 2, 1), (100, 96, 80, 64, 48, 32, 16, 7))

@@ -22,10 +22,10 @@ from fxprune.inference.fused_graph import fused_graph
 from fxprune.inference.race import race
 from fxprune.inference.runtimes.onnx_based import OnnxBased
 from fxprune.inference.stopwatch import Stopwatch
-from fxprune.planning.latency_grid import LayerGrid, widths
-from fxprune.planning.latency_table import LatencyOption, LatencyTable, LayerLatency, setting
-from fxprune.planning.layer_times import InRuntime, InTorch, Timekeeper, Variant, layers_in, timed
-from fxprune.planning.whole_network import WholeNetwork
+from fxprune.planning.latency.grid import LayerGrid, widths
+from fxprune.planning.latency.layers import InRuntime, InTorch, Timekeeper, Variant, layers_in, timed
+from fxprune.planning.latency.network import WholeNetwork
+from fxprune.planning.latency.table import LatencyOption, LatencyTable, LayerLatency, setting
 from fxprune.plans.shapes import BLOCKS, Shape, choose_shape
 
 # What is timed: these ratios, and of a number of groups n also 1 - 1/n, the partition form. More groups than 8 leave

@@ -7,11 +7,11 @@ from fxprune.channels.removal import Removable
 from fxprune.channels.units import ChannelUnits, Chosen
 from fxprune.criteria.variety import Array
 from fxprune.errors import PlanError
-from fxprune.planning.latency_measure import Wanted, measure_layers
-from fxprune.planning.latency_meeting import Meeting
+from fxprune.planning.latency.measure import Wanted, measure_layers
+from fxprune.planning.latency.meeting import Meeting
+from fxprune.planning.latency.network import WholeNetwork
 from fxprune.planning.requests import Request
 from fxprune.planning.selection import choose_units, shares_left
-from fxprune.planning.whole_network import WholeNetwork
 from fxprune.plans import PrunePlan
 
 

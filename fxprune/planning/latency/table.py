@@ -16,7 +16,7 @@ from fxprune.environment import environment
 from fxprune.errors import PlanError
 from fxprune.graph.convolutions import convolutions
 from fxprune.planning.knapsack import Way, least_damage
-from fxprune.planning.latency_grid import LayerGrid, NetworkTimes
+from fxprune.planning.latency.grid import LayerGrid, NetworkTimes
 from fxprune.plans import Form
 from fxprune.tables import Bar, Cell, Column, Table, Tabular
 

@@ -1,7 +1,7 @@
 """The ratio, groups and form of each layer with which a share of the dense latency remains, at the least damage.
 
-Single layers are timed once (`latency_measure`); the whole network is measured with each choice, and the choice
-corrected (`latency_meeting`).
+Single layers are timed once (`measure`); the whole network is measured with each choice, and the choice
+corrected (`meeting`).
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,14 +13,14 @@ from fxprune.calibration.subject import Subject
 from fxprune.errors import PlanError
 from fxprune.graph.convolutions import Convolution, conv_at, convolutions, kernels_of
 from fxprune.methods import Matrix, cocluster
-from fxprune.planning.latency_measure import GROUP_COUNTS, Wanted, measure_layers
-from fxprune.planning.latency_meeting import Meeting
-from fxprune.planning.latency_table import LatencyOption, LatencyTable, Limit
+from fxprune.planning.latency.measure import GROUP_COUNTS, Wanted, measure_layers
+from fxprune.planning.latency.meeting import Meeting
+from fxprune.planning.latency.network import WholeNetwork
+from fxprune.planning.latency.table import LatencyOption, LatencyTable, Limit
 from fxprune.planning.patterns import match_patterns, one_each
 from fxprune.planning.planner import Planner, prunable_shapes
 from fxprune.planning.requests import PUBLISHED, Request
 from fxprune.planning.sensitivity import Sensitivity
-from fxprune.planning.whole_network import WholeNetwork
 from fxprune.plans import Form
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from fxprune.errors import PlanError
-from fxprune.planning.latency_table import NEAR, TOLERANCE, LatencyTable
+from fxprune.planning.latency.table import NEAR, TOLERANCE, LatencyTable
 
 T = TypeVar("T")
 

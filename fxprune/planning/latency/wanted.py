@@ -2,11 +2,11 @@
 
 from fxprune.calibration.subject import Subject
 from fxprune.planning.filters import removable_of
-from fxprune.planning.latency_budget import group_counts
-from fxprune.planning.latency_measure import Wanted, measure_layers
-from fxprune.planning.latency_table import LatencyTable
+from fxprune.planning.latency.budget import group_counts
+from fxprune.planning.latency.measure import Wanted, measure_layers
+from fxprune.planning.latency.network import WholeNetwork
+from fxprune.planning.latency.table import LatencyTable
 from fxprune.planning.requests import Request
-from fxprune.planning.whole_network import WholeNetwork
 
 
 def measure_for(subject: Subject, request: Request) -> LatencyTable:
