@@ -18,7 +18,7 @@ from fxprune.inference.runtimes.openvino import hide_permutations
 # What torch.jit says of any GraphModule: that the format is deprecated (since torch 2.10), and that it does not like an
 # annotation in GraphModule.__init__. Who asks for the format by name need not be told.
 TORCHSCRIPT_WARNINGS = (
-    r"`torch\.jit\.\w+` is deprecated",
+    r"`torch\.jit\.\w+` is (deprecated|not supported in Python 3\.14\+)",
     "The TorchScript type system doesn't support instance-level annotations",
 )
 

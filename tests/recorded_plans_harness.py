@@ -7,7 +7,7 @@ The record holds what release 0.1 planned. It was written, and is extended, with
 
 Existing entries stay as they are unless `--anew` is given. The weights are short binary fractions, so that float64
 adds them up exactly in any order: a plan that ranks sums must not hang on the instruction set or on the number of
-threads.
+threads. Filters went in ones then, and are asked for so.
 """
 
 from __future__ import annotations
@@ -98,17 +98,17 @@ TINY: dict[str, dict[str, Any]] = {
     "variety": {"criterion": "l1", "variety": "pairs"},
     "soft variety": {"variety": "soft", "form": "overlap"},
     "srgkp": {"method": "srgkp", "groups": 4},
-    "filters": {"granularity": "filter", "ratio": 0.3},
+    "filters": {"granularity": "filter", "ratio": 0.3, "round_to": 1},
     "ranked filters": RANKED,
-    "both": {"granularity": BOTH},
+    "both": {"granularity": BOTH, "round_to": 1},
     "ignore": {"ignore": ["first", "l*"]},
     "seed": {"seed": 3},
 }
 # With data, of which the last bits decide between channels that are alike: how many stay is recorded, not which.
 CALIBRATED: dict[str, dict[str, Any]] = {
     "calibrated": {},
-    "calibrated filters": {"granularity": "filter", "ratio": 0.3},
-    "calibrated both": {"granularity": BOTH},
+    "calibrated filters": {"granularity": "filter", "ratio": 0.3, "round_to": 1},
+    "calibrated both": {"granularity": BOTH, "round_to": 1},
 }
 # What is asked of the large ones; a digest of the plan is recorded, and a line a layer.
 LARGE: dict[str, dict[str, Any]] = {
@@ -117,9 +117,9 @@ LARGE: dict[str, dict[str, Any]] = {
     "cuda": {"target": "cuda", "block": 8, "ratio": 0.6},
     "shared groups": {"share_groups": True},
     "macs": {"macs": 0.6},
-    "filters": {"granularity": "filter", "ratio": 0.3},
+    "filters": {"granularity": "filter", "ratio": 0.3, "round_to": 1},
     "ranked filters": RANKED,
-    "both": {"granularity": BOTH},
+    "both": {"granularity": BOTH, "round_to": 1},
 }
 NETS: dict[str, dict[str, dict[str, Any]]] = {"tiny": TINY | CALIBRATED, "resnet18": LARGE, "mobilenet_v2": LARGE}
 

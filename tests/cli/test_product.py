@@ -309,7 +309,9 @@ def test_all_methods_are_those_that_can_be_run(
     assert choose_methods("all", snapshots=True) == list(methods.METHODS)
     without(monkeypatch, "torch_pruning")
     found = choose_methods("all", snapshots=False)
-    assert set(methods.METHODS) - set(found) == {"tmi", "tmi-refit", "tp-magnitude", "tp-fpgm", "tp-taylor"}
+    assert set(methods.METHODS) - set(found) == {"tmi", "tmi-refit"} | {
+        name for name in methods.METHODS if name.startswith("tp-")
+    }
     with pytest.raises(SystemExit, match="2"):
         cli.main(compared("--methods", "tp-fpgm"))
     assert "pip install 'fxprune[torch-pruning]'" in capsys.readouterr().err

@@ -167,7 +167,7 @@ def test_auto_lets_branches_go_first(net: Net, other: str, monkeypatch: pytest.M
         return named[0] if named else next(iter(found))
 
     monkeypatch.setattr(auto, "best", choose)
-    pruned = fxprune.compile(net, macs=0.5, granularity="auto", calibration=images(), verify=True)
+    pruned = fxprune.compile(net, macs=0.5, granularity="auto", round_to=1, calibration=images(), verify=True)
     plan, report = record_of(pruned).plan, fxprune.report(pruned)
     assert f"{auto.BRANCHES_FIRST} (taken)" in plan.remarks[0]
     assert plan.branches
