@@ -1,6 +1,8 @@
 """Every error fxprune raises. Each message names the thing, the value, the rule and the way out."""
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -50,6 +52,18 @@ class NothingRewrittenWarning(UserWarning):
 
 class PoorAgreementWarning(UserWarning):
     """The pruned and refitted network differs from the dense one on more than a tenth of what it was not fitted to."""
+
+
+def warn_user(message: str, category: type[Warning]) -> None:
+    """Warn at the line that called fxprune, however deep inside something is noticed."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] == "fxprune" or module == "torch.utils._contextlib"  # of torch.no_grad()
 
 
 def near_matches(name: str, names: Iterable[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import fxprune
 from fxprune.cli.data import add_data_options, read_pictures
@@ -15,13 +14,11 @@ from fxprune.cli.options import (
     add_output_options,
     has_random_weights,
     model_of,
+    size_in,
     size_of,
 )
 from fxprune.cli.output import Subparsers, show, steps, warn
 from fxprune.errors import FxpruneError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 EXAMPLES = """\
 examples:
@@ -77,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         step("loading")
         network = dense if file is None else fxprune.load(file, dense).eval()
         step("reading")
-        options.size = options.size or _size_of(network, size_of(dense, options))
+        options.size = options.size or size_in(network, size_of(dense, options))
         gallery, _ = gallery.drawn(min(len(gallery), options.pictures), options.seed)
         inputs, labels, source, how = read_pictures(gallery, dense, options)
         if labels is None and file is None:
@@ -95,18 +92,3 @@ def run(options: argparse.Namespace) -> int:
         found = evaluate(network, inputs, labels, against, held_out=False, source=source, which=which)
     lines = [str(found), f"read: {how}", *([] if file is None else [FLATTERS])]
     return show(options, found.to_dict() | {"pictures": how}, "\n".join(lines))
-
-
-def _size_of(network: nn.Module, usual: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape of the images that a network was compiled with; None if it was not, not with images alone, or with
-    images of the usual size.
-    """
-    from torch import Tensor
-
-    from fxprune.exact.record import find_record
-
-    record = find_record(network)
-    match () if record is None else record.inputs:
-        case [Tensor(shape=shape)] if len(shape) == 4 and shape[-2:] != usual[-2:]:
-            return tuple(shape)
-    return None

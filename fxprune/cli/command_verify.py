@@ -16,6 +16,8 @@ from fxprune.cli.options import (
     add_output_options,
     inputs_of,
     model_of,
+    size_in,
+    size_of,
 )
 from fxprune.cli.output import Subparsers, show, shows_progress, steps, verdict
 from fxprune.errors import VerificationError
@@ -42,11 +44,11 @@ def run(options: argparse.Namespace) -> int:
     from fxprune.exact.record import record_of
 
     model = model_of(options.model, options)
+    pruned = fxprune.load(options.file, model)
+    options.size = options.size or size_in(pruned, size_of(model, options))
     given = inputs_for(model, options)
     calibration = None if given is None else given.calibration
-    with steps(3, options) as step:
-        step("loading")
-        pruned = fxprune.load(options.file, model)
+    with steps(2, options) as step:
         step("masking")
         plan = record_of(pruned).plan
         masked = fxprune.mask(model, plan, calibration, bake=bool(plan.baked), progress=shows_progress(options))

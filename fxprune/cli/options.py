@@ -229,6 +229,21 @@ def size_of(model: nn.Module, options: argparse.Namespace) -> tuple[int, ...]:
     return (*usual[:-2], *asked * 2) if len(asked) == 1 else asked
 
 
+def size_in(network: nn.Module, usual: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape of the images that a network was compiled with; None if it was not, not with images alone, or with
+    images of the usual size.
+    """
+    from torch import Tensor
+
+    from fxprune.exact.record import find_record
+
+    record = find_record(network)
+    match () if record is None else record.inputs:
+        case [Tensor(shape=shape)] if len(shape) == 4 and shape[-2:] != usual[-2:]:
+            return tuple(shape)
+    return None
+
+
 def pruning_of(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `fxprune.make_plan`; what was not asked for is left to its defaults."""
     amounts = ("ratio", "macs", "params", "latency", "granularity", "scope", "round_to")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from fxprune.errors import near_matches
+from fxprune.vocabulary import GranularityChoice
 
 
 def either(kind: object) -> str:
@@ -25,6 +26,9 @@ def groups(text: str) -> int | str:
 def granularity(text: str) -> str | dict[str, float]:
     """A name, or a ratio for each: `filter:0.25,kernel:0.5`."""
     if ":" not in text:
+        if text not in get_args(GranularityChoice):
+            near = near_matches(text, get_args(GranularityChoice))
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {either(GranularityChoice)}{near}")
         return text
     try:
         return {name.strip(): float(share) for name, share in (part.split(":") for part in text.split(","))}

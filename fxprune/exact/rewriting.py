@@ -1,6 +1,5 @@
 """The step that follows a mask: the same function with smaller layers, as a graph or as the user's own module."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune.calibration import FITS
 from fxprune.calibration.agreement import AGREEMENT
 from fxprune.channels.capture import capture, check_output, recorded
-from fxprune.errors import NothingRewrittenWarning, PassError, TraceError
+from fxprune.errors import NothingRewrittenWarning, PassError, TraceError, warn_user
 from fxprune.exact.narrowing import narrow
 from fxprune.exact.operating import operate
 from fxprune.exact.pipeline import default_pipeline, run
@@ -118,10 +117,9 @@ def rewritten(masked: nn.Module, plan: PrunePlan, captured: Trace, *, fold_batch
     keep_record(result, Record(plan, report, inputs, modes, options, rounding if fold_batch_norm else 0.0, surgery))
     if not (plan.layers or plan.removed or plan.branches):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.skipped.items())[:3])
-        warnings.warn(
-            f"no convolution was rewritten, the result is as large as the model ({reasons})",
+        warn_user(
+            f"no convolution was rewritten, the result is as large as the model ({reasons or 'the plan is empty'})",
             NothingRewrittenWarning,
-            stacklevel=2,
         )
     return result
 

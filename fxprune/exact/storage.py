@@ -131,7 +131,9 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise StorageError(f"{path} does not exist") from error
     except Exception as error:  # torch raises a dozen types for files that are not its own
-        raise StorageError(f"{path} is truncated or not a file of fxprune.save ({type(error).__name__})") from error
+        raise StorageError(
+            f"{path} is truncated or not a file of fxprune.save, such as ONNX ({type(error).__name__})"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise StorageError(f"{path} was not written by fxprune.save; for a plain state dict use model.load_state_dict")
     if content.get("version") != VERSION:

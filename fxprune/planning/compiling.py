@@ -1,13 +1,12 @@
 """From a request to a small network, as one run: plan, mask and refit, rewrite, recover, tell, verify."""
 
-import warnings
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from fxprune.calibration.agreement import AGREEMENT
 from fxprune.calibration.subject import Subject
-from fxprune.errors import PoorAgreementWarning
+from fxprune.errors import PoorAgreementWarning, warn_user
 from fxprune.exact.record import keep_record, record_of
 from fxprune.exact.rewriting import rewritten
 from fxprune.exact.verification import Verification, verify
@@ -73,7 +72,7 @@ def compiled_for(
         pruned = _rewritten(subject, plan, masked, fold_batch_norm)
         found = getattr(masked, AGREEMENT, None)
         if found is not None and found.is_poor:
-            warnings.warn(f"{found}; {way_out(plan, recovered=True)}", PoorAgreementWarning, stacklevel=3)
+            warn_user(f"{found}; {way_out(plan, recovered=True)}", PoorAgreementWarning)
     else:
         record = record_of(pruned)
         agreement = tell_agreement(subject, plan, masked, progress=progress)

@@ -1,6 +1,5 @@
 """The one step that changes the function: what a plan drops becomes zero, and what stays is refitted."""
 
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from fxprune.calibration.agreement import AGREEMENT, Agreement, measure_agreemen
 from fxprune.calibration.judging import Judge
 from fxprune.calibration.recovery import Recovery, drawn_from
 from fxprune.calibration.subject import Subject
-from fxprune.errors import CalibrationError, PlanError, PoorAgreementWarning
+from fxprune.errors import CalibrationError, PlanError, PoorAgreementWarning, warn_user
 from fxprune.exact.narrowing import narrow
 from fxprune.exact.pipeline import run
 from fxprune.graph.baking import baked
@@ -304,7 +303,7 @@ def tell_agreement(subject: Subject, plan: PrunePlan, masked: nn.Module, *, prog
     if found is not None:
         setattr(masked, AGREEMENT, found)
         if found.is_poor:
-            warnings.warn(f"{found}; {way_out(plan, recovered=False)}", PoorAgreementWarning, stacklevel=3)
+            warn_user(f"{found}; {way_out(plan, recovered=False)}", PoorAgreementWarning)
     return found
 
 

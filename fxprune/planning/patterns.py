@@ -1,14 +1,13 @@
 """Patterns of module names: `"layer1.*"`, `"layer1"`, `"*conv2"`; and what else may say which layers are left alone."""
 
 import fnmatch
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from glob import escape
 from typing import TypeAlias, TypeVar
 
 from torch import nn
 
-from fxprune.errors import PlanError, near_matches
+from fxprune.errors import PlanError, near_matches, warn_user
 from fxprune.graph.convolutions import convolutions
 
 Value = TypeVar("Value")
@@ -83,9 +82,7 @@ def ignored_patterns(ignore: Ignored | Iterable[Ignored], model: nn.Module) -> t
             continue
         told = entry if isinstance(entry, str) else named[0] if named else getattr(entry, "__name__", "")
         what = f"is a {type(modules[found[0]]).__name__} and holds" if found else "is the type of no module here:"
-        warnings.warn(
-            f"ignore: {told!r} {what} no convolution; only these are pruned, so leave it out", UserWarning, stacklevel=4
-        )
+        warn_user(f"ignore: {told!r} {what} no convolution; only these are pruned, so leave it out", UserWarning)
     return tuple(patterns)
 
 

@@ -359,6 +359,11 @@ def test_eval_reads_pictures_at_the_size_a_file_was_compiled_with(
     of_the_file = run_json(capsys, "eval", "net.pt", "digits_resnet", *weights, *data)
     asked = run_json(capsys, "eval", "net.pt", "digits_resnet", *weights, *data, "--size", "16")
     usual = run_json(capsys, "eval", "digits_resnet", *weights, *data, "--labels", "names")
+    checked = ["verify", "net.pt", "digits_resnet", *weights, "--calibration", str(photos)]
+    assert main(["compile", "digits_resnet", *weights, *checked[-2:], "--size", "20", "-o", "net.pt"]) == 0
+    assert main(checked) == 0
+    assert main([*checked, "--size", "16"]) == 1, "control: other inputs were calibrated with"
+    capsys.readouterr()
     assert "20x20" in of_the_file["pictures"]
     assert "16x16" in asked["pictures"]
     assert "8x8" in usual["pictures"]

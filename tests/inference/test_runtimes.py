@@ -364,7 +364,7 @@ def test_a_runtime_that_is_missing(name: GraphRuntime, extra: str, monkeypatch: 
 
 
 def test_tensorrt_is_refused() -> None:
-    with pytest.raises(AccelerationError, match=r"it runs on NVIDIA GPUs only, and the model is on cpu"):
+    with pytest.raises(AccelerationError, match=r"fxprune does not run it yet; export the compiled model"):
         accelerate(net(), image(), runtime="tensorrt")
     reason = OTHERS["tensorrt"].obstacle(torch.device("cuda"), torch.float32)
     assert "fxprune does not run it yet" in reason
@@ -616,7 +616,7 @@ def test_copies(name: GraphRuntime, fast: Callable[[GraphRuntime], RuntimeModel]
         assert acceleration_report(other).to_dict() == acceleration_report(model).to_dict()
         with pytest.raises(AccelerationError, match=r"x \(batch, 3, 12, 12\) float32"):
             other(image(size=13))
-    assert f"pruned network in {name}: x (batch, 3, 12, 12) float32 -> a tensor" in repr(model)
+    assert f"network of grouped layers in {name}: x (batch, 3, 12, 12) float32 -> a tensor" in repr(model)
     assert model.state_dict() == {}
 
 

@@ -1,13 +1,12 @@
 """int8 after pruning: a network in ONNX Runtime, OpenVINO or PyTorch with weights and activations of eight bits."""
 
-import warnings
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from fxprune.calibration.agreement import hold_out, measure_agreement
 from fxprune.calibration.batches import Batch, Calibration, read_batches
-from fxprune.errors import AccelerationError, CalibrationError, PoorAgreementWarning
+from fxprune.errors import AccelerationError, CalibrationError, PoorAgreementWarning, warn_user
 from fxprune.inference.runtimes.calls import CallForm
 from fxprune.inference.runtimes.int8_tools import TOOLS, quiet
 from fxprune.inference.runtimes.model import RuntimeModel
@@ -77,8 +76,4 @@ def tell_agreement(small: RuntimeModel, model: nn.Module, held: Sequence[Batch])
     agreement = measure_agreement(model, small, held, lambda network, batch: network(*batch), held_out=True)
     small.meta[QUANTIZATION] = agreement
     if agreement is not None and agreement.is_poor:
-        warnings.warn(
-            f"int8: {agreement}; calibrate with more images, or deploy the float model",
-            PoorAgreementWarning,
-            stacklevel=3,
-        )
+        warn_user(f"int8: {agreement}; calibrate with more images, or deploy the float model", PoorAgreementWarning)

@@ -159,10 +159,10 @@ class RuntimeModel(nn.Module):
 
     def extra_repr(self) -> str:
         inputs = ", ".join(map(str, self.call.specs))
-        pruned = "pruned" if self.is_pruned else "dense"
         count = sum(isinstance(part, int) for part in self.call.outputs)
         results = "a tensor" if count == 1 else f"{count} tensors"
-        return f"{pruned} network in {self.runtime}: {inputs} -> {results}"
+        layers = "grouped layers" if self.is_pruned else "dense layers"
+        return f"network of {layers} in {self.runtime}: {inputs} -> {results}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Refuse to move.

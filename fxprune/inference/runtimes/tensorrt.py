@@ -13,8 +13,6 @@ class TensorRt(Runtime):
     name = "tensorrt"
 
     def obstacle(self, device: torch.device, dtype: torch.dtype) -> str:
-        if device.type != "cuda":
-            return f"it runs on NVIDIA GPUs only, and the model is on {device.type}"
         absent = importlib.util.find_spec("tensorrt") is None
         install = "pip install tensorrt, then " if absent else ""
         return (
