@@ -44,6 +44,16 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> LatencyTable:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
+def test_the_dense_network_takes_all_of_the_time_however_its_layers_add_up(table: LatencyTable) -> None:
+    names = [grid.name for grid in table.grids]
+    whole, half = np.ones(len(names)), np.full(len(names), 0.5)
+    noisy = replace(table, seconds=0.8 * sum(grid.dense for grid in table.grids), rest=0.0, layers=())
+    times = noisy.by_width(names)
+    assert float(times(whole, whole)) == pytest.approx(1)
+    assert float(times(half, half)) < 0.6
+    assert float(table.by_width(names)(whole, whole)) == pytest.approx(1)
+
+
 def test_widths_are_multiples_of_what_is_computed_at_once() -> None:
     assert widths(64, 16) == (16, 32, 48, 64)
     assert widths(512, 16) == (64, 128, 256, 384, 512)

@@ -332,7 +332,8 @@ class LatencyTable(Tabular):
             raise PlanError(f"the text is no latency table: {error!r}; write it with LatencyTable.to_json") from error
 
     def by_width(self, names: Sequence[str]) -> NetworkTimes:
-        """The time of the network by the widths of its layers.
+        """The time of the network by the widths of its layers. Of the dense one it is 1, also where layers that were
+        timed alone take more than the network, as in runtimes and on busy machines.
 
         Args:
             names: of all layers, in the order of the shares that it is asked for.
@@ -348,8 +349,8 @@ class LatencyTable(Tabular):
         places = {name: place for place, name in enumerate(names)}
         rest = self.rest + sum(layer.seconds for layer in self.layers) - sum(grid.dense for grid in self.grids)
         placed = tuple((places[grid.name], grid) for grid in self.grids if grid.name in places)
-        left_out = sum(grid.dense for grid in self.grids if grid.name not in places)
-        return NetworkTimes(placed, self.seconds, max(0.0, rest) + left_out, self.lanes)
+        stays = max(0.0, rest) + sum(grid.dense for grid in self.grids if grid.name not in places)
+        return NetworkTimes(placed, stays + sum(grid.dense for _, grid in placed), stays, self.lanes)
 
     def _worthwhile(
         self, damage: Mapping[str, Sequence[float]], others: Sequence["Limit"]
