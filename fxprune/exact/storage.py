@@ -43,12 +43,13 @@ def save(pruned: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors = pruned.state_dict() if is_graph else tensors_of(pruned)
     state = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     described = {"plan": record.plan.to_json(), "inputs": _describe(record.inputs), "options": dict(record.options)}
-    if record.report.agreement is not None:
-        described["agreement"] = asdict(record.report.agreement)
     if not is_graph:
         described |= {"surgery": record.surgery, "report": record.report.to_dict(), "modes": list(record.modes)}
-    elif any(not tensor.is_meta for tensor in tensors_in(record.inputs)):
-        described["run"] = True  # shapes were found by a run, and must be again
+    else:
+        if measured := _measured(record.report):
+            described["measured"] = measured
+        if any(not tensor.is_meta for tensor in tensors_in(record.inputs)):
+            described["run"] = True  # shapes were found by a run, and must be again
     header = json.dumps(described)
     content = {"format": FORMAT, "version": VERSION, "header": header, "state": state, "digest": _digest(header, state)}
     target = Path(path)
@@ -80,11 +81,23 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> Any:
         pruned = rewritten(blank, plan, trace(blank, inputs or None), **header["options"])
     except FxpruneError as error:
         raise StorageError(f"{path} does not fit {type(model).__name__}: {error}") from error
-    if "agreement" in header:  # what was measured then; the rest of the report is found again
-        record = record_of(pruned)
-        report = replace(record.report, agreement=Agreement(**header["agreement"]))
-        keep_record(pruned, replace(record, report=report))
+    record = record_of(pruned)
+    keep_record(pruned, replace(record, report=_with_measured(record.report, header.get("measured", {}))))
     return _fill(pruned, content["state"], path, model)
+
+
+def _measured(report: Report) -> dict[str, Any]:
+    """What a report says that replaying a plan does not find again."""
+    errors = {layer.name: layer.error for layer in report.layers if layer.error is not None}
+    found = {"errors": errors} if errors else {}
+    return found if report.agreement is None else {**found, "agreement": asdict(report.agreement)}
+
+
+def _with_measured(report: Report, measured: dict[str, Any]) -> Report:
+    errors = measured.get("errors", {})
+    agreement = Agreement(**measured["agreement"]) if "agreement" in measured else None
+    layers = tuple(replace(layer, error=errors.get(layer.name)) for layer in report.layers)
+    return replace(report, layers=layers, agreement=agreement)
 
 
 def _operated_again(plan: PrunePlan, header: dict[str, Any], state: dict[str, Tensor], model: nn.Module) -> nn.Module:

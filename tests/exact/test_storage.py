@@ -70,7 +70,7 @@ def altered(path: Path, change: Callable[[dict[str, Any]], None], digest: bool =
 
 
 @pytest.mark.parametrize("output", ["graph", "module"])
-def test_the_agreement_comes_back(output: Output, tmp_path: Path) -> None:
+def test_what_was_measured_comes_back(output: Output, tmp_path: Path) -> None:
     images = torch.randn(24, 16, 6, 6, generator=torch.Generator().manual_seed(1))
     pruned = fxprune.compile(
         randomize(Net()).eval(), ratio=0.25, granularity="filter", calibration=images, output=output
@@ -78,6 +78,8 @@ def test_the_agreement_comes_back(output: Output, tmp_path: Path) -> None:
     fxprune.save(pruned, tmp_path / "net.pt")
     report = fxprune.report(fxprune.load(tmp_path / "net.pt", Net()))
     assert report.agreement == fxprune.report(pruned).agreement is not None
+    assert [layer.error for layer in report.layers] == [layer.error for layer in fxprune.report(pruned).layers]
+    assert any(layer.error for layer in report.layers)
     assert f"note: {report.agreement}" in str(report)
 
 
