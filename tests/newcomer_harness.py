@@ -52,6 +52,8 @@ def arguments(line: str) -> list[str]:
     for option, value in QUICKER.items():
         if option in words:
             words[words.index(option) + 1] = value
+    if "int8" in words and "--latency" in words:  # layers of a small network are no faster pruned than whole
+        words[words.index("--latency") + 1] = "1"
     if "--recipes" in words or "--from" in words:
         return words
     words += SHORTER.get(command, [])

@@ -9,6 +9,7 @@ It runs in an empty folder and sees `tests`, for the harnesses, but not the sour
 """
 
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -29,8 +30,11 @@ ROOT = Path(__file__).parents[2]
 def give(line: str) -> int:
     """Give one command; 0 if it does what it should."""
     began = time.perf_counter()
+    given = arguments(line)
+    if given[0] in ("train", "compare") and "--output" in given and "--resume" not in given:
+        shutil.rmtree(given[given.index("--output") + 1], ignore_errors=True)  # pages share names of folders
     try:
-        code = main(arguments(line))
+        code = main(given)
     except SystemExit as stopped:
         code = int(stopped.code or 0)
     print(f"--- {time.perf_counter() - began:.1f} s, exit code {code}: {line}", flush=True)
