@@ -14,8 +14,7 @@ from fxprune.cli.options import (
     add_output_options,
     has_random_weights,
     model_of,
-    size_in,
-    size_of,
+    take_size,
 )
 from fxprune.cli.output import Subparsers, show, steps, warn
 from fxprune.errors import FxpruneError
@@ -74,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
         step("loading")
         network = dense if file is None else fxprune.load(file, dense).eval()
         step("reading")
-        options.size = options.size or size_in(network, size_of(dense, options))
+        take_size(options, network, dense)
         gallery, _ = gallery.drawn(min(len(gallery), options.pictures), options.seed)
         inputs, labels, source, how = read_pictures(gallery, dense, options)
         if labels is None and file is None:

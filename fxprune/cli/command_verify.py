@@ -16,8 +16,7 @@ from fxprune.cli.options import (
     add_output_options,
     inputs_of,
     model_of,
-    size_in,
-    size_of,
+    take_size,
 )
 from fxprune.cli.output import Subparsers, show, shows_progress, steps, verdict
 from fxprune.errors import VerificationError
@@ -45,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
 
     model = model_of(options.model, options)
     pruned = fxprune.load(options.file, model)
-    options.size = options.size or size_in(pruned, size_of(model, options))
+    take_size(options, pruned, model)
     given = inputs_for(model, options)
     calibration = None if given is None else given.calibration
     with steps(2, options) as step:

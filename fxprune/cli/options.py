@@ -229,19 +229,18 @@ def size_of(model: nn.Module, options: argparse.Namespace) -> tuple[int, ...]:
     return (*usual[:-2], *asked * 2) if len(asked) == 1 else asked
 
 
-def size_in(network: nn.Module, usual: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape of the images that a network was compiled with; None if it was not, not with images alone, or with
-    images of the usual size.
+def take_size(options: argparse.Namespace, network: nn.Module, model: nn.Module) -> None:
+    """Where no size is asked for, ask for that of the images with which `network` was compiled, if it was with images
+    alone, and of another size than is usual for `model`.
     """
     from torch import Tensor
 
     from fxprune.exact.record import find_record
 
     record = find_record(network)
-    match () if record is None else record.inputs:
-        case [Tensor(shape=shape)] if len(shape) == 4 and shape[-2:] != usual[-2:]:
-            return tuple(shape)
-    return None
+    match () if record is None or options.size else record.inputs:
+        case [Tensor(shape=shape)] if len(shape) == 4 and shape[-2:] != size_of(model, options)[-2:]:
+            options.size = tuple(shape)
 
 
 def pruning_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -23,14 +23,12 @@ from fxprune.graph.convolutions import convolutions
 from fxprune.graph.costs import layer_costs
 from fxprune.graph.tracing import trace
 from fxprune.planning import Request
-from fxprune.planning.planner import Planner
+from fxprune.planning.planner import PUBLISHED_GROUPS, Planner
 from fxprune.plans.shapes import Groups
 from fxprune.vocabulary import GranularityChoice, VarietyName
 
 ROUND_TO = 4
 """Where kernels go after filters, layers keep a multiple of so many filters, or they would not divide into groups."""
-PUBLISHED_GROUPS = 8
-"""Of each convolution in the published methods; "auto" takes fewer in narrow layers, to be fast."""
 RECOVERY_STEPS = 1500
 """Of the recovery, as `compile(..., recover=True)` takes if there is time; steps and not seconds, to be repeatable."""
 RATIO_STEPS = 12

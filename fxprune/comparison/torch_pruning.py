@@ -216,8 +216,7 @@ def _prune(
                     kept[narrower] = np.delete(kept[narrower], positions)
             group.prune()
     pruned.zero_grad()
-    sizes = {name: conv.out_channels for name, conv in convolutions(model).items()}
-    gone = {name: np.setdiff1d(np.arange(size), kept[name]) for name, size in sizes.items()}
+    gone = {name: np.setdiff1d(np.arange(conv.out_channels), kept[name]) for name, conv in convolutions(model).items()}
     return Narrowed(pruned, {name: tuple(places.tolist()) for name, places in gone.items() if places.size})
 
 

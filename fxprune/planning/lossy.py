@@ -40,10 +40,8 @@ from fxprune.plans.masking import (
     zero_pruned,
 )
 from fxprune.plans.plan import check_is_plan
+from fxprune.plans.shapes import AUTO_GROUPS
 from fxprune.vocabulary import AugmentName
-
-ACCURATE_GROUPS = 8
-"""Advised where accuracy counts for more than time: of ResNet-20 at 57 % of the MACs 3 points are due to them."""
 
 
 def mask(
@@ -397,6 +395,6 @@ def way_out(plan: PrunePlan, *, recovered: bool) -> str:
     others = ["a smaller ratio or larger budget"]
     if not recovered:
         others = ["recovery (recover=True, --recover)", *others]
-    if any(kernels.groups < ACCURATE_GROUPS for kernels in plan.layers.values()):
-        others += [f"{ACCURATE_GROUPS} groups for kernels"]
+    if any(kernels.groups < AUTO_GROUPS[0] for kernels in plan.layers.values()):
+        others += [f"{AUTO_GROUPS[0]} groups for kernels"]
     return f"more calibration images help most; then {', '.join(others)}, or fine-tuning"

@@ -28,15 +28,15 @@ def check_ratio(ratio: object) -> float:
     return float(ratio)
 
 
-def check_share(share: object, cost: str) -> None:
-    """See that a budget is one.
+def check_share(share: object, cost: str, whole: str = "the dense network's") -> None:
+    """See that a budget is one: a share of the `whole`.
 
     Raises:
         PlanError: it is no number in `(0, 1]`.
     """
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
         percent = f"; {share:g} % is {share / 100:g}" if isinstance(share, (int, float)) and 1 < share <= 100 else ""
-        raise PlanError(f"{cost} is {share!r}; it must be a share in (0, 1] of the dense network's{percent}")
+        raise PlanError(f"{cost} is {share!r}; it must be a share in (0, 1] of {whole}{percent}")
 
 
 def check_seed(seed: object) -> None:

@@ -76,7 +76,7 @@ def test_between_the_points_times_are_interpolated() -> None:
 
 def test_the_time_of_a_network_is_that_of_its_layers_and_the_rest() -> None:
     grids = (LayerGrid("a", (8, 16), (8,), ((1.0,), (2.0,))), LayerGrid("b", (4,), (8, 16), ((2.0, 6.0),)))
-    times = NetworkTimes(tuple(enumerate(grids)), seconds=10.0, rest=2.0, lanes=8)
+    times = NetworkTimes(tuple(enumerate(grids)), rest=2.0, lanes=8)
     assert float(times(np.ones(3), np.ones(3))) == pytest.approx(1.0)
     many = times(np.array([[1.0, 1.0], [0.5, 1.0], [1.0, 1.0]]), np.array([[1.0, 0.5], [1.0, 1.0], [1.0, 1.0]]))
     assert many.tolist() == pytest.approx([0.6, 0.9])

@@ -180,6 +180,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"latency_table": LATENCIES}, "latency_table is for a share of the latency; pass latency= with it"),
     ({"macs": 0.0}, "macs is 0.0; it must be a share in (0, 1]"),
     ({"macs": 80.0}, "80 % is 0.8"),
+    ({"latency": 60, "target": "cpu"}, "of the time of the best dense form; 60 % is 0.6"),
     ({"params": 1.5}, "params is 1.5; it must be a share in (0, 1]"),
     ({"latency": -1.0, "target": "cpu"}, "latency is -1.0"),
     ({"latency": 0.5}, "latency=0.5 needs the device to be fast on; pass target='cpu' or target='cuda'"),

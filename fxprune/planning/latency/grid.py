@@ -92,17 +92,16 @@ class LayerGrid:
 
 @dataclass(frozen=True)
 class NetworkTimes:
-    """The time of a network by the widths of its layers, as a share of the dense one's.
+    """The time of a network by the widths of its layers, as a share of the dense one's, which is what its layers and the
+    rest add up to: layers that were timed alone may take more than the network, in runtimes and on busy machines.
 
     Attributes:
         grids: of its layers, with the place of each among all layers.
-        seconds: of the dense network.
         rest: seconds of what is in no grid, which stay.
         lanes: how many channels a processor computes at once.
     """
 
     grids: tuple[tuple[int, LayerGrid], ...]
-    seconds: float
     rest: float
     lanes: int
 
@@ -112,7 +111,7 @@ class NetworkTimes:
         """
         shape = np.broadcast_shapes(writes.shape[1:], reads.shape[1:])
         total = sum((grid.at(reads[row], writes[row]) for row, grid in self.grids), np.full(shape, self.rest))
-        return np.asarray(total / self.seconds)
+        return np.asarray(total / (self.rest + sum(grid.dense for _, grid in self.grids)))
 
 
 def _place(counts: Sequence[int], shares: Array) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], Array]:

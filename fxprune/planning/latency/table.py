@@ -18,6 +18,7 @@ from fxprune.graph.convolutions import convolutions
 from fxprune.planning.knapsack import Way, least_damage
 from fxprune.planning.latency.grid import LayerGrid, NetworkTimes
 from fxprune.plans import Form
+from fxprune.plans.fields import check_share
 from fxprune.tables import Bar, Cell, Column, Table, Tabular
 
 # A share is met if the whole network exceeds it by no more than this.
@@ -332,8 +333,7 @@ class LatencyTable(Tabular):
             raise PlanError(f"the text is no latency table: {error!r}; write it with LatencyTable.to_json") from error
 
     def by_width(self, names: Sequence[str]) -> NetworkTimes:
-        """The time of the network by the widths of its layers. Of the dense one it is 1, also where layers that were
-        timed alone take more than the network, as in runtimes and on busy machines.
+        """The time of the network by the widths of its layers.
 
         Args:
             names: of all layers, in the order of the shares that it is asked for.
@@ -349,8 +349,8 @@ class LatencyTable(Tabular):
         places = {name: place for place, name in enumerate(names)}
         rest = self.rest + sum(layer.seconds for layer in self.layers) - sum(grid.dense for grid in self.grids)
         placed = tuple((places[grid.name], grid) for grid in self.grids if grid.name in places)
-        stays = max(0.0, rest) + sum(grid.dense for grid in self.grids if grid.name not in places)
-        return NetworkTimes(placed, stays + sum(grid.dense for _, grid in placed), stays, self.lanes)
+        left_out = sum(grid.dense for grid in self.grids if grid.name not in places)
+        return NetworkTimes(placed, max(0.0, rest) + left_out, self.lanes)
 
     def _worthwhile(
         self, damage: Mapping[str, Sequence[float]], others: Sequence["Limit"]
@@ -426,8 +426,7 @@ def check_latency(share: object) -> None:
     Raises:
         PlanError: it is no number in `(0, 1]`.
     """
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-        raise PlanError(f"latency is {share!r}; it must be a share in (0, 1] of the time of the best dense form")
+    check_share(share, "latency", "the time of the best dense form")
 
 
 def setting(
