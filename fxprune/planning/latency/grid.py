@@ -92,8 +92,10 @@ class LayerGrid:
 
 @dataclass(frozen=True)
 class NetworkTimes:
-    """The time of a network by the widths of its layers, as a share of the dense one's, which is what its layers and the
-    rest add up to: layers that were timed alone may take more than the network, in runtimes and on busy machines.
+    """The time of a network by the widths of its layers, as a share of the dense one's.
+
+    The dense time is what its layers and the rest add up to: layers that were timed alone may take more than the
+    network, in runtimes and on busy machines.
 
     Attributes:
         grids: of its layers, with the place of each among all layers.
