@@ -14,11 +14,17 @@ from fxprune.vocabulary import BenchRuntime, Dtype, FormChoice, Layout, Rival
 if TYPE_CHECKING:
     from fxprune.comparison.requests import LatencyRequest
 
+DESCRIPTION = """\
+Latency of a network, dense and pruned, in one runtime or several. All take turns in one race, and each must compute
+what it should before it is timed. Shown are the median of ms and, to the dense network of that runtime and to the best
+of all, medians of the ratios within a round: not the ratio of medians.
+"""
 EXAMPLES = """\
 examples:
   fxprune bench resnet50 --ratio 0.5 --batch 1,8 --runtime eager,compile,accelerate
   fxprune bench resnet18 --ratio 0.5,0.75 --against dense,torch-pruning --layers --output r18.json --plot r18.png
   fxprune bench resnet50 --device cuda --dtype float16 --runtime accelerate+cudagraph --json
+  fxprune bench resnet50 --saved resnet50.pt r50.pt --runtime accelerate,onnxruntime
   fxprune bench --from r18.json r50.json --plot both.svg
 """
 
@@ -28,9 +34,7 @@ def add_to(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="time a model, dense and pruned, here and now",
-        description="Latency of a network, dense and pruned, in one runtime or several. All take turns in one race, "
-        "and each must compute what it should before it is timed. Shown are the median of ms and, to the dense network "
-        "of that runtime and to the best of all, medians of the ratios within a round: not the ratio of medians.",
+        description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -42,21 +46,26 @@ def add_to(subparsers: Subparsers) -> None:
 
 def add_options(parser: argparse.ArgumentParser, output: str = "write a JSON record after each batch") -> None:
     """Add what to measure of a model; `output` is the help of `--output`."""
-    add = parser.add_argument
+    add = parser.add_argument_group("what to race").add_argument
     add("--weights", type=Path, help="state dict of the model (default: random)")
     ratios = values.list_of(values.fraction("ratio to prune", "0.5,0.75"))
-    add("--ratio", type=ratios, default=[0.5], metavar="R,R,...", help="what to prune (default: 0.5)")
+    add("--ratio", type=ratios, metavar="R,R,...", help="what to prune of each convolution (default: 0.5)")
     add("--groups", type=values.groups, default="auto")
     add("--form", choices=get_args(FormChoice), default="auto")
     add("--only", metavar="PATTERN|1x1", help="prune only convolutions of these names, or the 1x1 ones")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    add("--dtype", choices=get_args(Dtype), default="float32", help="default: %(default)s")
-    add_size(parser)
-    batches = values.list_of(values.count)
-    add("--batch", type=batches, default=[1], metavar="N,N,...", help="images (default: 1)")
-    add("--layout", choices=get_args(Layout), help="memory layout (default: both, and the faster counts)")
+    add("--seed", type=int, default=0, help="of the plan")
+    add(
+        "--saved",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="in place of a ratio, or as well: files of this model that `fxprune compile -o` wrote, by whatever plan",
+    )
     rivals = values.some_of("rival", get_args(Rival))
     add("--against", type=rivals, default=["dense"], help=f"some of {values.either(Rival)}; dense always")
+    place = parser.add_argument_group("where, and with what images")
+    add = place.add_argument
     runtimes = values.some_of("runtime", get_args(BenchRuntime))
     add(
         "--runtime",
@@ -64,10 +73,16 @@ def add_options(parser: argparse.ArgumentParser, output: str = "write a JSON rec
         default=["eager"],
         help=f"some of {values.either(BenchRuntime)} (default: eager)",
     )
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add("--dtype", choices=get_args(Dtype), default="float32", help="default: %(default)s")
+    add("--layout", choices=get_args(Layout), help="memory layout (default: both, and the faster counts)")
+    add("--threads", type=values.count, help="of torch (default: its own choice)")
+    batches = values.list_of(values.count)
+    add("--batch", type=batches, default=[1], metavar="N,N,...", help="images (default: 1)")
+    add_size(place)
+    add = parser.add_argument_group("how long, and what to write").add_argument
     add("--rounds", type=values.count, default=15, help="turns of each (default: %(default)s)")
     add("--layers", action="store_true", help="also each grouped convolution against the dense one")
-    add("--threads", type=values.count, help="of torch (default: its own choice)")
-    add("--seed", type=int, default=0, help="of the plan")
     add("--output", type=Path, help=output)
     add("--plot", type=Path, metavar="FILE", help="draw time against MACs, .png or .svg")
     add("--from", type=Path, nargs="+", dest="records", metavar="RECORD", help="only draw these, with --plot")
@@ -115,6 +130,8 @@ def check(options: argparse.Namespace) -> None:
         options.error(f"--plot {options.plot}: must end in {' or '.join(FORMATS)}")
     if options.records and options.plot is None:
         options.error("--from draws records; --plot FILE says where")
+    if options.saved and not options.ratio and set(options.against) != {"dense"}:
+        options.error("--against matches the MACs of what --ratio prunes; give --ratio, or leave it out with --saved")
     if not options.records and options.model is None:
         options.error("MODEL is needed: what to measure")
 
@@ -136,7 +153,8 @@ def request_of(options: argparse.Namespace) -> LatencyRequest:
     return LatencyRequest(
         model=options.model,
         weights=options.weights,
-        ratio=options.ratio,
+        ratio=options.ratio or ([] if options.saved else LatencyRequest.ratio),
+        saved=options.saved,
         groups=options.groups,
         form=options.form,
         only=options.only,

@@ -12,10 +12,11 @@ import fxprune
 from fxprune.cli.data import add_calibration, inputs_for
 from fxprune.cli.options import (
     MODEL_HELP,
+    add_amounts,
+    add_choices,
     add_gathers,
     add_model_options,
     add_output_options,
-    add_pruning_options,
     inputs_of,
     model_of,
     pruning_of,
@@ -57,35 +58,38 @@ def add_to(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("compile", help="prune a model and write the smaller one", epilog=EXAMPLES)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    add_pruning_options(parser)
+    add_model_options(parser)
+    add_amounts(parser)
     add_calibration(parser)
-    parser.add_argument(
+    add = parser.add_argument_group("recovery").add_argument
+    add(
         "--recover", nargs="?", type=float, const=True, metavar="SECONDS",
         help="after the refit train the kept weights on the --calibration inputs, without labels, until each block "
         "gives what the dense one gives: so many seconds (default: at most three minutes)",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--augment",
         choices=get_args(AugmentName),
         help="for --recover: mirror or shift the inputs, where they are images",
     )
-    add_model_options(parser)
-    parser.add_argument(
+    add = parser.add_argument_group("what to write, and to check").add_argument
+    add("-o", "--output", type=Path, metavar="FILE", help="where fxprune.save puts the result")
+    add("--onnx", type=Path, metavar="FILE", help="also write an ONNX file (batch size free)")
+    add("--torchscript", type=Path, metavar="FILE", help="also write a TorchScript file")
+    add(
         "--result",
         choices=get_args(Output),
         default="auto",
         help="a traced graph, the model's own class with smaller layers, or whichever is right (default)",
     )
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where fxprune.save puts the result")
-    parser.add_argument("--torchscript", type=Path, metavar="FILE", help="also write a TorchScript file")
-    parser.add_argument("--onnx", type=Path, metavar="FILE", help="also write an ONNX file (batch size free)")
-    parser.add_argument(
+    add(
         "--bench",
         action="store_true",
         help="time it against the dense network in ONNX Runtime and OpenVINO, or else in PyTorch, and say whether it "
         "is worth it; --onnx is then written as is fastest there",
     )
-    parser.add_argument("--no-verify", action="store_true", help="skip the check against the masked model")
+    add("--no-verify", action="store_true", help="skip the check against the masked model")
+    add_choices(parser)
     add_gathers(parser)
     add_output_options(parser)
     parser.set_defaults(run=run)

@@ -8,10 +8,11 @@ from fxprune.cli.data import add_calibration, inputs_for
 from fxprune.cli.options import (
     FILE_HELP,
     MODEL_HELP,
+    add_amounts,
+    add_choices,
     add_gathers,
     add_model_options,
     add_output_options,
-    add_pruning_options,
     inputs_of,
     model_of,
     pruning_of,
@@ -26,9 +27,10 @@ def add_to(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("report", help="show what became of each convolution")
     parser.add_argument("source", metavar="FILE|MODEL", help=f"{FILE_HELP}, or {MODEL_HELP}")
     parser.add_argument("model", nargs="?", metavar="MODEL", help="the model that FILE was made from")
-    add_pruning_options(parser)
-    add_calibration(parser)
     add_model_options(parser)
+    add_amounts(parser)
+    add_calibration(parser)
+    add_choices(parser)
     parser.add_argument("--markdown", action="store_true", help="for a README or an issue")
     add_gathers(parser)
     add_output_options(parser)

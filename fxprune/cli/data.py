@@ -61,7 +61,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 def add_calibration(parser: argparse.ArgumentParser, more: str = "") -> None:
     """Add what to calibrate with, and how pictures are read."""
-    parser.add_argument(
+    parser.add_argument_group("calibration").add_argument(
         "--calibration",
         type=Path,
         metavar="DATA",

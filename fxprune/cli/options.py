@@ -34,26 +34,25 @@ FILE_HELP = "a file that `fxprune compile -o` wrote"
 DATA_HELP = "cifar10:DIR, cifar100:DIR, caltech101:DIR, folder:DIR, digits or MODULE:CALLABLE; photos with ?size=PIXELS"
 
 
-def add_pruning_options(parser: argparse.ArgumentParser) -> None:
-    """Add what `fxprune.make_plan` can be asked."""
-    parser.add_argument(
-        "--ratio", type=float, help="share of kernel groups, or filters, to prune from each convolution (0.5)"
-    )
-    parser.add_argument(
+def add_amounts(parser: argparse.ArgumentParser) -> None:
+    """Add how much `fxprune.make_plan` is to prune, and of what, in two groups."""
+    add = parser.add_argument_group("how much (budgets can be combined)").add_argument
+    add("--ratio", type=float, help="share of kernel groups, or filters, to prune from each convolution (0.5)")
+    add(
         "--macs",
         type=float,
         metavar="SHARE",
-        help="instead: share of multiply-accumulates to keep, in (0, 1]; sensitive layers are pruned less. Budgets can "
-        "be combined",
+        help="instead: share of multiply-accumulates to keep, in (0, 1]; sensitive layers are pruned less",
     )
-    parser.add_argument("--params", type=float, metavar="SHARE", help="share of parameters to keep, in (0, 1]")
-    parser.add_argument(
+    add("--params", type=float, metavar="SHARE", help="share of parameters to keep, in (0, 1]")
+    add(
         "--latency",
         type=float,
         metavar="SHARE",
         help="share of the time of the best dense form that may remain on --target, or in --runtime, in (0, 1]",
     )
-    parser.add_argument(
+    add = parser.add_argument_group("of what, and for what").add_argument
+    add(
         "--granularity",
         type=values.granularity,
         metavar="kernel|filter|branch|auto|filter:R,kernel:R",
@@ -61,71 +60,71 @@ def add_pruning_options(parser: argparse.ArgumentParser) -> None:
         "narrower, or whole residual branches; all of them, as divides a budget best, which like branches needs "
         "--calibration; or filters at one ratio, then kernels at another",
     )
-    parser.add_argument(
-        "--scope",
-        choices=get_args(Scope),
-        help="filters: the same share of each layer, or all ranked together (default: local; for a budget with "
-        "calibration data what does better on held-out data)",
-    )
-    parser.add_argument(
-        "--round-to",
-        type=int,
-        metavar="N",
-        help="filters: keep a multiple of N in each layer (default: 4, and 1 where there are fewer than 16)",
-    )
-    parser.add_argument("--groups", type=values.groups, default="auto", metavar="N|auto", help="groups per convolution")
-    parser.add_argument("--form", choices=get_args(FormChoice), default="auto", help="default: %(default)s")
-    parser.add_argument(
-        "--block",
-        type=int,
-        metavar="N",
-        help="keep input channels in aligned blocks of N, for wide loads (default: 16 for target cuda, else 1)",
-    )
-    parser.add_argument("--target", choices=get_args(Target), help="kind of device to plan groups and blocks for")
-    parser.add_argument(
+    add("--ignore", action="append", default=[], metavar="PATTERN", help="modules to leave dense; may be repeated")
+    add("--target", choices=get_args(Target), help="kind of device to plan groups and blocks for")
+    add(
         "--runtime",
         choices=get_args(RuntimeName),
         help="what will compute the network: --latency is then of the best dense form in it (torch, onnxruntime, "
         "openvino)",
     )
-    parser.add_argument(
+    add(
         "--precision",
         choices=get_args(Precision),
         help="the network will be quantized in --runtime onnxruntime or openvino: --latency is then of the best dense "
         "form in integers; what is written stays in float32, fxprune.quantize makes integers of it",
     )
-    parser.add_argument(
+
+
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """Add by what `fxprune.make_plan` is to choose kernels and filters, in a group of its own."""
+    add = parser.add_argument_group("how kernels and filters are chosen (the defaults are the best known)").add_argument
+    add("--groups", type=values.groups, default="auto", metavar="N|auto", help="groups per convolution")
+    add("--form", choices=get_args(FormChoice), default="auto", help="default: %(default)s")
+    add(
+        "--block",
+        type=int,
+        metavar="N",
+        help="keep input channels in aligned blocks of N, for wide loads (default: 16 for target cuda, else 1)",
+    )
+    add(
         "--share-groups",
         action=argparse.BooleanOptionalAction,
         help="group the filters of all layers that write the same channels alike, which saves gathers "
         "(default: with --target)",
     )
-    parser.add_argument(
-        "--method", default="auto", help=f"how kernels are chosen: {values.either(Method)} (default: %(default)s)"
+    add(
+        "--scope",
+        choices=get_args(Scope),
+        help="filters: the same share of each layer, or all ranked together (default: local; for a budget with "
+        "calibration data what does better on held-out data)",
     )
-    parser.add_argument(
+    add(
+        "--round-to",
+        type=int,
+        metavar="N",
+        help="filters: keep a multiple of N in each layer (default: 4, and 1 where there are fewer than 16)",
+    )
+    add("--method", default="auto", help=f"how kernels are chosen: {values.either(Method)} (default: %(default)s)")
+    add(
         "--criterion",
         help=f"what a filter is worth, or a kernel of method cocluster: {values.either(CriterionName)}; a filter also "
         "by reconstruction, the default with calibration data (else l2)",
     )
-    parser.add_argument(
-        "--variety", help=f"make the criterion keep rare kernels or filters: {values.either(VarietyName)}"
-    )
-    parser.add_argument(
+    add("--variety", help=f"make the criterion keep rare kernels or filters: {values.either(VarietyName)}")
+    add(
         "--snapshots",
         type=Path,
         nargs="+",
         metavar="FILE",
         help="state dicts from earlier in the same training run, oldest first; for method tmi and some criteria",
     )
-    parser.add_argument(
-        "--ignore", action="append", default=[], metavar="PATTERN", help="module names to leave dense; may be repeated"
-    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what a model by name needs to be built and run."""
-    weights = parser.add_mutually_exclusive_group()
+    group = parser.add_argument_group("model")
+    weights = group.add_mutually_exclusive_group()
     weights.add_argument(
         "--weights",
         type=Path,
@@ -140,12 +139,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         dest="weights",
         help="the same as --weights DEFAULT",
     )
-    add_size(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of random weights and of the plan (default: %(default)s)")
+    add_size(group)
+    group.add_argument("--seed", type=int, default=0, help="of random weights and of the plan (default: %(default)s)")
 
 
-def add_size(parser: argparse.ArgumentParser) -> None:
-    """Add how large inputs are."""
+def add_size(parser: argparse._ActionsContainer) -> None:
+    """Add how large inputs are, to a parser or to a group of it."""
     parser.add_argument(
         "--size",
         "--input-size",

@@ -141,4 +141,17 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_to(subparsers)
+    for subparser in subparsers.choices.values():
+        subparser.usage = _usage(subparser)
     return parser, dict(subparsers.choices)
+
+
+def _usage(parser: argparse.ArgumentParser) -> str:
+    """What must be given; argparse would list every option, which its help does anyway."""
+    words = []
+    for action in parser._actions:
+        if not action.option_strings:
+            words.append(f"[{action.metavar}]" if action.nargs == "?" else str(action.metavar))
+        elif action.required:
+            words.append(f"{action.option_strings[0]} {action.metavar or action.dest.upper()}")
+    return " ".join(["%(prog)s", *words, "[options]"])

@@ -11,6 +11,7 @@ oracle, for fxprune the masked model. Weights may be random: they take no other 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from fxprune.comparison.rivals import (
     describe,
     filters_network,
     fxprune_network,
+    saved_network,
     settle,
     torch_pruning_network,
 )
@@ -47,7 +49,7 @@ class Row:
     """One network in one runtime and layout, at one batch.
 
     Attributes:
-        network: `"dense"`, `"fxprune"`, `"fxprune filters"` or `"torch-pruning"`.
+        network: see `Network.name`.
         ratio: what fxprune was asked to prune; of filters, that of the network whose MACs they match.
         macs_share: MACs relative to the dense network.
         runtime: one of `RUNTIMES`.
@@ -89,8 +91,9 @@ def make_networks(
     rivals: Sequence[str],
     options: Mapping[str, Any],
     random_weights: bool,
+    saved: Sequence[Path] = (),
 ) -> Iterator[Network]:
-    """Yield the dense network, and for each ratio that of fxprune and its rivals of equal MACs.
+    """Yield the dense network, those of files, and for each ratio that of fxprune and its rivals of equal MACs.
 
     Args:
         model: in evaluation mode, float32, on the CPU. With random weights its BatchNorm statistics are set here.
@@ -99,13 +102,16 @@ def make_networks(
         rivals: some of `RIVALS`.
         options: of `fxprune.make_plan`.
         random_weights: whether the model is untrained.
+        saved: files of `fxprune.save`, made from this model.
 
     Raises:
-        FxpruneError: fxprune cannot compile the model.
+        FxpruneError: fxprune cannot compile the model, or a file does not fit it.
     """
     if random_weights:
         settle(model, inputs)
     yield dense_network(model, inputs)
+    for path in saved:
+        yield saved_network(model, inputs, path)
     for ratio in ratios:
         network = fxprune_network(model, inputs, ratio, options, random_weights)
         yield network
@@ -211,8 +217,9 @@ def _with_times(rows: Sequence[Row], timings: Mapping[int, Timing]) -> list[Row]
 
 def table(rows: Sequence[Row]) -> str:
     """Each network in its faster layout as text, one a line, and what failed."""
+    wide = max([15, *(len(row.network) for row in rows)]) + 2
     lines = [
-        f"{'batch':>5}  {'runtime':<21}{'network':<17}{'ratio':>6}  {'layout':<14}{'ms':>10}{'spread':>9}"
+        f"{'batch':>5}  {'runtime':<21}{'network':<{wide}}{'ratio':>6}  {'layout':<14}{'ms':>10}{'spread':>9}"
         f"{'to dense':>10}{'to best':>9}{'MACs':>7}{'difference':>12}"
     ]
     for row in rows:
@@ -220,7 +227,7 @@ def table(rows: Sequence[Row]) -> str:
             continue
         ratio = "-" if row.ratio is None else f"{row.ratio:g}"
         share = "-" if row.macs_share is None else f"{row.macs_share:.3f}"
-        who = f"{row.batch:>5}  {row.runtime:<21}{row.network:<17}{ratio:>6}  {row.layout or 'own':<14}"
+        who = f"{row.batch:>5}  {row.runtime:<21}{row.network:<{wide}}{ratio:>6}  {row.layout or 'own':<14}"
         if row.seconds is None or row.spread is None:
             lines.append(f"{who}{row.error}")
             continue
@@ -320,10 +327,16 @@ def measure_model(
     networks = list(
         tqdm(
             make_networks(
-                model, _images(size, 2), request.ratio, request.against, plan_options, request.weights is None
+                model,
+                _images(size, 2),
+                request.ratio,
+                request.against,
+                plan_options,
+                request.weights is None,
+                request.saved,
             ),
             desc="networks",
-            total=1 + len(request.ratio) * len({"fxprune", *request.against} - {"dense"}),
+            total=1 + len(request.saved) + len(request.ratio) * len({"fxprune", *request.against} - {"dense"}),
             leave=False,
             disable=not progress,
         )

@@ -27,6 +27,7 @@ class LatencyRequest:
         model: a name for `load_model`.
         weights: its state dict; random without.
         ratio: what fxprune prunes; a network for each.
+        saved: files of `fxprune.save`, made from this model; a network for each.
         groups, form: of the plans.
         only: prune only convolutions of these names, or `"1x1"` ones; None for all.
         device: `"cpu"` or `"cuda"`.
@@ -44,6 +45,7 @@ class LatencyRequest:
     model: str
     weights: Path | None = None
     ratio: Sequence[float] = (0.5,)
+    saved: Sequence[Path] = ()
     groups: Groups = "auto"
     form: str = "auto"
     only: str | None = None
@@ -78,6 +80,7 @@ class LatencyRequest:
             "model": self.model,
             "weights": self.weights.name if self.weights else None,
             "ratio": list(self.ratio),
+            "saved": [path.name for path in self.saved] or None,
             "form": self.form,
             "groups": self.groups,
             "only": self.only,

@@ -6,6 +6,7 @@ that none is slow for want of that.
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ class Network:
     """A network that races.
 
     Attributes:
-        name: `"dense"`, `"fxprune"`, `"fxprune filters"` or `"torch-pruning"`.
-        ratio: that fxprune was asked for; of filters, that of the network whose MACs they match; None of dense.
+        name: `"dense"`, `"fxprune"`, `"fxprune filters"`, `"torch-pruning"`, or the file that it was saved in.
+        ratio: that fxprune was asked for; of filters, that of the network whose MACs they match; None of dense and of
+            saved ones.
         macs: of one image, over convolutions and linear layers; None if there is no network.
         module: in float32 on the CPU; None if it could not be made.
         folded: the same with BatchNorm folded into the convolutions before it.
@@ -49,6 +51,21 @@ class Network:
 def dense_network(model: nn.Module, inputs: Tensor) -> Network:
     """The network as it is."""
     return Network("dense", None, count_macs(model, inputs), model, folded(model, inputs), model)
+
+
+def saved_network(model: nn.Module, inputs: Tensor, path: Path) -> Network:
+    """The network in a file that `fxprune.save` wrote; its oracle is the network itself, as it was checked before.
+
+    Args:
+        model: the dense one.
+        inputs: `(N, C, H, W)` float32.
+        path: the file.
+
+    Raises:
+        FxpruneError: it is no such file, it was made from another model, or the network cannot be traced.
+    """
+    network = fxprune.load(path, model).eval()
+    return Network(str(path), None, count_macs(network, inputs), network, folded(network, inputs), network)
 
 
 def fxprune_network(

@@ -105,6 +105,34 @@ def test_bench_and_its_front_measure_the_same(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.usefixtures("quick")
+def test_bench_times_what_was_saved(capsys: pytest.CaptureFixture[str]) -> None:
+    for ratio in ("0.5", "0.75"):
+        assert cli.main(["compile", "digits_resnet", "--ratio", ratio, "--granularity", "filter", "-o", ratio]) == 0
+    capsys.readouterr()
+    saved = [*BENCH, "--saved", "0.5", "0.75"]
+    assert cli.main([*saved, "--json", "--output", "r.json", "--plot", "r.svg"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["settings"]["saved"] == ["0.5", "0.75"]
+    rows = {row["network"]: row for row in document["rows"] if row["best"]}
+    assert list(rows) == ["dense", "0.5", "0.75"], "what was saved, instead of a ratio"
+    assert 0 < rows["0.75"]["macs_share"] < rows["0.5"]["macs_share"] < 1
+    assert all(row["seconds"] > 0 and not row["error"] for row in rows.values())
+    assert cli.main([*saved, "--ratio", "0.5"]) == 0
+    names = [line.split()[2] for line in capsys.readouterr().out.splitlines()[2:6]]
+    assert names == ["dense", "0.5", "0.75", "fxprune"], "and beside one"
+
+
+def test_bench_refuses_files_that_do_not_belong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["compile", "resnet20", "--ratio", "0.5", "-o", "other.pt", "--no-verify"]) == 0
+    capsys.readouterr()
+    assert "other.pt" in error_of(capsys, *BENCH, "--saved", "other.pt")
+    assert "absent.pt" in error_of(capsys, *BENCH, "--saved", "absent.pt")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*BENCH, "--saved", "other.pt", "--against", "filters"])
+    assert "give --ratio" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_wrong_network_is_exit_code_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     rewrite = fxprune.rewrite
 
