@@ -4,7 +4,8 @@ r"""What recovery gives after the refit, without labels: accuracy on real images
         --calibration cifar10-train:DIR --calibration-images 1024 --macs 0.57 --groups 8 --seconds 180 --amp bf16
 
 A seed draws the images to calibrate with, the plan, and all that recovery draws. No image is both calibrated with and
-evaluated. The time of recovery is that of the processor, beside that of the clock.
+evaluated. The time of recovery is that of the processor, beside that of the clock. With `--latency` the share of the
+time is measured anew in the end: the recovered network against the dense one, both accelerated, a race of their own.
 """
 
 import argparse
@@ -30,11 +31,14 @@ from fxprune.calibration.subject import Subject
 from fxprune.cli import values
 from fxprune.environment import environment
 from fxprune.files import write_json, write_whole
+from fxprune.inference.duel import share_of_time
 from fxprune.planning.lossy import masked_by
 from fxprune.planning.making import plan_for
 from fxprune.planning.patterns import left_out
 from fxprune.planning.requests import AUTO, BRANCH, GRANULARITIES, Request
 from fxprune.training.data.pictures import Normalization
+
+TIMED_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def start(
         masked = fxprune.mask(model, plan)
         masked.load_state_dict(saved["state"])
         return plan, masked
-    subject = Subject(model, None, calibration)
+    example = None if request.latency is None else (calibration[:TIMED_BATCH],)
+    subject = Subject(model, example, calibration)
     plan, refitted = plan_for(subject, request)
     masked = masked_by(subject, plan) if refitted is None else refitted
     if kept is not None:
@@ -92,7 +97,9 @@ def run(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     model.eval()
     images, source = open_disjoint(options.data, options.calibration, options.calibration_images, seed)
     calibration = normalize(source.pixels())
-    asked = {name: getattr(options, name) for name in ("ratio", "macs", "granularity")}
+    asked = {name: getattr(options, name) for name in ("ratio", "macs", "latency", "granularity")}
+    if options.latency is not None:
+        asked["target"] = "cpu"
     if options.granularity not in ("filter", BRANCH):
         asked |= {"groups": options.groups, "form": options.form}
     request = Request(**asked, ignore=left_out(model, options.only), seed=seed)
@@ -107,9 +114,26 @@ def run(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     took = time.process_time() - began
     done = getattr(recovered, RECOVERED)
     assert isinstance(done, Recovered)
-    fxprune.verify(fxprune.rewrite(recovered, plan, calibration[:2]), recovered, calibration[:2])
+    pruned = fxprune.rewrite(recovered, plan, calibration[:2])
+    fxprune.verify(pruned, recovered, calibration[:2])
     reached = measure((model, masked.eval(), recovered), images.first(options.limit), normalize, options.batch)
-    return {"seed": seed, "processor_seconds": took, "recovery": asdict(done), "accuracy": asdict(reached)}
+    report = fxprune.report(pruned)
+    assert report.macs_dense
+    assert report.macs_pruned
+    return {
+        "seed": seed,
+        "processor_seconds": took,
+        "recovery": asdict(done),
+        "accuracy": asdict(reached),
+        "macs_share": report.macs_pruned / report.macs_dense,
+        "parameters": report.params_pruned,
+        "time_share": None if options.latency is None else time_share(pruned, model, calibration[:TIMED_BATCH]),
+    }
+
+
+def time_share(pruned: nn.Module, dense: nn.Module, inputs: Tensor) -> float:
+    """What the pruned network takes of the time of the dense one, each accelerated."""
+    return share_of_time(fxprune.accelerate(pruned, inputs), fxprune.accelerate(dense, inputs), (inputs,))
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
@@ -140,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for seed in tqdm(options.seeds, desc="seeds", disable=not sys.stderr.isatty()):
             runs.append(run(options, seed))
             if options.output:
-                own = ("macs", "granularity", "seconds", "steps", "augment", "amp")
+                own = ("macs", "latency", "granularity", "seconds", "steps", "augment", "amp")
                 settings = settings_of(options) | {name: getattr(options, name) for name in own}
                 write_json(options.output, {"environment": environment(), "settings": settings, "runs": runs})
     except (fxprune.FxpruneError, OSError, ValueError) as error:
@@ -157,6 +181,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--ratio", type=float, help="share of kernel groups, or filters, to prune")
     size.add_argument("--macs", type=float, metavar="SHARE", help="share of MACs to keep, instead of a ratio")
+    size.add_argument(
+        "--latency", type=float, metavar="SHARE", help=f"share of the time to keep, accelerated, batch {TIMED_BATCH}"
+    )
     parser.add_argument(
         "--granularity", choices=(*GRANULARITIES, BRANCH, AUTO), default="kernel", help="default: %(default)s"
     )

@@ -258,6 +258,7 @@ def test_recovery_record(album: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert document["settings"]["steps"] == 2
     assert [run["seed"] for run in document["runs"]] == [0, 1]
     assert [run["recovery"]["steps"] for run in document["runs"]] == [2, 2]
+    assert all(0 < run["macs_share"] < 1 and run["time_share"] is None for run in document["runs"])
     assert len(list((tmp_path / "refits").iterdir())) == 2
     assert recovery.main(first) == 0  # from the files
     again = json.loads(record.read_text())["runs"]
@@ -266,6 +267,17 @@ def test_recovery_record(album: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     wrong = ["--model", "tiny", "--data", "photos:absent", "--calibration", source, "--ratio", "0.5"]
     assert recovery.main(wrong) == 2
     assert capsys.readouterr().err.startswith("benchmarks.recovery: error: ")
+
+
+@pytest.mark.usefixtures("tiny_model")
+def test_recovery_of_a_share_of_time(album: Path, tmp_path: Path) -> None:
+    source, record = f"photos:{album}", tmp_path / "record.json"
+    arguments = ["--model", "tiny", "--data", source, "--calibration", source, "--calibration-images", "4"]
+    arguments += ["--latency", "0.99", "--steps", "2", "--seeds", "0", "--output", str(record)]
+    assert recovery.main(arguments) == 0
+    (run,) = json.loads(record.read_text())["runs"]
+    assert run["time_share"] > 0
+    assert json.loads(record.read_text())["settings"]["latency"] == 0.99
 
 
 @pytest.mark.usefixtures("tiny_model")
