@@ -366,7 +366,7 @@ def report_on(
     write_text(output / "comparison.md", text)
     seeds, epochs = len({found.seed for found in runs}), settings["epochs"]
     try:
-        title = f"{settings['model']}, {seeds} seeds, epochs of fine-tuning: {epochs}"
+        title = f"{settings['model']}, {seeds} seed{'s' * (seeds > 1)}, epochs of fine-tuning: {epochs}"
         draw_fronts(points, output / "comparison", title)
     except ComparisonError as error:
         complain(f"no pictures: {error}")

@@ -115,7 +115,8 @@ def label_beside(axes: Any, labels: Sequence[tuple[float, float, str, Look]], fo
     for (x, y, text, look), place in zip(labels, spread([y for _, y, _, _ in labels], gap, low, high), strict=True):
         axes.annotate(
             text, (x, y), (column, place), xycoords="data", textcoords="data", va="center", fontsize=fontsize,
-            annotation_clip=False, arrowprops={"arrowstyle": "-", "color": look.colour, "lw": 0.5, "alpha": 0.5},
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": look.colour, "lw": 0.5, "alpha": 0.5, "relpos": (0, 0.5)},
             **look.text,
         )  # fmt: skip
 

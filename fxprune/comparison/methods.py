@@ -250,7 +250,7 @@ METHODS = {
         ),
         Method(
             "tp-magnitude-recovered",
-            "Torch-Pruning, magnitude, refitted and recovered by fxprune",
+            "Torch-Pruning, magnitude, recovered",
             partial(recovered, prune=partial(torch_pruning_refitted, importance="magnitude")),
             package="torch_pruning",
         ),

@@ -1,7 +1,9 @@
 """Pictures of what was measured: time against MACs, and accuracy against time and MACs, in small multiples."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -134,17 +136,19 @@ def draw_fronts(points: Sequence[Point], path: Path, title: str) -> list[Path]:
 
 
 def _draw_front(axes: Any, points: Sequence[Point], batch: int | None, part: str) -> None:
-    """One panel: `part` is `"before"` or `"after"`."""
+    """One panel: `part` is `"before"` or `"after"`. What lies far below the rest is at the foot, with its accuracy."""
     labels, places = [], []
+    foot = _foot([100 * getattr(point, part).value for point in points])
     for method in dict.fromkeys(point.method for point in points):
         mine = [point for point in points if point.method == method]
         means: list[Mean] = [getattr(point, part) for point in mine]
         xs = [point.macs_share if batch is None else point.relative[batch] for point in mine]
-        ys = [mean.value * 100 for mean in means]
+        ys = [max(foot, mean.value * 100) for mean in means]
         look = look_of(method)
         axes.errorbar(xs, ys, [(mean.half_width or 0) * 100 for mean in means], capsize=2, linewidth=0.8, **look.mark)
         places += list(zip(xs, ys, strict=True))
-        labels.append((xs[0], ys[0], mine[0].label, look))
+        low = means[0].value * 100 < foot
+        labels.append((xs[0], ys[0], f"{mine[0].label}: {means[0].value:.0%}" if low else mine[0].label, look))
     front = pareto(places)
     axes.plot(*zip(*front, strict=True), "-", color=GREY, linewidth=3, alpha=0.25, zorder=0)
     axes.grid(alpha=0.25)
@@ -152,6 +156,23 @@ def _draw_front(axes: Any, points: Sequence[Point], batch: int | None, part: str
     axes.autoscale_view()
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
     label_beside(axes, labels, fontsize=7)
+
+
+def _foot(values: Sequence[float]) -> float:
+    """Where an axis begins so that a few low values do not flatten the others: a little below the largest gap, where
+    that is more than half of what all span, and fewer than half of them lie below it; else below everything.
+
+    >>> _foot([12.0, 84.0, 89.0])
+    83.5
+    >>> _foot([12.0, 13.0, 89.0])
+    -inf
+    """
+    ordered = sorted(values)
+    gaps = [high - low for low, high in pairwise(ordered)]
+    below = gaps.index(max(gaps)) + 1 if gaps else len(ordered)
+    if 2 * below >= len(ordered) or 2 * gaps[below - 1] <= ordered[-1] - ordered[0]:
+        return -math.inf
+    return ordered[below] - (ordered[-1] - ordered[below]) / 10
 
 
 def _panels(rows: int, columns: int) -> tuple[Any, list[Any]]:

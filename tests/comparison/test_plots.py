@@ -1,5 +1,6 @@
 """Pictures: every method has a look of its own, labels do not overlap, and the front is the front."""
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -86,3 +87,13 @@ def test_macs_are_a_panel_where_they_say_something(
     assert text.count('id="axes_') == panels
     assert ("MACs, share" in text) == (len(shares) > 1 or not timed)
     assert "a title" in text
+
+
+@pytest.mark.parametrize("low, is_at_foot", [(0.13, True), (0.84, False)])
+def test_what_lies_far_below_stands_at_the_foot(low: float, is_at_foot: bool, tmp_path: Path) -> None:
+    runs = [replace(a_run("dense", 1.0), before=0.92), replace(a_run("fxprune", 0.5), before=0.89)]
+    runs += [replace(a_run("auto", 0.5), before=0.88), replace(a_run("tp-magnitude", 0.5), before=low)]
+    draw_fronts(points_of(runs), tmp_path / "front", "a title")
+    text = (tmp_path / "front.svg").read_text()
+    assert ("Torch-Pruning, magnitude: 13%" in text) == is_at_foot
+    assert "fxprune, kernels:" not in text
