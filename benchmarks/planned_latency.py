@@ -41,7 +41,11 @@ def measure(options: argparse.Namespace) -> int:
             dense = fxprune.accelerate(model, inputs, runtime=runtime)
             for granularity in options.granularity:
                 row = {"model": name, "runtime": runtime, "granularity": granularity, "asked": options.latency}
-                rows.append(row | planned(model, dense, inputs, runtime, granularity, options.latency))
+                try:
+                    row |= planned(model, dense, inputs, runtime, granularity, options.latency)
+                except fxprune.PlanError as error:  # out of reach: a result, too
+                    row["refused"] = str(error)
+                rows.append(row)
                 print(line(rows[-1]), flush=True)
                 write_json(output_of(options, NAME), {"environment": environment(), "size": options.size, "rows": rows})
     return 0
@@ -96,7 +100,8 @@ def shares(dense: nn.Module, fast: nn.Module, inputs: torch.Tensor) -> tuple[flo
 
 def line(row: dict[str, Any]) -> str:
     """A row of a Markdown table."""
-    figures = (f"{row[name]:.3f}" for name in ("macs", "reached", "reached_processor_time"))
+    names = ("macs", "reached", "reached_processor_time")
+    figures = (f"{row[name]:.3f}" for name in names) if "refused" not in row else (row["refused"],)
     return f"| {' | '.join((row['model'], row['runtime'], row['granularity'], *figures))} |"
 
 
