@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -23,7 +24,7 @@ from fxprune.cli.options import (
     warn_of_random_weights,
 )
 from fxprune.cli.output import Subparsers, show, shows_progress, verdict, warn
-from fxprune.errors import AccelerationError, CalibrationError, PlanError, TraceError
+from fxprune.errors import AccelerationError, CalibrationError, PlanError, PoorAgreementWarning, TraceError
 from fxprune.tables import terminal_width
 from fxprune.vocabulary import AugmentName, Output
 
@@ -114,7 +115,10 @@ def run(options: argparse.Namespace) -> int:
     asked = pruning_of(options) | {"recover": False if recovery is None else recovery}
     request = request_of({"model": model, **asked})
     subject = Subject(model, inputs, calibration, options.result if request.target is None else "graph")
-    done = compiled_for(subject, request, check=not options.no_verify)
+    with warnings.catch_warnings():
+        if given is not None and given.held_out is not None:  # more pictures, that nothing was fitted to, judge later
+            warnings.simplefilter("ignore", PoorAgreementWarning)
+        done = compiled_for(subject, request, check=not options.no_verify)
     pruned, check = done.pruned, done.check
     worth = _worth(model, pruned, inputs, options) if options.bench else None
     written = _write(pruned, inputs, options, worth)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.calibration.agreement import Agreement
 from fxprune.calibration.pictures import find_pictures, with_labels
 from fxprune.cli import main
 from fxprune.errors import AccelerationError, CalibrationError, StorageError
@@ -67,6 +68,22 @@ def photos(tmp_path: Path) -> Path:
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     assert main([*arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.filterwarnings("always::fxprune.errors.PoorAgreementWarning")
+def test_poor_agreement_is_said_once(
+    photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Agreement, "is_poor", True)
+    arguments = ["compile", NET, "--size", "16", "-o", "small.pt", "--calibration"]
+    assert main([*arguments, str(photos / "deep")]) == 0
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "agree" in line]
+    assert "on 10 pictures that nothing was calibrated with only" in said
+    for extra in sorted((photos / "deep").rglob("*_[12]?.*")):  # twenty of forty: too few to hold any back
+        extra.unlink()
+    assert main([*arguments, str(photos / "deep")]) == 0
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "agree" in line]
+    assert "calibration inputs" in said
 
 
 def test_from_a_folder_to_a_file(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
