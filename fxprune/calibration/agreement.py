@@ -37,6 +37,7 @@ class Agreement:
         classes: whether there are scores of classes.
         distance: what agreements are ranked by, 0 or more, for it makes more of few inputs. With classes the mean
             total variation distance of both distributions (after softmax), else the relative squared error.
+        one_class: whether the dense network puts all inputs into one class, so that the share says little.
     """
 
     share: float
@@ -44,6 +45,7 @@ class Agreement:
     held_out: bool
     classes: bool
     distance: float
+    one_class: bool = False
 
     @property
     def is_poor(self) -> bool:
@@ -62,7 +64,10 @@ class Agreement:
             if self.classes
             else "share of the variance of its output; there are no scores of classes"
         )
-        return f"agreement with the dense network on {self.inputs} {where}: {100 * self.share:.1f} % ({what})"
+        found = f"agreement with the dense network on {self.inputs} {where}: {100 * self.share:.1f} % ({what})"
+        if not self.one_class or self.inputs < 2:
+            return found
+        return f"{found}; the dense network puts all of them into one class, so that this says little"
 
 
 def interval(share: float, inputs: int) -> str:
@@ -144,6 +149,7 @@ class _Tally:
         self.apart = self.error = 0.0
         self.moments: dict[int, tuple[int, float, float]] = {}  # of each output: count, sum, sum of squares
         self.classes = True
+        self.chosen: set[int] = set()
 
     def add(self, dense: Sequence[Tensor], pruned: Sequence[Tensor]) -> bool:
         """Count a batch; False if the outputs cannot be compared."""
@@ -153,7 +159,9 @@ class _Tally:
         self.classes &= scores.dim() == 2 and scores.shape[1] > 1
         self.inputs += len(scores) if scores.dim() else 1
         if self.classes:
-            self.same += int((scores.argmax(1) == other.argmax(1)).sum())
+            first = scores.argmax(1)
+            self.same += int((first == other.argmax(1)).sum())
+            self.chosen |= set(first.tolist())
             self.apart += float((scores.softmax(1) - other.softmax(1)).abs().sum()) / 2
         for i, (t, p) in enumerate(zip(dense, pruned, strict=True)):
             t, p = t.double(), p.double()
@@ -166,7 +174,8 @@ class _Tally:
         if not self.inputs:
             return None
         if self.classes:
-            return Agreement(self.same / self.inputs, self.inputs, False, True, self.apart / self.inputs)
+            share, distance = self.same / self.inputs, self.apart / self.inputs
+            return Agreement(share, self.inputs, False, True, distance, one_class=len(self.chosen) == 1)
         variance = sum(squares - total**2 / count for count, total, squares in self.moments.values() if count)
         error = self.error / variance if variance > 0 else float(self.error > 0)
         if not math.isfinite(error):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from fxprune.cli import values
-from fxprune.cli.options import MODEL_HELP, add_output_options, add_size
+from fxprune.cli.options import MODEL_HELP, add_output_options, add_size, add_weights
 from fxprune.cli.output import Subparsers, show, shows_progress
 from fxprune.vocabulary import BenchRuntime, Dtype, FormChoice, Layout, Rival
 
@@ -46,8 +46,9 @@ def add_to(subparsers: Subparsers) -> None:
 
 def add_options(parser: argparse.ArgumentParser, output: str = "write a JSON record after each batch") -> None:
     """Add what to measure of a model; `output` is the help of `--output`."""
-    add = parser.add_argument_group("what to race").add_argument
-    add("--weights", type=Path, help="state dict of the model (default: random)")
+    what = parser.add_argument_group("what to race")
+    add_weights(what)
+    add = what.add_argument
     ratios = values.list_of(values.fraction("ratio to prune", "0.5,0.75"))
     add("--ratio", type=ratios, metavar="R,R,...", help="what to prune of each convolution (default: 0.5)")
     add("--groups", type=values.groups, default="auto")

@@ -83,7 +83,7 @@ def _explained(
         hints.append("MODEL has random weights here, so give those that FILE was compiled from with --weights")
     if options.calibration is None:
         hints.append("if it was compiled with --calibration, give the same data")
-    hint = "; ".join(hints) or "give the --weights and --calibration that it was compiled with"
+    hint = "; ".join(hints) or "give the --weights, --calibration, --pictures and --seed that it was compiled with"
     return (
         f"{options.file} holds other weights than {options.model} masked by the same plan: {hint}. What was "
         "recovered or trained after that has weights of its own, and nothing to compare with. The rewriting itself is "

@@ -124,6 +124,13 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what a model by name needs to be built and run."""
     group = parser.add_argument_group("model")
+    add_weights(group)
+    add_size(group)
+    group.add_argument("--seed", type=int, default=0, help="of random weights and of the plan (default: %(default)s)")
+
+
+def add_weights(group: argparse._ArgumentGroup) -> None:
+    """Add which weights a model by name has."""
     weights = group.add_mutually_exclusive_group()
     weights.add_argument(
         "--weights",
@@ -139,8 +146,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         dest="weights",
         help="the same as --weights DEFAULT",
     )
-    add_size(group)
-    group.add_argument("--seed", type=int, default=0, help="of random weights and of the plan (default: %(default)s)")
 
 
 def add_size(parser: argparse._ActionsContainer) -> None:

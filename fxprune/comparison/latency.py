@@ -43,6 +43,9 @@ WARMUP = 3
 MIN_SECONDS = 0.02
 """A turn lasts at least about this long: short calls are repeated, for a clock and a scheduler need some time."""
 
+WHAT = "ms: median of a call; to dense, to best: median of the ratios within a round, not the ratio of the medians"
+"""What the columns of the table are."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -270,8 +273,8 @@ class Latency:
         }
 
     def __str__(self) -> str:
-        given = ", ".join(f"{name} {_words(value)}" for name, value in self.settings.items() if value is not None)
-        parts = [f"{given}\n{table(self.rows)}", *([layer_table(self.layers)] if self.layers else [])]
+        given = ", ".join(f"{name} {_words(value)}" for name, value in self.settings.items() if value not in (None, []))
+        parts = [f"{given}\n{table(self.rows)}", WHAT, *([layer_table(self.layers)] if self.layers else [])]
         slow = [batch for batch in dict.fromkeys(row.batch for row in self.rows) if not self.is_worth_it(batch)]
         if slow and not self.is_wrong:
             batches = " and ".join(map(str, slow))

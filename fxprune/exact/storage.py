@@ -67,6 +67,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> Any:
         StorageError: the file is truncated, altered, foreign or of a newer format, or was saved from another
             architecture.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise StorageError(f"the file is a {type(path).__name__}; it is the first argument: fxprune.load(path, model)")
     content = _read(Path(path))
     header = json.loads(content["header"])
     try:
@@ -145,7 +147,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise StorageError(f"{path} does not exist") from error
     except Exception as error:  # torch raises a dozen types for files that are not its own
         raise StorageError(
-            f"{path} is truncated or not a file of fxprune.save, such as ONNX ({type(error).__name__})"
+            f"{path} is a folder"
+            if path.is_dir()
+            else f"{path} is truncated or not a file of fxprune.save, but ONNX, say ({type(error).__name__})"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise StorageError(f"{path} was not written by fxprune.save; for a plain state dict use model.load_state_dict")

@@ -35,7 +35,7 @@ def check_share(share: object, cost: str, whole: str = "the dense network's") ->
         PlanError: it is no number in `(0, 1]`.
     """
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-        percent = f"; {share:g} % is {share / 100:g}" if isinstance(share, (int, float)) and 1 < share <= 100 else ""
+        percent = f"; {share:g} % is {share / 100:g}" if isinstance(share, (int, float)) and 2 <= share <= 100 else ""
         raise PlanError(f"{cost} is {share!r}; it must be a share in (0, 1] of {whole}{percent}")
 
 

@@ -141,6 +141,10 @@ def test_classes_by_hand() -> None:
     assert (found.inputs, found.held_out, found.classes) == (60, True, True)
     same = measure_agreement(dense, copy.deepcopy(dense), torch.split(data, 7), call, held_out=True)
     assert same == Agreement(1.0, 60, True, True, 0.0)
+    assert "one class" not in str(same)
+    one = measure_agreement(dense, other, [data[:1].expand(60, -1, -1, -1)], call, held_out=True)
+    assert one is not None
+    assert str(one).endswith("the dense network puts all of them into one class, so that this says little")
 
 
 def test_values_by_hand() -> None:

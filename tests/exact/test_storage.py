@@ -246,7 +246,9 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_a_directory(tmp_path: Path) -> None:
-    refused(tmp_path, "not a file of fxprune.save")
+    refused(tmp_path, "is a folder")
+    with pytest.raises(StorageError, match="the file is a Sequential; it is the first argument"):
+        fxprune.load(nn.Sequential(), tmp_path)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])

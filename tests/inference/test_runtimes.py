@@ -537,6 +537,28 @@ def test_a_users_road(name: GraphRuntime, tmp_path: Path) -> None:
     torch.testing.assert_close(y, slow(image(3, seed=5)).detach(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["dense", "pruned"])
+@each_that_reads_onnx
+def test_a_file_of_the_dense_form_says_so(
+    name: GraphRuntime,
+    form: str,
+    slow: fx.GraphModule,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    take_times(monkeypatch, lambda key: 1.0 if f"{name} " in f"{key} " and form in key else 2.0)
+    model = accelerate(slow, image(), runtime=name, remember=False)
+    assert isinstance(model, RuntimeModel)
+    file = tmp_path / f"model{SUFFIX[name]}"
+    model.save(file)
+    said = [record.getMessage() for record in caplog.records if "holds the dense form" in record.getMessage()]
+    assert len(said) == (form == "dense")
+    assert all(
+        text.startswith(f"{file} holds the dense form, with zeros: no pruned one is faster here (") for text in said
+    )
+
+
 @each_that_reads_onnx
 def test_files_that_cannot_be_written(
     name: GraphRuntime, fast: Callable[[GraphRuntime], RuntimeModel], tmp_path: Path

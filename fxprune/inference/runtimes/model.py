@@ -1,6 +1,7 @@
 """An accelerated model outside of plain PyTorch: a module that is called as the model is, and computed by a runtime."""
 
 import ctypes
+import logging
 import os
 import threading
 import weakref
@@ -12,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import AccelerationError, StorageError
-from fxprune.inference.reporting import LayerChoice
+from fxprune.exact.record import ACCELERATION
+from fxprune.inference.reporting import AccelerationReport, LayerChoice
 from fxprune.inference.runtimes.calls import CallForm
+
+logger = logging.getLogger("fxprune")
 
 Run: TypeAlias = Callable[[Sequence[Tensor]], list[Tensor]]
 """What computes the results from the inputs, lists of tensors both; several threads may call it at once."""
@@ -155,7 +159,16 @@ class RuntimeModel(nn.Module):
             raise AccelerationError(f"{target} cannot be written: {error.strerror or error}") from error
         except StorageError as error:
             raise AccelerationError(str(error)) from error
+        self._tell_of_dense(target)
         return (target, target.with_suffix(".bin")) if target.suffix == ".xml" else (target,)
+
+    def _tell_of_dense(self, target: Path) -> None:
+        """Say what a file does not show: that nothing of what kernels were pruned for is in it."""
+        report: AccelerationReport | None = self.meta.get(ACCELERATION)
+        pruned = report is not None and report.compiled is not None and report.compiled.rewritten > 0
+        if report is not None and pruned and not report.is_narrower and report.chosen.startswith("dense"):
+            times = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in report.seconds.items())
+            logger.warning("%s holds the dense form, with zeros: no pruned one is faster here (%s)", target, times)
 
     def extra_repr(self) -> str:
         inputs = ", ".join(map(str, self.call.specs))
