@@ -37,7 +37,7 @@ class Agreement:
         classes: whether there are scores of classes.
         distance: what agreements are ranked by, 0 or more, for it makes more of few inputs. With classes the mean
             total variation distance of both distributions (after softmax), else the relative squared error.
-        one_class: whether the dense network puts all inputs into one class, so that the share says little.
+        one_class: whether the dense network puts all of several inputs into one class, so that the share says little.
     """
 
     share: float
@@ -65,9 +65,9 @@ class Agreement:
             else "share of the variance of its output; there are no scores of classes"
         )
         found = f"agreement with the dense network on {self.inputs} {where}: {100 * self.share:.1f} % ({what})"
-        if not self.one_class or self.inputs < 2:
-            return found
-        return f"{found}; the dense network puts all of them into one class, so that this says little"
+        if self.one_class:
+            found = f"{found}; the dense network puts all of them into one class, so that this says little"
+        return found
 
 
 def interval(share: float, inputs: int) -> str:
@@ -175,7 +175,7 @@ class _Tally:
             return None
         if self.classes:
             share, distance = self.same / self.inputs, self.apart / self.inputs
-            return Agreement(share, self.inputs, False, True, distance, one_class=len(self.chosen) == 1)
+            return Agreement(share, self.inputs, False, True, distance, one_class=len(self.chosen) == 1 < self.inputs)
         variance = sum(squares - total**2 / count for count, total, squares in self.moments.values() if count)
         error = self.error / variance if variance > 0 else float(self.error > 0)
         if not math.isfinite(error):

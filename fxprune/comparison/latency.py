@@ -11,7 +11,6 @@ oracle, for fxprune the masked model. Weights may be random: they take no other 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,41 +86,37 @@ class Row:
         return self.difference is not None and bool(self.error)
 
 
-def make_networks(
-    model: nn.Module,
-    inputs: Tensor,
-    ratios: Sequence[float],
-    rivals: Sequence[str],
-    options: Mapping[str, Any],
-    random_weights: bool,
-    saved: Sequence[Path] = (),
-) -> Iterator[Network]:
+def make_networks(request: LatencyRequest, model: nn.Module, inputs: Tensor) -> Iterator[Network]:
     """Yield the dense network, those of files, and for each ratio that of fxprune and its rivals of equal MACs.
 
     Args:
+        request: what to measure.
         model: in evaluation mode, float32, on the CPU. With random weights its BatchNorm statistics are set here.
         inputs: two images or more, `(N, C, H, W)`.
-        ratios: of fxprune.
-        rivals: some of `RIVALS`.
-        options: of `fxprune.make_plan`.
-        random_weights: whether the model is untrained.
-        saved: files of `fxprune.save`, made from this model.
 
     Raises:
         FxpruneError: fxprune cannot compile the model, or a file does not fit it.
     """
+    random_weights = request.weights is None
+    options = {
+        "form": request.form,
+        "groups": request.groups,
+        "target": request.device,
+        "seed": request.seed,
+        "ignore": left_out(model, request.only),
+    }
     if random_weights:
         settle(model, inputs)
     yield dense_network(model, inputs)
-    for path in saved:
+    for path in request.saved:
         yield saved_network(model, inputs, path)
-    for ratio in ratios:
+    for ratio in request.ratio:
         network = fxprune_network(model, inputs, ratio, options, random_weights)
         yield network
         assert network.macs is not None
-        if "filters" in rivals:
+        if "filters" in request.against:
             yield filters_network(model, inputs, ratio, network.macs, options, random_weights)
-        if "torch-pruning" in rivals:
+        if "torch-pruning" in request.against:
             yield torch_pruning_network(model, inputs, ratio, network.macs, random_weights)
 
 
@@ -320,24 +315,9 @@ def measure_model(
     size = default_input_size(model)
     if request.size:
         size = (*size[:2], request.size, request.size)
-    plan_options = {
-        "form": request.form,
-        "groups": request.groups,
-        "target": request.device,
-        "seed": request.seed,
-        "ignore": left_out(model, request.only),
-    }
     networks = list(
         tqdm(
-            make_networks(
-                model,
-                _images(size, 2),
-                request.ratio,
-                request.against,
-                plan_options,
-                request.weights is None,
-                request.saved,
-            ),
+            make_networks(request, model, _images(size, 2)),
             desc="networks",
             total=1 + len(request.saved) + len(request.ratio) * len({"fxprune", *request.against} - {"dense"}),
             leave=False,

@@ -145,11 +145,11 @@ def _read(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise StorageError(f"{path} does not exist") from error
+    except IsADirectoryError as error:
+        raise StorageError(f"{path} is a folder") from error
     except Exception as error:  # torch raises a dozen types for files that are not its own
         raise StorageError(
-            f"{path} is a folder"
-            if path.is_dir()
-            else f"{path} is truncated or not a file of fxprune.save, but ONNX, say ({type(error).__name__})"
+            f"{path} is truncated or not a file of fxprune.save, but ONNX, say ({type(error).__name__})"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise StorageError(f"{path} was not written by fxprune.save; for a plain state dict use model.load_state_dict")

@@ -165,8 +165,9 @@ class RuntimeModel(nn.Module):
     def _tell_of_dense(self, target: Path) -> None:
         """Say what a file does not show: that nothing of what kernels were pruned for is in it."""
         report: AccelerationReport | None = self.meta.get(ACCELERATION)
-        pruned = report is not None and report.compiled is not None and report.compiled.rewritten > 0
-        if report is not None and pruned and not report.is_narrower and report.chosen.startswith("dense"):
+        if self.is_pruned or report is None or report.compiled is None or report.is_narrower:
+            return
+        if report.compiled.rewritten:
             times = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in report.seconds.items())
             logger.warning("%s holds the dense form, with zeros: no pruned one is faster here (%s)", target, times)
 
