@@ -24,6 +24,7 @@ from fxprune.errors import (
     PoorAgreementWarning,
     StorageError,
     TraceError,
+    UnlikeTrainingWarning,
     VerificationError,
     near_matches,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "Sparsifier",
     "StorageError",
     "TraceError",
+    "UnlikeTrainingWarning",
     "Verification",
     "VerificationError",
     "__version__",

@@ -210,6 +210,8 @@ def compile(
         NothingRewrittenWarning: no convolution could be rewritten.
         PoorAgreementWarning: on calibration inputs that were held out, less than 90 % of what the dense network gives
             is reproduced.
+        UnlikeTrainingWarning: the calibration data fit the model, but are not like what it was trained on: images that
+            were not normalized, say.
     """
     request = request_of(locals())
     if verify and example_inputs is None and calibration is None:

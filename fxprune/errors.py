@@ -54,6 +54,10 @@ class PoorAgreementWarning(UserWarning):
     """The pruned and refitted network differs from the dense one on more than a tenth of what it was not fitted to."""
 
 
+class UnlikeTrainingWarning(UserWarning):
+    """Calibration data do not look like what the network was trained on: they may have been prepared otherwise."""
+
+
 def warn_user(message: str, category: type[Warning]) -> None:
     """Warn at the line that called fxprune, however deep inside something is noticed."""
     frame, level = sys._getframe(1), 2

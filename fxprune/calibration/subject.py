@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct
 from fxprune.calibration.batches import rows_of, samples_in
 from fxprune.calibration.least_squares import Part, parts_that_stay
+from fxprune.calibration.likeness import warn_if_unlike
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.misfits import check_batches, misfit
 from fxprune.calibration.recovery import RECOVERED, Recovery, recover
@@ -49,6 +50,9 @@ class Subject:
     Raises:
         TraceError: the model cannot be captured as asked for.
         CalibrationError: the calibration data are malformed, or do not fit the model.
+
+    Warns:
+        UnlikeTrainingWarning: they fit it, but are not like what it was trained on.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Subject:
             raise CalibrationError(f"calibration batch 0 does not fit the model: {said}") from error
         if self.batches is not None:
             check_batches(model, [tuple(example.tensors) for example in self.examples], self.batches, self.output_of)
+            warn_if_unlike(model, self.batches, self.output_of)
 
     @property
     def is_recorded(self) -> bool:

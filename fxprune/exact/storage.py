@@ -23,6 +23,7 @@ from fxprune.graph.copying import tensors_of
 from fxprune.graph.tracing import trace
 from fxprune.plans import PrunePlan
 from fxprune.plans.masking import masked_copy
+from fxprune.plans.plan import REMAKE
 
 FORMAT = "fxprune"
 VERSION = 1
@@ -82,10 +83,14 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> Any:
         inputs = _made_up(header["inputs"], _device_of(model) if header.get("run") else torch.device("meta"))
         pruned = rewritten(blank, plan, trace(blank, inputs or None), **header["options"])
     except FxpruneError as error:
-        raise StorageError(f"{path} does not fit {type(model).__name__}: {error}") from error
+        why = str(error).replace(REMAKE, _ANOTHER)  # the plan is in the file: nobody can make another for it
+        raise StorageError(f"{path} does not fit {type(model).__name__}: {why}") from error
     record = record_of(pruned)
     keep_record(pruned, replace(record, report=_with_measured(record.report, header.get("measured", {}))))
     return _fill(pruned, content["state"], path, model)
+
+
+_ANOTHER = "load it with the model it was compiled from"
 
 
 def _measured(report: Report) -> dict[str, Any]:
@@ -133,8 +138,7 @@ def _fill(pruned: nn.Module, state: dict[str, Tensor], path: object, model: nn.M
             and not torch.equal(tensor.cpu(), state[name])
         ):
             raise StorageError(
-                f"{path} does not fit {type(model).__name__}: replaying its plan gives another {name}; "
-                "load it with the model it was compiled from"
+                f"{path} does not fit {type(model).__name__}: replaying its plan gives another {name}; {_ANOTHER}"
             )
     pruned.load_state_dict(state)
     return pruned

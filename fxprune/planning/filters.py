@@ -82,6 +82,7 @@ class FilterPlanner:
                 if layer.prunable:
                     check_weight(name, conv_at(subject.layers, name).weight)
             gone = removed_units(removable, request.after)
+            _check_reachable(removable.units, request, gone)
             times = None if request.latency is None else self._timed(request, removable.units)
             if measures:
                 worth = _by_error(request, self._measured(request, removable, gone), removable.units, times)
@@ -161,6 +162,16 @@ class _Worth:
     scores: Mapping[str, Array]
     criterion: str
     comparable: bool
+
+
+def _check_reachable(units: ChannelUnits, request: Request, gone: Chosen) -> None:
+    """See that so much can be removed, whatever it is worth, before anything is measured.
+
+    Raises:
+        PlanError: it cannot be.
+    """
+    if units.count and (request.budgets or request.latency is None):
+        choose_units(units, np.ones(units.count), replace(request, latency=None, latency_table=None), gone)
 
 
 def _plans(

@@ -16,7 +16,7 @@ from fxprune.planning.estimates import JUDGING, PLAN, SENSITIVITY
 from fxprune.planning.latency.budget import meet_latency
 from fxprune.planning.planner import Planner, prunable_shapes, serves_accuracy
 from fxprune.planning.requests import Request
-from fxprune.planning.sensitivity import Sensitivity, measure
+from fxprune.planning.sensitivity import Sensitivity, measure, unmeasured
 from fxprune.plans import PrunePlan
 
 
@@ -119,11 +119,13 @@ def sensitivity_of(subject: Subject, request: Request) -> Sensitivity:
     if request.sensitivity is not None:
         return request.sensitivity.among(subject.layers, groups)
     graph = subject.trace.module if subject.batches is None else subject.network
+    table = unmeasured(graph, groups, subject.costs)
+    for cost, share in request.budgets.items():
+        table.check_reachable(share, cost, request.effective_block)
     subject.begin(SENSITIVITY)
     return measure(
+        table,
         graph,
-        groups,
-        subject.costs,
         subject.network_batches,
         seed=request.seed,
         rows=subject.rows,

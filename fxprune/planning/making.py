@@ -11,8 +11,12 @@ from fxprune.planning.estimates import foreseen
 from fxprune.planning.filters import plan_filters
 from fxprune.planning.joint import with_rest
 from fxprune.planning.kernels import plan_kernels
+from fxprune.planning.planner import ZERO
 from fxprune.planning.requests import AUTO, BRANCH, Request
 from fxprune.plans import PrunePlan
+
+SPARED = "the budget was met without it"
+"""Why a layer stays whole that could be pruned."""
 
 
 def plan_for(subject: Subject, request: Request, *, alone: bool = True) -> tuple[PrunePlan, nn.Module | None]:
@@ -29,10 +33,12 @@ def plan_for(subject: Subject, request: Request, *, alone: bool = True) -> tuple
         CalibrationError: the calibration data do not fit the model.
     """
     subject.announce(foreseen(subject, request, compiles=not alone), request.progress)
-    found = _plan_for(subject, request)
+    plan, masked = _plan_for(subject, request)
+    if request.has_budget:
+        plan = replace(plan, skipped={name: SPARED if why == ZERO else why for name, why in plan.skipped.items()})
     if alone:
         subject.finish()
-    return found
+    return plan, masked
 
 
 def _plan_for(subject: Subject, request: Request) -> tuple[PrunePlan, nn.Module | None]:

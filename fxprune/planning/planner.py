@@ -28,6 +28,8 @@ from fxprune.plans.eligibility import check_model, check_weight, parameters_of_s
 from fxprune.plans.fields import nearest_divisor
 from fxprune.plans.shapes import Shape, accurate_groups, choose_shape
 
+ZERO = "ratio is 0"
+"""Why a layer stays whole that was asked to."""
 PUBLISHED_GROUPS = 8
 """Of each convolution in the published methods; "auto" takes fewer in narrow layers, to be fast."""
 
@@ -174,7 +176,7 @@ class Planner:
             elif name not in ratios:
                 reason = obstacles.get(name) or skip_reason(conv, shared) or "no pattern of ratio matches"
             elif ratios[name] == 0:
-                reason = "ratio is 0"
+                reason = ZERO
             elif name in obstacles:
                 reason = obstacles[name]
             else:

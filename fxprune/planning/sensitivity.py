@@ -200,6 +200,25 @@ class Sensitivity(Tabular):
             )
         return {layer.name: 1 - kept[layer.name] / len(layer.damage) for layer in self.layers}
 
+    def check_reachable(self, share: float, cost: Cost, block: int = 1) -> None:
+        """See that a share of the whole network can be met, whatever the damage.
+
+        Args:
+            share, cost, block: see `ratios`.
+
+        Raises:
+            PlanError: more than that remains with the least in every layer.
+        """
+        total = max(1, self.macs if cost == "macs" else self.params)
+        prices = {layer: getattr(layer, cost) / len(layer.damage) for layer in self.layers}
+        most = sum(price * (len(layer.damage) - unit_of(len(layer.damage), block)) for layer, price in prices.items())
+        if (least := 1 - most / total) > share * (1 + TOLERANCE):
+            raise PlanError(
+                f"{cost}={share:.4g} cannot be reached by kernels: with all but the least that each group of the "
+                f"{len(self.layers)} convolutions that can be pruned needs removed, {least:.4g} remains; ask for more "
+                "than that, or let more layers be pruned"
+            )
+
     def _steps(
         self,
         kept: Mapping[str, int],
@@ -269,10 +288,34 @@ class Sensitivity(Tabular):
             ) from error
 
 
+def unmeasured(dense: nn.Module, groups: Mapping[str, int], costs: Mapping[str, tuple[int, int | None]]) -> Sensitivity:
+    """The table of convolutions before anything is measured: what they cost, and no damage.
+
+    Args:
+        dense: the network.
+        groups: number of groups of each convolution to measure, by module path.
+        costs: parameters and MACs of all layers, as `fxprune.graph.costs.layer_costs` counts them.
+
+    Raises:
+        PlanError: the MACs are not known, for lack of an example input.
+    """
+    if any(macs is None for _, macs in costs.values()):
+        raise PlanError("the MACs of the model are not known: no usual input size fits it; pass example_inputs")
+    weights = {name: kernels_of(conv_at(dense, name)) for name in groups}
+    layers = (
+        LayerSensitivity(name, groups[name], costs[name][1] or 0, weight.numel(), (0.0,) * weight.shape[1])
+        for name, weight in weights.items()
+    )
+    return Sensitivity(
+        tuple(layers),
+        macs=sum(macs or 0 for _, macs in costs.values()),
+        params=sum(p.numel() for p in dense.parameters()),
+    )
+
+
 def measure(
+    table: Sensitivity,
     dense: fx.GraphModule,
-    groups: Mapping[str, int],
-    costs: Mapping[str, tuple[int, int | None]],
     batches: Sequence[Batch] | None,
     *,
     seed: int = 0,
@@ -282,9 +325,8 @@ def measure(
     """Measure the sensitivity of convolutions, each with the rest of the network dense.
 
     Args:
+        table: names them, see `unmeasured`.
         dense: the network, traced.
-        groups: number of groups of each convolution to measure, by module path.
-        costs: parameters and MACs of all layers, as `fxprune.exact.reporting.layer_costs` counts them.
         batches: calibration data. Without them the damage is the share of weight energy lost, a poor substitute: it
             knows nothing of what the network does with the output.
         seed: of the positions and of the clustering.
@@ -292,25 +334,15 @@ def measure(
         progress: show a bar on stderr.
 
     Raises:
-        PlanError: the MACs are not known, for lack of an example input.
         CalibrationError: the data do not fit the model.
     """
-    if any(macs is None for _, macs in costs.values()):
-        raise PlanError("the MACs of the model are not known: no usual input size fits it; pass example_inputs")
+    groups = {layer.name: layer.groups for layer in table.layers}
     damages = (
         _from_weights(dense, groups, seed, progress)
         if batches is None
         else _from_data(dense, groups, batches, seed, rows, progress)
     )
-    layers = (
-        LayerSensitivity(name, groups[name], costs[name][1] or 0, dense.get_parameter(f"{name}.weight").numel(), damage)
-        for name, damage in damages.items()
-    )
-    return Sensitivity(
-        tuple(layers),
-        macs=sum(macs or 0 for _, macs in costs.values()),
-        params=sum(p.numel() for p in dense.parameters()),
-    )
+    return replace(table, layers=tuple(replace(layer, damage=damages[layer.name]) for layer in table.layers))
 
 
 def _from_data(

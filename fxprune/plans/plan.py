@@ -420,10 +420,10 @@ class PrunePlan(Tabular):
             module = modules.get(name)
             if module is None:
                 close = near_matches(name, modules)
-                raise PlanError(f"{name}: {type(model).__name__} has no module of this name{close}; {_REMAKE}")
+                raise PlanError(f"{name}: {type(model).__name__} has no module of this name{close}; {REMAKE}")
             if not isinstance(module, Convolution):
                 raise PlanError(
-                    f"{name}: the plan prunes a convolution, the model has a {type(module).__name__}; {_REMAKE}"
+                    f"{name}: the plan prunes a convolution, the model has a {type(module).__name__}; {REMAKE}"
                 )
             if "weight" not in module._parameters or (name in self.baked and computes_its_own_forward(type(module))):
                 raise PlanError(
@@ -442,19 +442,19 @@ class PrunePlan(Tabular):
             if planned != found:
                 raise PlanError(
                     f"{name}: the plan is for {planned[0]} filters of {planned[1]} channels, "
-                    f"but the convolution has {found[0]} of {found[1]}; {_REMAKE}"
+                    f"but the convolution has {found[0]} of {found[1]}; {REMAKE}"
                 )
         for name in self.branches:
             if name not in modules or not isinstance(getattr(modules[name], "weight", None), torch.Tensor):
                 raise PlanError(
                     f"{name}: the plan removes the branch that this layer ends, and {type(model).__name__} has no "
-                    f"layer with a weight of this name{near_matches(name, modules)}; {_REMAKE}"
+                    f"layer with a weight of this name{near_matches(name, modules)}; {REMAKE}"
                 )
         parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
         for name, gone in self.removed.items():
             if name not in modules and name not in parameters:
                 raise PlanError(
-                    f"{name}: {type(model).__name__} has nothing of this name{near_matches(name, modules)}; {_REMAKE}"
+                    f"{name}: {type(model).__name__} has nothing of this name{near_matches(name, modules)}; {REMAKE}"
                 )
             if name in parameters:
                 sizes = parameters[name].numel(), 0
@@ -462,7 +462,7 @@ class PrunePlan(Tabular):
                 sizes = channels_of(modules[name])
             for what, channels, size in zip(("output", "input"), (gone.outputs, gone.inputs), sizes, strict=True):
                 if channels and channels[-1] >= size:
-                    raise PlanError(f"{name}: the plan removes {what} {channels[-1]}, but there are {size}; {_REMAKE}")
+                    raise PlanError(f"{name}: the plan removes {what} {channels[-1]}, but there are {size}; {REMAKE}")
                 if channels and len(channels) == size:
                     raise PlanError(f"{name}: the plan removes all {size} {what}s; keep at least one")
 
@@ -494,7 +494,8 @@ def channels_of(module: nn.Module) -> tuple[int, int]:
     return (len(weight), 0) if isinstance(weight, torch.Tensor) and weight.dim() == 1 else (0, 0)
 
 
-_REMAKE = "make a plan for this model with fxprune.make_plan"
+REMAKE = "make a plan for this model with fxprune.make_plan"
+"""The way out where a plan and a model that were passed do not fit."""
 
 
 def check_is_plan(plan: object) -> None:

@@ -27,6 +27,7 @@ from fxprune.calibration.samples import Samples
 from fxprune.exact.record import record_of
 from fxprune.planning import sensitivity
 from fxprune.planning.sensitivity import TOLERANCE, Cost, LayerSensitivity, Sensitivity
+from fxprune.vocabulary import Granularity
 
 Build = Callable[[], nn.Module]
 
@@ -368,6 +369,21 @@ def test_a_share_is_checked_before_anything_is_measured(monkeypatch: pytest.Monk
         fxprune.make_plan(net(32), macs=1.5, example_inputs=images(2))
     with pytest.raises(pytest.fail.Exception, match="measured"):
         fxprune.make_plan(net(32), macs=0.5, example_inputs=images(2))
+
+
+@pytest.mark.parametrize("granularity", ["kernel", "filter"])
+@pytest.mark.parametrize("cost", ["macs", "params"])
+def test_a_budget_out_of_reach_is_refused_before_anything_is_measured(
+    granularity: Granularity, cost: Cost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("kernels.measure", "filters.measure_readers"):
+        monkeypatch.setattr(f"fxprune.planning.{place}", lambda *_, **__: pytest.fail("measured"))
+    given: dict[str, Any] = {"granularity": granularity, "calibration": images()}
+    with pytest.raises(PlanError, match=rf"{cost}=0\.001 cannot be reached by .* remains; ask for more") as refusal:
+        fxprune.make_plan(net(), **{cost: 0.001, **given})
+    least = float(str(refusal.value).split(" remains")[0].split()[-1])
+    with pytest.raises(pytest.fail.Exception, match="measured"):  # what the message says can be asked for
+        fxprune.make_plan(net(), **{cost: least, **given})
 
 
 def test_a_budget_out_of_reach_says_how_near_one_comes_and_that_is_in_reach(measured: Sensitivity) -> None:
