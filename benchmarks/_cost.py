@@ -33,6 +33,14 @@ def reset_peak_mb() -> float | None:
     return _status_mb("VmRSS")
 
 
+def peak_mb() -> float | None:
+    """The peak of resident memory since that; None where the system does not tell it."""
+    try:
+        return _status_mb("VmHWM")
+    except (OSError, LookupError):
+        return None
+
+
 def _status_mb(field: str) -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):

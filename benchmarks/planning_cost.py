@@ -1,9 +1,9 @@
-"""What do planning and refit cost? Processor seconds and peak memory of each stage, for networks and numbers of images.
+"""What does `compile` cost? Seconds and peak memory of each stage, for networks and numbers of images.
 
     python -m benchmarks.planning_cost [--only NAME ...] [--output FILE]
 
 Every network runs in a process of its own, most with one thread, so that seconds of the processor are what it did;
-seconds by the clock stand beside them. Memory is the peak of the resident set above its level before the stage, the
+seconds by the clock stand beside them. Memory is the peak of the resident set above its level before the run, the
 images not counted. Weights are random, and cost what trained ones do.
 """
 
@@ -12,16 +12,17 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
 
 import fxprune
-from benchmarks._cost import timed, with_peak
+from benchmarks._cost import peak_mb, reset_peak_mb
+from fxprune.calibration.stages import Run
 from fxprune.comparison.rivals import settle
 from fxprune.environment import environment
 from fxprune.files import write_json
@@ -38,7 +39,7 @@ class Case:
         model: a name for `load_model`.
         pixels: height and width of the images.
         images: how many.
-        arguments: of `fxprune.make_plan`.
+        arguments: of `fxprune.compile`.
         threads: of PyTorch.
     """
 
@@ -59,40 +60,62 @@ CASES = {
 }
 
 
+class Stages:
+    """What each stage of a run costs: the run says when the next one begins.
+
+    Attributes:
+        found: processor seconds, seconds by the clock, and the peak of memory above the level at the start in MB (10^6
+            bytes), which is None where the system does not tell it.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, float | None]] = {}
+        self._level, self._name = reset_peak_mb(), "capture"
+        self._clocks = time.process_time(), time.perf_counter()
+
+    def begin(self, name: str) -> None:
+        """The stage before it is over."""
+        clocks, peak = (time.process_time(), time.perf_counter()), peak_mb()
+        spent, seconds = (now - before for now, before in zip(clocks, self._clocks, strict=True))
+        old = self.found.get(self._name, {"processor_seconds": 0.0, "seconds": 0.0, "peak_mb": 0.0})
+        above = None if peak is None or self._level is None else max(peak - self._level, old["peak_mb"] or 0.0)
+        self.found[self._name] = {
+            "processor_seconds": (old["processor_seconds"] or 0.0) + spent,
+            "seconds": (old["seconds"] or 0.0) + seconds,
+            "peak_mb": above,
+        }
+        reset_peak_mb()
+        self._name, self._clocks = name, clocks
+
+
 def measure(case: Case) -> dict[str, dict[str, float | None]]:
-    """Seconds and MB of each stage: the plan, sensitivities included where there is a budget, then mask with refit."""
+    """What each stage of `compile` costs."""
     model = load_model(case.model).eval()
     images = torch.randn(case.images, 3, case.pixels, case.pixels, generator=torch.Generator().manual_seed(0))
     settle(model, images[:8])
-    found: dict[str, dict[str, float | None]] = {}
-    plan = _stage(found, "plan", lambda: fxprune.make_plan(model, calibration=images, **case.arguments))
-    masked = _stage(found, "refit", lambda: fxprune.mask(model, plan, images))
-    _stage(found, "rewrite and verify", lambda: _rewritten(masked, plan, images[:2]))
-    return found
+    stages, begin = Stages(), Run.begin
 
+    def noted(run: Run, stage: str, passes: int = 1) -> None:
+        stages.begin(stage)
+        begin(run, stage, passes)
 
-def _rewritten(masked: nn.Module, plan: fxprune.PrunePlan, x: Tensor) -> None:
-    fxprune.verify(fxprune.rewrite(masked, plan, x), masked, x)
-
-
-def _stage(found: dict[str, dict[str, float | None]], name: str, work: Callable[[], Any]) -> Any:
-    start = time.perf_counter()
-    (processor_seconds, result), peak = with_peak(lambda: timed(work, time.process_time))
-    seconds = time.perf_counter() - start
-    found[name] = {"processor_seconds": processor_seconds, "seconds": seconds, "peak_mb": peak}
-    return result
+    with patch.object(Run, "begin", noted), patch.object(Run, "finish", lambda run: stages.begin("rewrite and verify")):
+        fxprune.compile(model, calibration=images, **case.arguments)
+    stages.begin("")
+    return stages.found
 
 
 def table(results: dict[str, Any]) -> str:
     """The stages in Markdown, one line a network."""
     stages = list(dict.fromkeys(stage for found in results.values() for stage in found))
-    lines = [f"| network | {' | '.join(f'{stage}, s' for stage in stages)} | all, s | peak, MB |"]
-    lines.append("|---" * (len(stages) + 3) + "|")
+    columns = ["network", *(f"{stage}, s" for stage in stages), "all, s", "by the clock, s", "peak, MB"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, found in results.items():
-        seconds = [found[stage]["processor_seconds"] for stage in stages]
-        peaks = [found[stage]["peak_mb"] for stage in stages if found[stage]["peak_mb"] is not None]
-        cells = " | ".join(f"{s:.0f}" for s in [*seconds, sum(seconds)])
-        lines.append(f"| {name} | {cells} | {max(peaks, default=float('nan')):.0f} |")
+        spent = [found[stage]["processor_seconds"] if stage in found else None for stage in stages]
+        clock = sum(cost["seconds"] for cost in found.values())
+        peaks = [cost["peak_mb"] for cost in found.values() if cost["peak_mb"] is not None]
+        figures = [*spent, sum(s for s in spent if s is not None), clock, max(peaks, default=None)]
+        lines.append(f"| {name} | {' | '.join('' if value is None else f'{value:.0f}' for value in figures)} |")
     return "\n".join(lines)
 
 

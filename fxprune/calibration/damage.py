@@ -24,6 +24,9 @@ LEAST_SIGNAL = 1e-6
 # Shares of its channels with which a layer is fitted, and those with which one above LARGE is, for time.
 SHARES = tuple(part / 16 for part in range(1, 16))
 FEW_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+TINY = torch.finfo(torch.float32).tiny
+PROBES = 4
+"""Groups that stand for a layer, spread over it: each takes an elimination and two factors of its own."""
 
 
 def damage_path(weight: Tensor, samples: Samples, groups: int, seed: int = 0, bounds: Bounds | None = None) -> Matrix:
@@ -40,11 +43,14 @@ def damage_path(weight: Tensor, samples: Samples, groups: int, seed: int = 0, bo
     channels, area, prior = weight.shape[1], weight[0, 0].numel(), weight.detach().double().flatten(1)
     half = max(1, channels // 2)
     gram, cross, _ = regularized(samples, weight, groups, half, seed)
-    filters, order = elimination_order(weight, gram, cross, groups, seed)
-
+    filters, order = elimination_order(weight, gram, cross, groups, seed, PROBES)
     parts = columns_of(filters, order[:, ::-1].copy(), area, prior.device)  # the last to go first
     ridge = choose_ridge(samples, [(outputs, columns[: half * area]) for outputs, columns in parts], prior)
     weights = error_weights(samples, bounds)
+    signal = weights * samples.energy()
+    seen = float(signal[torch.from_numpy(filters.ravel()).to(signal.device)].sum() / signal.sum().clamp(min=TINY))
+    if seen > LEAST_SIGNAL:  # what the probes lose stands for all
+        weights /= seen
 
     def damages(counts: Sequence[int]) -> list[float]:
         errors = held_out_errors(samples, parts, prior, ridge, [kept * area for kept in counts])
@@ -72,7 +78,7 @@ def error_weights(samples: Samples, bounds: Bounds | None) -> Tensor:
     if bounds is not None:
         weights *= ((read > bounds[0]) & (read < bounds[1])).double().mean(0)
         read = read.clamp(*bounds)
-    return weights / max(float(read.var(0, correction=0).sum()), torch.finfo(torch.float32).tiny)
+    return weights / max(float(read.var(0, correction=0).sum()), TINY)
 
 
 def interpolated(channels: int, inputs: int, damages: Callable[[Sequence[int]], Sequence[float]]) -> Matrix:

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from torch import nn
 
 from fxprune.calibration.agreement import Agreement, hold_out, measure_agreement
+from fxprune.calibration.effort import Effort
 from fxprune.calibration.subject import Subject
 from fxprune.graph.copying import copied
 from fxprune.graph.modes import in_evaluation
 
-ROWS = 16_384
-"""What is fitted to be judged is fitted on about as many positions at most, a quarter of what a refit takes and still
-some 30 for each unknown of a layer with 64 channels."""
+LESS = Effort(rows=16_384, rounds=3)
+"""What is fitted to be judged is not handed out: on a quarter of the positions that a refit takes, still some 30 for
+each unknown of a layer with 64 channels, and as far as the first rounds come."""
 
 
 class Judge:
@@ -31,7 +32,7 @@ class Judge:
         parts = hold_out(subject.batches, subject.takes_any_size)
         self.held_out = parts is not None
         fitted, self._judged = (subject.batches, subject.batches) if parts is None else parts
-        self.fitted = subject if parts is None else subject.calibrated_on(fitted, ROWS)
+        self.fitted = subject if parts is None else subject.calibrated_on(fitted, LESS)
         self._dense = copied(subject.model).eval()
 
     def agreement(self, masked: nn.Module) -> Agreement | None:

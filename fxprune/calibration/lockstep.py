@@ -31,6 +31,7 @@ class Network(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm.eval())
+        self.graph_module = gm
         self.nodes = {node.name: node for node in gm.graph.nodes}
         self.device = next((p.device for p in gm.parameters()), torch.device("cpu"))
 
@@ -43,11 +44,44 @@ class Network(fx.Interpreter):
 
 
 @dataclass
+class Room:
+    """Memory for values: how many bytes there are, and how many are taken."""
+
+    limit: int
+    taken: int = 0
+
+
+@dataclass
 class Sample:
-    """What is known of one batch in one network."""
+    """What is known of one batch in one network.
+
+    Attributes:
+        network: which of the two.
+        room: that all share.
+        values: of its nodes.
+        counted: bytes of them that are counted as taken.
+    """
 
     network: Network
+    room: Room
     values: dict[fx.Node, Any] = field(default_factory=dict)
+    counted: int = 0
+
+    def count(self) -> None:
+        """Count the values that are held in memory at present."""
+        held = sum(map(_bytes, self.values.values()))
+        self.room.taken += held - self.counted
+        self.counted = held
+
+    def value_kept(self, name: str) -> Any:
+        """The value of a node whose turn is next, kept for then if there is room. Nothing that it is computed from may
+        change before.
+        """
+        node, value = self.network.nodes[name], self.value(name)
+        if not is_mutating(self.network.graph_module, node) and self.room.taken + _bytes(value) <= self.room.limit:
+            self.values[node] = value
+            self.count()
+        return value
 
     def value(self, name: str) -> Any:
         """The value of a node, computed ahead of its turn and forgotten again if need be."""
@@ -62,10 +96,6 @@ class Sample:
                 if node not in ahead:
                     self.network.compute(node, ahead)
         return _load(ahead[self.network.nodes[name]], self.network.device)
-
-    def resident(self) -> int:
-        """Bytes of the values that are held in memory at present."""
-        return sum(map(_bytes, self.values.values()))
 
 
 class Lockstep:
@@ -101,9 +131,10 @@ class Lockstep:
         self._last_use = {source.name: i for i, node in enumerate(self._graph) for source in node.all_input_nodes}
         self._position = 0
         self.samples: list[tuple[Sample, Sample]] = []
+        self._room = Room(memory_limit)
         for _ in batches:
-            first = Sample(self._networks[0])
-            self.samples.append((first, first if pruned is dense else Sample(self._networks[1])))
+            first = Sample(self._networks[0], self._room)
+            self.samples.append((first, first if pruned is dense else Sample(self._networks[1], self._room)))
         placeholders = [node for node in self._graph if node.op == "placeholder"]
         written = {node for node in placeholders if self._memory.changes(node, node, [self._graph[-1]])}
         for batch, pair in zip(batches, self.samples, strict=True):
@@ -112,8 +143,7 @@ class Lockstep:
                     sample.values[sample.network.nodes[node.name]] = _on(
                         argument, sample.network.device, own=node in written
                     )
-        self._limit = memory_limit
-        self._resident = sum(sample.resident() for pair in self.samples for sample in _distinct(pair))
+                sample.count()
         self._run = progress if isinstance(progress, Run) else None
         shown = progress is True
         self._progress = tqdm(total=len(self._graph), desc="calibrating", unit="node", disable=not shown)
@@ -175,25 +205,24 @@ class Lockstep:
         return True
 
     def _advance(self, sample: Sample, stop: int, number: int) -> None:
-        self._resident -= sample.resident()
         for i in range(self._position, stop):
             node = sample.network.nodes[self._graph[i].name]
-            if node in sample.values:  # a placeholder
-                continue
-            try:
-                sample.network.compute(node, sample.values)
-            except Exception as error:  # any operator of any model
-                raise CalibrationError(
-                    f"calibration batch {number} does not fit the model: {node.name} fails: {error}"
-                ) from error
+            if node not in sample.values:  # else a placeholder, or kept
+                try:
+                    sample.network.compute(node, sample.values)
+                except Exception as error:  # any operator of any model
+                    raise CalibrationError(
+                        f"calibration batch {number} does not fit the model: {node.name} fails: {error}"
+                    ) from error
             for known in (*node.all_input_nodes, node):
                 if self._last_use.get(known.name, i) <= i:  # a value without readers is forgotten at once
                     sample.values.pop(known, None)
-        if self._resident + sample.resident() > self._limit:
+        sample.count()
+        if self._room.taken > self._room.limit:
             for node, value in sample.values.items():
                 if node.op not in ("get_attr", "placeholder"):
                     sample.values[node] = self._file(node, value)
-        self._resident += sample.resident()
+            sample.count()
 
     def _file(self, node: fx.Node, value: Any) -> Any:
         """Move a value to a file, unless that would part it from its aliases while one of them is written into."""

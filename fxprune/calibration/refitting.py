@@ -15,28 +15,28 @@ Layer by layer in graph order, each by least squares in closed form, without lab
   treat the same loss by relaxation.)
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxprune.calibration.batches import Batch
+from fxprune.calibration.effort import FULL, ROUNDS, Effort
 from fxprune.calibration.following import Bounds, Following, follow
 from fxprune.calibration.held_out import choose_ridge
 from fxprune.calibration.least_squares import Part, Problem, bundles, columns_of, problem_of, pull_of
 from fxprune.calibration.lockstep import Lockstep
-from fxprune.calibration.samples import MAX_ROWS, Samples, draw
+from fxprune.calibration.samples import Samples, column_means, draw
 from fxprune.calibration.stages import Run
 from fxprune.graph.convolutions import Layer, kernels_of, layer_at
 from fxprune.graph.editing import call_sites
 from fxprune.plans import GroupedKernels
 
-# Rounds of the one-sided problem, and the relative gain below which they end.
-ROUNDS = 24
 ENOUGH = 1e-3
+"""Relative gain of a round of the one-sided problem below which there are no more."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ def reconstruct(
     *,
     follow: Follow = follow,
     seed: int = 0,
-    rows: int = MAX_ROWS,
-    ridges: Mapping[str, float] = MappingProxyType({}),
+    effort: Effort = FULL,
     progress: bool | Run = False,
 ) -> tuple[dict[str, GroupedKernels], dict[str, LayerFit]]:
     """Prune and refit convolutions and linear layers of a network one after the other, in graph order.
@@ -97,7 +96,7 @@ def reconstruct(
         return parts_of(kernels, kernels_of(layer))
 
     fits = refit_layers(
-        dense, pruned, batches, layers, kept, follow=follow, seed=seed, rows=rows, ridges=ridges, progress=progress
+        dense, pruned, batches, layers, kept, follow=follow, seed=seed, effort=effort, progress=progress
     )
     return chosen, fits
 
@@ -111,8 +110,7 @@ def refit_layers(
     *,
     follow: Follow = follow,
     seed: int = 0,
-    rows: int = MAX_ROWS,
-    ridges: Mapping[str, float] = MappingProxyType({}),
+    effort: Effort = FULL,
     progress: bool | Run = False,
 ) -> dict[str, LayerFit]:
     """Refit convolutions and linear layers of a network one after the other, in graph order.
@@ -126,8 +124,7 @@ def refit_layers(
         kept: what stays of each.
         follow: what comes after a convolution and is fitted with it; `Following()` makes plain least squares of it.
         seed: of the sampled positions.
-        rows: about how many of these there are at most, see `draw`.
-        ridges: the pull toward the present weights of layers where it is known, see `LayerFit`.
+        effort: how much is spent on each.
         progress: show a bar on stderr.
 
     Raises:
@@ -144,12 +141,12 @@ def refit_layers(
             following = Following() if more else follow(dense, node)
             if following.other and not networks.can_look_ahead(node.name, following.other, stops):
                 following = following.without_other()
-            samples = draw(name, node.name, original, following, networks.pause_before(node.name), seed, rows)
+            samples = draw(name, node.name, original, following, networks.pause_before(node.name), seed, effort.rows)
             parts = kept(name, original, samples)
             if more:
                 weight.copy_(_only(parts, weight))
                 continue
-            solution = solve(weight, parts, samples, following.bounds, ridges.get(name))
+            solution = solve(weight, parts, samples, following.bounds, effort.ridges.get(name), effort.rounds)
             fits[name] = solution.fit
             weight.copy_(solution.weight)
             if layer.bias is not None:
@@ -184,7 +181,12 @@ class Solution:
 
 
 def solve(
-    weight: Tensor, parts: Sequence[Part], samples: Samples, bounds: Bounds | None = None, ridge: float | None = None
+    weight: Tensor,
+    parts: Sequence[Part],
+    samples: Samples,
+    bounds: Bounds | None = None,
+    ridge: float | None = None,
+    rounds: int = ROUNDS,
 ) -> Solution:
     """Solve one layer.
 
@@ -194,61 +196,85 @@ def solve(
         samples: what the layer reads and should give.
         bounds: of the rectifier that reads the result.
         ridge: the pull toward the dense weights if it is known, else the one that suits the samples.
+        rounds: of the one-sided problem at most.
     """
     prior = weight.detach().double().flatten(1)
     if ridge is None:
         ridge = choose_ridge(samples, parts, prior)
     pull = pull_of(samples.mean_square, ridge)
-    gram = samples.gram() if any(len(columns) <= samples.rows for _, columns in parts) else None
+    moments = samples.moments() if any(len(columns) <= samples.rows for _, columns in parts) else None
     new, mean = torch.zeros_like(prior), samples.target_mean.clone()
-    energy = masked = refitted = 0.0
+    masked = refitted = 0.0
     for bundle in bundles(parts, samples.rows):  # one after the other: there is memory for the rows and factors of one
-        problem = problem_of(samples, gram, bundle, prior, pull)
+        problem = problem_of(samples, moments, bundle, prior, pull)
         outputs, columns = problem.outputs, problem.columns
-        targets = samples.targets[:, outputs] - samples.target_mean[outputs].float()
-        best = problem.solve(targets)
-        energy += _energy(targets)
-        masked += _energy(targets - problem.answer(problem.prior()))
-        refitted += _energy(targets - problem.answer(best))
+        best = problem.solve()
+        masked += problem.error(problem.prior())
+        refitted += problem.error(best)
         if bounds is not None:
-            best, mean[outputs] = _one_sided(problem, best, samples.of(outputs), bounds)
+            best, mean[outputs] = _one_sided(problem, best, samples.of(outputs), bounds, rounds)
         new[outputs[:, None], columns] = problem.weights(best)
+    fitted = torch.cat([outputs for outputs, _ in parts]) if parts else torch.zeros(0, dtype=torch.long)
+    energy = float(column_means(samples.centered_targets()[:, fitted], Tensor.square).sum())
     masked, refitted = (error / energy if energy > 0 else 0.0 for error in (masked, refitted))
     fit = LayerFit(samples.rows, masked, refitted, ridge)
     return Solution(new.view_as(weight), mean - new @ samples.input_mean, fit)
 
 
-def _energy(values: Tensor) -> float:
-    return float(values.square().sum(dtype=torch.float64))
-
-
-def _one_sided(problem: Problem, start: Tensor, samples: Samples, bounds: Bounds) -> tuple[Tensor, Tensor]:
+def _one_sided(problem: Problem, start: Tensor, samples: Samples, bounds: Bounds, rounds: int) -> tuple[Tensor, Tensor]:
     """Minimize the error that a rectifier lets through, from the coefficients of least squares on. Returns the best
     coefficients, and the mean of the answer `(o,)`.
 
     The targets of each round are the answer and what it misses, so only the latter has to be solved for.
     """
-    low, high = bounds
-    scale = torch.where(samples.scale == 0, 1, samples.scale)
-    wanted = samples.targets * scale + samples.offset  # what the rectifier should read
+    wanted = _Rectified(samples, bounds)
     best = ahead = start, samples.target_mean
     momentum, before = 1.0, float("inf")
-    for _ in range(ROUNDS):
-        answer = problem.answer(ahead[0]) + ahead[1].float()
-        reads = answer * scale + samples.offset
-        forgiven = torch.where(wanted <= low, reads.clamp(max=low), wanted)
-        forgiven = torch.where(wanted >= high, reads.clamp(min=high), forgiven)
-        missing = (forgiven - reads) / scale
-        loss = _energy(missing)
-        if loss > before * (1 - ENOUGH):
+    for _ in range(rounds):
+        wanted.loss = 0.0
+        missed, mean = problem.follow(*ahead, wanted.missing)
+        if wanted.loss > before * (1 - ENOUGH):
             if momentum == 1.0:
                 break
             momentum, ahead = 1.0, best  # overshot, or slow: once more without momentum
             continue
-        drift = missing.mean(0, dtype=torch.float64) * samples.centered
-        new = problem.step(ahead[0], missing - drift.float()), ahead[1] + drift
+        drift = mean * samples.centered
+        new = problem.step(ahead[0], missed, drift), ahead[1] + drift
         step = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         rate = (momentum - 1) / step
         ahead = new[0] + rate * (new[0] - best[0]), new[1] + rate * (new[1] - best[1])
-        best, momentum, before = new, step, loss
+        best, momentum, before = new, step, wanted.loss
     return best
+
+
+class _Rectified:
+    """What a rectifier should read, in units of the targets, and which errors it forgives.
+
+    Attributes:
+        loss: squared error of all answers since it was set to 0.
+    """
+
+    def __init__(self, samples: Samples, bounds: Bounds) -> None:
+        scale, (low, high) = torch.where(samples.scale == 0, 1, samples.scale), bounds
+        reads = torch.addcmul(samples.offset, samples.targets, scale)
+        # Where it is cut off, the answer may be as far beyond as it likes: no error of that sign is seen.
+        rising, below, above = scale > 0, reads <= low, reads >= high
+        self._most = _limit(torch.where(rising, below, above), math.inf)
+        self._least = _limit(torch.where(rising, above, below), -math.inf)
+        self._wanted, self.loss = reads.clamp_(low, high).sub_(samples.offset).div_(scale), 0.0
+
+    def missing(self, answer: Tensor, rows: slice) -> Tensor:
+        """What an answer misses, `(n, o)`; it is written over."""
+        missing = torch.sub(self._wanted[rows], answer, out=answer)
+        if self._most is not None:
+            torch.minimum(missing, self._most[rows], out=missing)
+        if self._least is not None:
+            torch.maximum(missing, self._least[rows], out=missing)
+        flat = missing.flatten()
+        self.loss += float(torch.dot(flat, flat))
+        return missing
+
+
+def _limit(forgiven: Tensor, beyond: float) -> Tensor | None:
+    """0 where errors beyond it are forgiven; None where none are."""
+    return torch.zeros_like(forgiven, dtype=torch.float32).masked_fill_(~forgiven, beyond) if forgiven.any() else None

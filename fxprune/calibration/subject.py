@@ -11,13 +11,13 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.calibration import FITS, Batch, Calibration, Choose, read_batches, reconstruct
 from fxprune.calibration.batches import rows_of, samples_in
+from fxprune.calibration.effort import FULL, Effort
 from fxprune.calibration.least_squares import Part, parts_that_stay
 from fxprune.calibration.likeness import warn_if_unlike
 from fxprune.calibration.lockstep import Lockstep
 from fxprune.calibration.misfits import check_batches, misfit
 from fxprune.calibration.recovery import RECOVERED, Recovery, recover
 from fxprune.calibration.refitting import refit_layers
-from fxprune.calibration.samples import MAX_ROWS
 from fxprune.calibration.stages import Run
 from fxprune.channels.capture import capture, recorded
 from fxprune.errors import CalibrationError, TraceError
@@ -42,8 +42,7 @@ class Subject:
         examples: what forward is called with, from the examples or the first batch; none if neither was given.
         batches: the arguments of each calibration batch; None without data.
         trace: a `Recording` if the result is to be the user's own module.
-        rows: about how many positions of the data each layer is fitted on at most.
-        ridges: the pull toward the dense weights of layers, where a refit is to take it from another, see `LayerFit`.
+        effort: how much is spent on the fit of each layer.
         run: what it is used for, if that was announced: how far it has come is told there.
         counted: names of nodes of a recording whose channels have to stay, with the reason; planning finds them.
 
@@ -62,9 +61,8 @@ class Subject:
         calibration: Calibration | None,
         output: Output = "graph",
     ) -> None:
-        self.model, self.batches, self.rows = model, None, MAX_ROWS
+        self.model, self.batches, self.effort = model, None, FULL
         self.counted: dict[str, str] = {}
-        self.ridges: Mapping[str, float] = {}
         self.run: Run | None = None
         self._names: tuple[str, ...] = ()
         check_is_model(model)
@@ -111,15 +109,15 @@ class Subject:
         """Another model with the same inputs."""
         other = object.__new__(Subject)
         other.model, other.examples, other.batches, other._names = model, self.examples, self.batches, self._names
-        other.trace, other.counted, other.rows, other.ridges = self.captured(model), {}, self.rows, self.ridges
+        other.trace, other.counted, other.effort = self.captured(model), {}, self.effort
         other.run = self.run
         return other
 
-    def calibrated_on(self, batches: list[Batch], rows: int) -> "Subject":
+    def calibrated_on(self, batches: list[Batch], effort: Effort) -> "Subject":
         """The same model with other calibration data; what is known of the model is known there too."""
         other = object.__new__(Subject)
         vars(other).update({name: value for name, value in vars(self).items() if name != "network_batches"})
-        other.batches, other.rows = batches, rows
+        other.batches, other.effort = batches, effort
         return other
 
     def without_data(self) -> "Subject":
@@ -130,12 +128,11 @@ class Subject:
         return other
 
     def refitted_as(self, masked: nn.Module) -> "Subject":
-        """The same model, to be refitted with the pulls that the refit of `masked` found: a number for each layer,
-        which takes long to find, and differs little on a part of the data.
-        """
+        """The same model, to be refitted with the pulls that the refit of `masked` found."""
         other = object.__new__(Subject)
         vars(other).update(vars(self))
-        other.ridges = {name: fit.ridge for name, fit in getattr(masked, FITS, {}).items()}
+        found = {name: fit.ridge for name, fit in getattr(masked, FITS, {}).items()}
+        other.effort = replace(self.effort, ridges={**self.effort.ridges, **found})
         return other
 
     def announce(self, seconds: Mapping[str, float], progress: bool) -> None:
@@ -233,8 +230,7 @@ class Subject:
             layers,
             choose,
             seed=seed,
-            rows=self.rows,
-            ridges=self.ridges,
+            effort=self.effort,
             progress=self.run or progress,
         )
         setattr(masked, FITS, fits)
@@ -259,7 +255,7 @@ class Subject:
                 stays,
                 kept,
                 seed=seed,
-                rows=self.rows,
+                effort=self.effort,
                 progress=self.run or progress,
             )
         setattr(masked, FITS, fits)

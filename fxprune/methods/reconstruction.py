@@ -33,6 +33,8 @@ ENOUGH = 1e-3
 LARGE = 1200
 # The share of the channels that go before costs are computed anew; one at a time up to 64 channels.
 BATCH = 1 / 64
+EMPTY = 1 / 8
+"""Share of the inputs in the matrices that may have gone: products with them cost as much as with others."""
 
 
 def reconstruction(
@@ -98,19 +100,25 @@ def reconstruction(
     return Clustering.from_labels(labels, chosen.repeat(block, axis=1), tuple(history), cost)
 
 
-def elimination_order(weight: Tensor, gram: Tensor, cross: Tensor, groups: int, seed: int = 0) -> tuple[Labels, Labels]:
+def elimination_order(
+    weight: Tensor, gram: Tensor, cross: Tensor, groups: int, seed: int = 0, probes: int | None = None
+) -> tuple[Labels, Labels]:
     """In what order groups of filters give up their input channels, in overlap form.
 
     The groups are those that `cocluster` finds where half of the channels stay. Above `LARGE` inputs the channels go
-    in the order of their costs at the start. Arguments are those of `reconstruction`.
+    in the order of their costs at the start.
+
+    Args:
+        weight, gram, cross, groups, seed: see `reconstruction`.
+        probes: about how many of the groups, spread over the layer, are followed; all if not given.
 
     Returns:
-        The filters of each group `(n, O / n)`, and its channels `(n, C)`, the first to go first.
+        The filters of each `(n, O / groups)`, and its channels `(n, C)`, the first to go first.
     """
     channels, area = weight.shape[1], weight[0, 0].numel()
     inverse = damped_inverse(gram)
     start = cocluster(kernel_energy(weight, gram), groups, max(1, channels // 2), seed=seed)
-    filters = np.array(start.out_order).reshape(groups, -1)
+    filters = np.array(start.out_order).reshape(groups, -1)[:: max(1, groups // (probes or groups))]
     members = (torch.from_numpy(group).to(cross.device) for group in filters)
     order = [give_up_together([Elimination(inverse, cross[group], area)], 0).cpu().numpy() for group in members]
     return filters, np.stack(order)
@@ -156,16 +164,11 @@ class Elimination:
         self.inputs = len(inverse)
         if isinstance(owner, int):
             owner = torch.arange(self.inputs, device=inverse.device) // owner
-        self._owner = owner
         taken = owner[owner >= 0]
         sizes = taken.bincount(minlength=0 if channels is None else channels)
-        order = owner.argsort(stable=True)[len(owner) - len(taken) :]  # inputs, channel by channel
-        first = sizes.cumsum(0) - sizes
-        self._alike = []  # channels of equally many inputs: which, and their inputs (n, a)
-        for size in sorted(set(sizes[sizes > 0].tolist())):
-            which = (sizes == size).nonzero().flatten()
-            self._alike.append((which, order[first[which][:, None] + torch.arange(size, device=order.device)]))
         self.alive = torch.ones(len(sizes), dtype=torch.bool, device=inverse.device)
+        self._owner, self._gone = owner, 0
+        self._alike = self._places()
 
     def costs(self) -> Tensor:
         """`(C,)`: by how much the squared error grows if a channel goes and the other weights adapt; inf if it went."""
@@ -183,12 +186,33 @@ class Elimination:
             return
         gone = torch.isin(self._owner, channels).nonzero().flatten()
         update = torch.linalg.solve(self._inverse[gone[:, None], gone], self._inverse[gone])
-        self._weight -= self._weight[:, gone] @ update
-        self._inverse -= self._inverse[:, gone] @ update
+        self._weight.addmm_(self._weight[:, gone], update, alpha=-1)
+        self._inverse.addmm_(self._inverse[:, gone], update, alpha=-1)
         self._weight[:, gone] = 0
         self._inverse[gone] = 0
         self._inverse[:, gone] = 0
         self._inverse[gone, gone] = 1
+        self._gone += len(gone)
+        if self._gone > EMPTY * len(self._owner):
+            self._forget()
+
+    def _places(self) -> list[tuple[Tensor, Tensor]]:
+        """Channels of equally many inputs: which, and the places of their inputs in the matrices `(n, a)`."""
+        taken = self._owner[self._owner >= 0]
+        sizes = taken.bincount(minlength=len(self.alive))
+        order = self._owner.argsort(stable=True)[len(self._owner) - len(taken) :]  # inputs, channel by channel
+        first, found = sizes.cumsum(0) - sizes, []
+        for size in sorted(set(sizes[sizes > 0].tolist())):
+            which = (sizes == size).nonzero().flatten()
+            found.append((which, order[first[which][:, None] + torch.arange(size, device=order.device)]))
+        return found
+
+    def _forget(self) -> None:
+        """Leave the inputs of channels that went out of the matrices."""
+        stay = ((self._owner < 0) | self.alive[self._owner.clamp(min=0)]).nonzero().flatten()
+        self._inverse, self._weight = self._inverse[stay[:, None], stay], self._weight[:, stay]
+        self._owner, self._gone = self._owner[stay], 0
+        self._alike = self._places()
 
 
 class Summation:

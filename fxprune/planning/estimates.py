@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from fxprune.calibration.batches import samples_in
-from fxprune.calibration.judging import ROWS
+from fxprune.calibration.effort import FULL, Effort
+from fxprune.calibration.judging import LESS
 from fxprune.calibration.recovery import SECONDS
 from fxprune.calibration.samples import rows_for
 from fxprune.calibration.subject import Subject
@@ -66,7 +67,7 @@ def foreseen(subject: Subject, request: Request, *, compiles: bool = False) -> d
     work = _Work.of(subject)
     ratio = request.ratio if isinstance(request.ratio, float) else DEFAULT_RATIO
     share = min(request.shares.values(), default=1 - ratio)
-    judged = WAYS * work.refit(share, ROWS)
+    judged = WAYS * work.refit(share, LESS)
     counts: dict[str, float] = {}
     if request.granularity == "kernel":
         if request.has_budget and request.sensitivity is None:
@@ -78,7 +79,7 @@ def foreseen(subject: Subject, request: Request, *, compiles: bool = False) -> d
         trials = _trials(subject, work, share)
         counts = {TRIALS: trials, SENSITIVITY: 4 * work.sensitivity(), JUDGING: 4 * judged, PLAN: work.plan(share)}
     elif request.granularity == BRANCH:
-        counts = {TRIALS: _trials(subject, work, share), JUDGING: len(WAYS_OF_BRANCHES) * work.refit(share, ROWS)}
+        counts = {TRIALS: _trials(subject, work, share), JUDGING: len(WAYS_OF_BRANCHES) * work.refit(share, LESS)}
         if compiles:
             counts[REFIT] = work.refit(share)
     else:
@@ -88,7 +89,7 @@ def foreseen(subject: Subject, request: Request, *, compiles: bool = False) -> d
         if compiles:
             counts[REFIT] = work.refit(share)
     if compiles and request.recovery is None:
-        counts[TELLING] = work.refit(share, ROWS)
+        counts[TELLING] = work.refit(share, LESS)
     seconds = _timed(counts)
     before = {SENSITIVITY: seconds[SENSITIVITY]} if request.granularity == "kernel" and SENSITIVITY in seconds else {}
     seconds = before | timing | seconds  # what comes first stands first
@@ -105,7 +106,7 @@ def foreseen_refit(subject: Subject, *, agreement: bool = True) -> dict[str, flo
         return {}
     work = _Work.of(subject)
     counts = {REFIT: work.refit(1 - DEFAULT_RATIO)}
-    return _timed(counts | ({TELLING: work.refit(1 - DEFAULT_RATIO, ROWS)} if agreement else {}))
+    return _timed(counts | ({TELLING: work.refit(1 - DEFAULT_RATIO, LESS)} if agreement else {}))
 
 
 SENSITIVITY, TIMING, JUDGING, PLAN, REFIT, TELLING, RECOVERY = (
@@ -150,17 +151,17 @@ class _Work:
             tuple(_layers(subject, images)), images, images * sum(macs or 0 for _, macs in subject.costs.values())
         )
 
-    def refit(self, share: float, rows: int | None = None) -> float:
+    def refit(self, share: float, effort: Effort = FULL) -> float:
         """Both networks pass, and each layer is solved with a share of its columns."""
-        total = 2 * CONVOLUTION * self.forward
+        total, rounds = 2 * CONVOLUTION * self.forward, min(ROUNDS, effort.rounds)
         for layer in self.layers:
-            count, kept = self._rows(layer, rows), share * layer.unknowns
+            count, kept = self._rows(layer, effort), share * layer.unknowns
             total += count * (READ * layer.unknowns + GIVEN * layer.outputs)
             if count < kept:
-                total += count**2 * kept + count**3 + 2 * ROUNDS * count**2 * layer.outputs
+                total += count**2 * kept + count**3 + 2 * rounds * count**2 * layer.outputs
             else:
-                total += count * layer.unknowns**2 / 2 + 2 * ROUNDS * count * kept * layer.outputs
-                total += kept**3 + ROUNDS * kept**2 * layer.outputs
+                total += count * layer.unknowns**2 / 2 + 2 * rounds * count * kept * layer.outputs
+                total += kept**3 + rounds * kept**2 * layer.outputs
         return total
 
     def plan(self, share: float) -> float:
@@ -177,9 +178,8 @@ class _Work:
         return total
 
     @staticmethod
-    def _rows(layer: _Layer, rows: int | None = None) -> float:
-        most = rows_for(layer.unknowns) if rows is None else rows_for(layer.unknowns, rows)
-        return min(most, layer.positions)
+    def _rows(layer: _Layer, effort: Effort = FULL) -> float:
+        return min(rows_for(layer.unknowns, effort.rows), layer.positions)
 
 
 def _layers(subject: Subject, images: int) -> Iterator[_Layer]:

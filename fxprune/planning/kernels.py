@@ -64,14 +64,14 @@ def judged_ways(judge: Judge, ways: Mapping[str, Request]) -> dict[str, Agreemen
     """What comes of each way to spend a budget, fitted without the inputs on which it is judged. Ratios are judged, so
     kernels are chosen in a cheaper way.
     """
-    found = {}
-    judge.fitted.begin(JUDGING, len(ways))
+    found, fitted = {}, judge.fitted
+    fitted.begin(JUDGING, len(ways))
     for way, request in ways.items():
         if request.method_for(calibrated=True) == "reconstruction":
             request = replace(request, method="cocluster", criterion="activation")
-        _, masked = planned(judge.fitted, request, accurate=serves_accuracy(judge.fitted, request))
+        _, masked = planned(fitted, request, accurate=serves_accuracy(fitted, request))
         assert masked is not None
-        found[way] = judge.agreement(masked)
+        found[way], fitted = judge.agreement(masked), fitted.refitted_as(masked)
     return found
 
 
@@ -128,6 +128,6 @@ def sensitivity_of(subject: Subject, request: Request) -> Sensitivity:
         graph,
         subject.network_batches,
         seed=request.seed,
-        rows=subject.rows,
+        rows=subject.effort.rows,
         progress=subject.run or request.progress,
     )

@@ -98,7 +98,7 @@ def measure_readers(
         names,
         reader,
         seed=seed,
-        rows=subject.rows,
+        rows=subject.effort.rows,
         progress=subject.run or progress,
     )
     return {name: reader.weighed(share) for name, (reader, share) in found.items()}

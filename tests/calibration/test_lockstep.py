@@ -261,7 +261,22 @@ def test_the_limit_decides_what_goes_to_files() -> None:
             assert counts == [expected] * 4
             for samples, batch in zip(lockstep.samples, batches, strict=True):
                 size = len(batch[0]) * 32 * 8 * 8 * 8 * expected  # the stream of 32 channels of 8x8, float64
-                assert [sample.resident() for sample in samples] == [size, size]
+                assert [sample.counted for sample in samples] == [size, size]
+
+
+@pytest.mark.parametrize("limit, calls", [(MEMORY_LIMIT, 1), (0, 2)])
+def test_what_was_computed_ahead_is_not_computed_again_where_there_is_room(limit: int, calls: int) -> None:
+    (dense, pruned), batches = of(BY_NAME["ResidualChain"])
+    counted = []
+    dense.get_submodule("blocks.3.0").register_forward_hook(lambda *_: counted.append(1))
+    with Lockstep(dense, pruned, batches, memory_limit=limit) as lockstep:
+        first = [sample.value_kept("blocks_3_0") for sample, _ in lockstep.pause_before("blocks_3_0")]
+        later = lockstep.pause_before("output")
+        ends = [sample.value("output") for sample, _ in later]
+    assert len(counted) == calls * len(batches)
+    with torch.no_grad():
+        assert all(torch.equal(end, dense(*batch)) for end, batch in zip(ends, batches, strict=True))
+    assert len(first) == len(batches)
 
 
 @pytest.mark.parametrize("failing", [False, True])

@@ -5,6 +5,8 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +16,12 @@ from products_harness import fewer
 from torch import Tensor, nn
 
 import fxprune.calibration.least_squares
+from fxprune.calibration import refitting
 from fxprune.calibration.batches import Batch, read_batches
 from fxprune.calibration.following import Bounds
 from fxprune.calibration.least_squares import Part, bundles, columns_of, problem_of, pull_of
 from fxprune.calibration.refitting import LayerFit, parts_of, reconstruct, solve
-from fxprune.calibration.samples import Samples, mean_product
+from fxprune.calibration.samples import Samples, draw
 from fxprune.graph.tracing import trace
 from fxprune.plans import GroupedKernels
 
@@ -120,10 +123,8 @@ def test_fewer_rows_than_columns_are_solved_through_the_rows_with_equal_results(
     outputs, columns = part
     samples = some_samples(prior[:, :, None, None], rows)
     targets = (samples.targets - samples.target_mean.float())[:, outputs]
-    # By rows there is no need of the Gram matrix of the columns: that of zeros would give other weights.
-    gram = samples.gram() if rows >= len(columns) else torch.zeros(40, 40).double()
-    problem = problem_of(samples, gram, [part], prior, 0.05)
-    best = problem.solve(targets)
+    problem = problem_of(samples, samples.moments() if rows >= len(columns) else None, [part], prior, 0.05)
+    best = problem.solve()
     assert best.shape == ((rows, 5) if rows < len(columns) else (5, len(columns)))
     own, inputs = prior[outputs][:, columns], samples.inputs[:, columns].double()
     system = inputs.T @ inputs / rows + 0.05 * torch.eye(len(columns)).double()
@@ -131,12 +132,38 @@ def test_fewer_rows_than_columns_are_solved_through_the_rows_with_equal_results(
     assert torch.allclose(problem.weights(best), expected, atol=1e-4)
     assert torch.allclose(problem.weights(problem.prior()), own, atol=1e-6)
     assert torch.allclose(problem.answer(best), (inputs @ expected.T).float(), atol=1e-4)
+    for coefficients in (best, problem.prior()):
+        missing = targets - problem.answer(coefficients)
+        assert problem.error(coefficients) == pytest.approx(float(missing.square().sum()) / rows, rel=1e-4, abs=1e-6)
     # One step from anywhere, for the targets that it implies, is the solution for these.
     missing = torch.randn(rows, 5)
-    step = problem.step(best, missing)
-    implied = inputs.T @ (problem.answer(best) + missing).double() / rows + 0.05 * own.T
+    drift = torch.randn(5).double()
+    missed, mean = problem.follow(best, torch.zeros(5), lambda answer, some: missing[some])
+    step = problem.step(best, missed, drift)
+    assert torch.allclose(mean, missing.double().mean(0))
+    implied = inputs.T @ (problem.answer(best) + missing - drift).double() / rows + 0.05 * own.T
     assert torch.allclose(problem.weights(step), torch.linalg.solve(system, implied).T, atol=1e-3)
     assert not torch.allclose(problem.weights(step), expected, atol=1e-2)
+
+
+def test_rows_are_followed_some_at_a_time_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, kernels = random_weight(12, 10, 4), random_kernels(12, 10, 4, 5)
+    samples = some_samples(weight, 900)
+    found = []
+    for some in (900, 7):
+        monkeypatch.setattr(fxprune.calibration.least_squares, "AT_ONCE", some)
+        found.append(solve(weight, parts_of(kernels, weight), samples, RELU))
+    assert torch.allclose(found[0].weight, found[1].weight, atol=1e-4)
+    assert torch.allclose(found[0].intercept, found[1].intercept, atol=1e-4)
+
+
+def test_more_rounds_leave_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, kernels = random_weight(12, 10, 4), random_kernels(12, 10, 4, 5)
+    samples, parts = some_samples(weight, 900), parts_of(kernels, weight)
+    fits = [solve(weight, parts, samples, RELU, rounds=rounds) for rounds in (0, 2, 6, 24)]
+    losses = [let_through(samples, fit.weight, fit.intercept, RELU) for fit in fits]
+    assert losses[0] > losses[1] > losses[2] >= losses[3]
+    assert losses[0] - losses[2] > 0.8 * (losses[0] - losses[3])  # most comes early
 
 
 @pytest.mark.parametrize("bounds", [None, RELU])
@@ -224,8 +251,8 @@ def test_a_one_sided_step_in_the_wrong_direction_is_seen(monkeypatch: pytest.Mon
     weight, kernels = random_weight(), random_kernels(8, 6, 2, 3)
     samples = some_samples(weight, 600)
     plain = solve(weight, parts_of(kernels, weight), samples)
-    honest = Tensor.clamp
-    monkeypatch.setattr(Tensor, "clamp", lambda self, min=None, max=None: honest(self, min=max, max=min))
+    honest = refitting._limit
+    monkeypatch.setattr(refitting, "_limit", lambda forgiven, beyond: honest(~forgiven, beyond))
     broken = solve(weight, parts_of(kernels, weight), samples, RELU)
     monkeypatch.undo()
     before, after = (let_through(samples, s.weight, s.intercept, RELU) for s in (plain, broken))
@@ -413,8 +440,11 @@ def test_refit_lowers_the_error_of_the_output_on_data_held_out(seed: int) -> Non
 
 
 def test_a_refit_to_wrong_targets_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    used = "fxprune.calibration.least_squares.mean_product"
-    monkeypatch.setattr(used, lambda targets, rows: mean_product(targets.roll(1, 1), rows))
+    def of_others(*arguments: Any) -> Samples:
+        drawn = draw(*arguments)
+        return replace(drawn, targets=drawn.targets.roll(1, 1), target_mean=drawn.target_mean.roll(1))
+
+    monkeypatch.setattr("fxprune.calibration.refitting.draw", of_others)
     model = network()
     masked, new, _ = refitted(model, images(64))
     held_out = images(64, seed=1000)

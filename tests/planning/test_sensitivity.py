@@ -176,6 +176,19 @@ def test_damage_is_the_error_that_brute_force_finds(norm: bool, bias: bool, resi
         assert layer.damage != pytest.approx(forgotten, rel=0.02, abs=1e-3)
 
 
+def test_a_few_groups_stand_for_all_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What four of eight groups lose, relative to what these give, is near what all lose."""
+    model = net(32)
+    found = {}
+    for probes in (8, 4):
+        monkeypatch.setattr("fxprune.calibration.damage.PROBES", probes)
+        found[probes] = fxprune.measure_sensitivity(model, calibration=images(64), groups=8)
+    for few, every in zip(found[4].layers, found[8].layers, strict=True):
+        middle = len(every.damage) // 2 - 1
+        assert few.damage != every.damage
+        assert few.damage[middle] == pytest.approx(every.damage[middle], rel=0.25)
+
+
 @pytest.mark.parametrize("name", fewer(["left", "right"], ["left"]))
 def test_few_images_do_not_make_a_layer_look_harmless(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def damage(count: int) -> float:
