@@ -24,6 +24,8 @@ LEAST_SIGNAL = 1e-6
 # Shares of its channels with which a layer is fitted, and those with which one above LARGE is, for time.
 SHARES = tuple(part / 16 for part in range(1, 16))
 FEW_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+NOISE = 1e-10
+"""Variance relative to the mean square that is rounding in float32: what the layer gives is constant."""
 TINY = torch.finfo(torch.float32).tiny
 PROBES = 4
 """Groups that stand for a layer, spread over it: each takes an elimination and two factors of its own."""
@@ -78,7 +80,8 @@ def error_weights(samples: Samples, bounds: Bounds | None) -> Tensor:
     if bounds is not None:
         weights *= ((read > bounds[0]) & (read < bounds[1])).double().mean(0)
         read = read.clamp(*bounds)
-    return weights / max(float(read.var(0, correction=0).sum()), TINY)
+    signal, rounding = float(read.var(0, correction=0).sum()), NOISE * float(read.square().mean(0).sum())
+    return weights / max(signal, rounding, TINY)
 
 
 def interpolated(channels: int, inputs: int, damages: Callable[[Sequence[int]], Sequence[float]]) -> Matrix:

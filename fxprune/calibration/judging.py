@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
@@ -11,9 +12,11 @@ from fxprune.calibration.subject import Subject
 from fxprune.graph.copying import copied
 from fxprune.graph.modes import in_evaluation
 
-LESS = Effort(rows=16_384, rounds=3)
-"""What is fitted to be judged is not handed out: on a quarter of the positions that a refit takes, still some 30 for
-each unknown of a layer with 64 channels, and as far as the first rounds come."""
+TOLD = Effort(rows=16_384)
+"""What is fitted to tell how good a plan is, and not handed out: on a quarter of the positions that a refit takes,
+still some 30 for each unknown of a layer with 64 channels."""
+LESS = replace(TOLD, rounds=3)
+"""What is fitted to be compared with others: as far as the first rounds come."""
 
 
 class Judge:
@@ -21,18 +24,19 @@ class Judge:
 
     Args:
         subject: with calibration data.
+        effort: that is spent on fits to the first part.
 
     Attributes:
         fitted: the subject with the first part.
         held_out: whether there is a second part; with very few inputs both are all of them.
     """
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, effort: Effort = LESS) -> None:
         assert subject.batches is not None
         parts = hold_out(subject.batches, subject.takes_any_size)
         self.held_out = parts is not None
         fitted, self._judged = (subject.batches, subject.batches) if parts is None else parts
-        self.fitted = subject if parts is None else subject.calibrated_on(fitted, LESS)
+        self.fitted = subject if parts is None else subject.calibrated_on(fitted, effort)
         self._dense = copied(subject.model).eval()
 
     def agreement(self, masked: nn.Module) -> Agreement | None:

@@ -14,7 +14,7 @@ import torch
 
 from fxprune.calibration.batches import samples_in
 from fxprune.calibration.effort import FULL, Effort
-from fxprune.calibration.judging import LESS
+from fxprune.calibration.judging import LESS, TOLD
 from fxprune.calibration.recovery import SECONDS
 from fxprune.calibration.samples import rows_for
 from fxprune.calibration.subject import Subject
@@ -89,7 +89,7 @@ def foreseen(subject: Subject, request: Request, *, compiles: bool = False) -> d
         if compiles:
             counts[REFIT] = work.refit(share)
     if compiles and request.recovery is None:
-        counts[TELLING] = work.refit(share, LESS)
+        counts[TELLING] = work.refit(share, TOLD)
     seconds = _timed(counts)
     before = {SENSITIVITY: seconds[SENSITIVITY]} if request.granularity == "kernel" and SENSITIVITY in seconds else {}
     seconds = before | timing | seconds  # what comes first stands first
@@ -106,7 +106,7 @@ def foreseen_refit(subject: Subject, *, agreement: bool = True) -> dict[str, flo
         return {}
     work = _Work.of(subject)
     counts = {REFIT: work.refit(1 - DEFAULT_RATIO)}
-    return _timed(counts | ({TELLING: work.refit(1 - DEFAULT_RATIO, LESS)} if agreement else {}))
+    return _timed(counts | ({TELLING: work.refit(1 - DEFAULT_RATIO, TOLD)} if agreement else {}))
 
 
 SENSITIVITY, TIMING, JUDGING, PLAN, REFIT, TELLING, RECOVERY = (

@@ -51,7 +51,7 @@ def ways_to_spend(subject: Subject, request: Request) -> tuple[dict[str, Request
         CalibrationError: the calibration data do not fit the model.
         AccelerationError: a latency is asked for, and the model cannot be accelerated.
     """
-    sensitivity = sensitivity_of(subject, request)
+    sensitivity = sensitivity_of(subject, request, alone=True)
     if request.latency is not None:
         found, remark = meet_latency(subject, request, sensitivity, _writers(subject, request))
         return {"sensitivity": found}, (remark,)
@@ -108,8 +108,13 @@ def _writers(subject: Subject, request: Request) -> Sequence[Collection[str]]:
     return tuple(common_writers(subject.trace.module, subject.trace.values)) if request.shares_groups else ()
 
 
-def sensitivity_of(subject: Subject, request: Request) -> Sensitivity:
+def sensitivity_of(subject: Subject, request: Request, *, alone: bool = False) -> Sensitivity:
     """The sensitivity of all convolutions that can be pruned, from the table of the request if there is one.
+
+    Args:
+        subject: the model.
+        request: what is asked for.
+        alone: whether kernels have to meet the budgets alone: that they can is seen before anything is measured.
 
     Raises:
         PlanError: nothing can be pruned, the MACs are not known, or the table was measured on another model.
@@ -120,8 +125,9 @@ def sensitivity_of(subject: Subject, request: Request) -> Sensitivity:
         return request.sensitivity.among(subject.layers, groups)
     graph = subject.trace.module if subject.batches is None else subject.network
     table = unmeasured(graph, groups, subject.costs)
-    for cost, share in request.budgets.items():
-        table.check_reachable(share, cost, request.effective_block)
+    if alone:
+        for cost, share in request.budgets.items():
+            table.check_reachable(share, cost, request.effective_block)
     subject.begin(SENSITIVITY)
     return measure(
         table,

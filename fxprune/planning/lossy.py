@@ -10,7 +10,7 @@ from torch import nn
 
 from fxprune.calibration import FITS, Calibration
 from fxprune.calibration.agreement import AGREEMENT, Agreement, measure_agreement
-from fxprune.calibration.judging import Judge
+from fxprune.calibration.judging import TOLD, Judge
 from fxprune.calibration.recovery import Recovery, drawn_from
 from fxprune.calibration.subject import Subject
 from fxprune.errors import CalibrationError, PlanError, PoorAgreementWarning, warn_user
@@ -293,7 +293,7 @@ def tell_agreement(subject: Subject, plan: PrunePlan, masked: nn.Module, *, prog
     """
     if subject.batches is None or not (plan.layers or plan.removed or plan.branches):
         return None
-    judge = Judge(subject)
+    judge = Judge(subject, TOLD)
     fitted = judge.fitted.refitted_as(masked)
     fitted.begin(TELLING)
     twin = masked_by(fitted, plan, progress=progress) if judge.held_out else copied(masked)

@@ -209,6 +209,10 @@ class Sensitivity(Tabular):
         Raises:
             PlanError: more than that remains with the least in every layer.
         """
+        if share < 1 and not self.layers:
+            raise PlanError(
+                f"{cost}={share:.4g} cannot be reached by kernels: no convolution can be pruned; let some be"
+            )
         total = max(1, self.macs if cost == "macs" else self.params)
         prices = {layer: getattr(layer, cost) / len(layer.damage) for layer in self.layers}
         most = sum(price * (len(layer.damage) - unit_of(len(layer.damage), block)) for layer, price in prices.items())
