@@ -2,8 +2,9 @@
 
 Operations are those of the products and factors that a pass over the layers computes (`fxprune.calibration`); how far
 they are from the speed of a plain product, and what it costs to gather and compare values one by one, was fitted to
-what ResNet-20, VGG-16 and MobileNetV2 took (`benchmarks/results/planning_cost.json`: plan and refit within 22 %). Other
-load on the machine and disks make it longer: it is said as "about".
+what networks took (`benchmarks/results/planning_cost.json`: VGG-16, ResNet-18 and ResNet-50 within 11 %, ResNet-20
+and MobileNetV2 take a fifth to a quarter less). Other load on the machine and disks make it longer: it is said as
+"about".
 """
 
 import time
