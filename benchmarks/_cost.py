@@ -21,7 +21,7 @@ def with_peak(work: Callable[[], T]) -> tuple[T, float | None]:
     """
     before = reset_peak_mb()
     result = work()
-    return result, None if before is None else _status_mb("VmHWM") - before
+    return result, None if before is None else peak_mb() - before
 
 
 def reset_peak_mb() -> float | None:
@@ -33,12 +33,9 @@ def reset_peak_mb() -> float | None:
     return _status_mb("VmRSS")
 
 
-def peak_mb() -> float | None:
-    """The peak of resident memory since that; None where the system does not tell it."""
-    try:
-        return _status_mb("VmHWM")
-    except (OSError, LookupError):
-        return None
+def peak_mb() -> float:
+    """The peak of resident memory since that, which the system has to have allowed."""
+    return _status_mb("VmHWM")
 
 
 def _status_mb(field: str) -> float:

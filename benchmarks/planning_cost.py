@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -60,31 +60,41 @@ CASES = {
 }
 
 
+@dataclass
+class Cost:
+    """What a stage costs so far.
+
+    Attributes:
+        processor_seconds, seconds: the latter by the clock.
+        peak_mb: of memory above the level at the start of the run, in MB (10^6 bytes); None where the system does not
+            tell it.
+    """
+
+    processor_seconds: float = 0.0
+    seconds: float = 0.0
+    peak_mb: float | None = None
+
+
 class Stages:
     """What each stage of a run costs: the run says when the next one begins.
 
     Attributes:
-        found: processor seconds, seconds by the clock, and the peak of memory above the level at the start in MB (10^6
-            bytes), which is None where the system does not tell it.
+        found: by stage, in their order.
     """
 
     def __init__(self) -> None:
-        self.found: dict[str, dict[str, float | None]] = {}
+        self.found: dict[str, Cost] = {}
         self._level, self._name = reset_peak_mb(), "capture"
         self._clocks = time.process_time(), time.perf_counter()
 
     def begin(self, name: str) -> None:
         """The stage before it is over."""
-        clocks, peak = (time.process_time(), time.perf_counter()), peak_mb()
-        spent, seconds = (now - before for now, before in zip(clocks, self._clocks, strict=True))
-        old = self.found.get(self._name, {"processor_seconds": 0.0, "seconds": 0.0, "peak_mb": 0.0})
-        above = None if peak is None or self._level is None else max(peak - self._level, old["peak_mb"] or 0.0)
-        self.found[self._name] = {
-            "processor_seconds": (old["processor_seconds"] or 0.0) + spent,
-            "seconds": (old["seconds"] or 0.0) + seconds,
-            "peak_mb": above,
-        }
-        reset_peak_mb()
+        clocks, cost = (time.process_time(), time.perf_counter()), self.found.setdefault(self._name, Cost())
+        cost.processor_seconds += clocks[0] - self._clocks[0]
+        cost.seconds += clocks[1] - self._clocks[1]
+        if self._level is not None:
+            cost.peak_mb = max(cost.peak_mb or 0.0, peak_mb() - self._level)
+            reset_peak_mb()
         self._name, self._clocks = name, clocks
 
 
@@ -102,7 +112,7 @@ def measure(case: Case) -> dict[str, dict[str, float | None]]:
     with patch.object(Run, "begin", noted), patch.object(Run, "finish", lambda run: stages.begin("rewrite and verify")):
         fxprune.compile(model, calibration=images, **case.arguments)
     stages.begin("")
-    return stages.found
+    return {stage: asdict(cost) for stage, cost in stages.found.items()}
 
 
 def table(results: dict[str, Any]) -> str:

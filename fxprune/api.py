@@ -367,6 +367,9 @@ def measure_sensitivity(
     Raises:
         PlanError: nothing can be pruned, or the MACs are not known.
         CalibrationError: the calibration data are malformed, or do not fit the model.
+
+    Warns:
+        UnlikeTrainingWarning: see `compile`.
     """
     request = request_of(locals())
     return sensitivity_of(Subject(model, example_inputs, calibration, "auto"), request)

@@ -50,7 +50,7 @@ def damage_path(weight: Tensor, samples: Samples, groups: int, seed: int = 0, bo
     ridge = choose_ridge(samples, [(outputs, columns[: half * area]) for outputs, columns in parts], prior)
     weights = error_weights(samples, bounds)
     signal = weights * samples.energy()
-    seen = float(signal[torch.from_numpy(filters.ravel()).to(signal.device)].sum() / signal.sum().clamp(min=TINY))
+    seen = float(signal[torch.cat([outputs for outputs, _ in parts])].sum() / signal.sum().clamp(min=TINY))
     if seen > LEAST_SIGNAL:  # what the probes lose stands for all
         weights /= seen
 

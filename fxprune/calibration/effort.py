@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fxprune.calibration.samples import MAX_ROWS
 
 ROUNDS = 24
-"""Of the one-sided problem of a layer, at most; it takes about eleven until a round gains less than a thousandth."""
+"""Of the one-sided problem of a layer, at most; MobileNetV2 takes eleven until one gains less than a thousandth."""
 
 
 @dataclass(frozen=True)

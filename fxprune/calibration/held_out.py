@@ -119,7 +119,7 @@ def regularized(
         Gram matrix `(D, D)`, cross products `(O, D)` and energy of the targets `(O,)`, float64.
     """
     prior = weight.detach().double().flatten(1)
-    gram, cross, energy = samples.gram(), samples.cross(), samples.energy()
+    gram, cross, energy = samples.moments()
     start = cocluster(kernel_energy(weight, gram), groups, kept, seed=seed)
     parts = columns_of(start.out_order, start.kept, weight[0, 0].numel(), prior.device)
     pull = choose_ridge(samples, parts, prior) * float(gram.diagonal().mean())

@@ -1,8 +1,9 @@
 """Calibration data in two parts: what plans are fitted on, and what they are judged on."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from torch import nn
 
@@ -11,6 +12,8 @@ from fxprune.calibration.effort import Effort
 from fxprune.calibration.subject import Subject
 from fxprune.graph.copying import copied
 from fxprune.graph.modes import in_evaluation
+
+T = TypeVar("T")
 
 TOLD = Effort(rows=16_384)
 """What is fitted to tell how good a plan is, and not handed out: on a quarter of the positions that a refit takes,
@@ -38,6 +41,19 @@ class Judge:
         fitted, self._judged = (subject.batches, subject.batches) if parts is None else parts
         self.fitted = subject if parts is None else subject.calibrated_on(fitted, effort)
         self._dense = copied(subject.model).eval()
+
+    def compare(self, ways: Mapping[str, T], fit: Callable[[Subject, T], nn.Module]) -> dict[str, Agreement | None]:
+        """What comes of several ways, by name. Each has the pulls of the layers that those before it found.
+
+        Args:
+            ways: what is fitted in each.
+            fit: prunes and refits the model of a subject in one of them.
+        """
+        found, fitted = {}, self.fitted
+        for name, way in ways.items():
+            masked = fit(fitted, way)
+            found[name], fitted = self.agreement(masked), fitted.refitted_as(masked)
+        return found
 
     def agreement(self, masked: nn.Module) -> Agreement | None:
         """Of a model that was pruned and refitted on `fitted`; None if its outputs cannot be compared."""

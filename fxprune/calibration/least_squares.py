@@ -98,17 +98,14 @@ class Problem(Protocol):
     def error(self, coefficients: Tensor) -> float:
         """The squared error that they leave, of all outputs, the mean over the rows."""
 
-    def answer(self, coefficients: Tensor) -> Tensor:
-        """What they give for the rows, `(N, o)` float32."""
-
     def follow(self, coefficients: Tensor, mean: Tensor, missing: Missing) -> tuple[Tensor, Tensor]:
-        """The way of all answers, and their mean `(o,)` beside, through `missing`, some at a time: what they miss, as
-        `step` takes it, and the mean of that `(o,)` float64.
+        """The way of all answers, with their mean `(o,)`, through `missing`, some at a time: what they miss, as `step`
+        takes it, and what the intercept has to make up for, where there is one, `(o,)` float64.
         """
 
-    def step(self, coefficients: Tensor, missed: Tensor, drift: Tensor) -> Tensor:
-        """The best coefficients if the targets are what these give and what `follow` found missing more, less `drift`
-        `(o,)`. It is computed in float32, but for the sum: repeated, it corrects itself.
+    def step(self, coefficients: Tensor, missed: Tensor) -> Tensor:
+        """The best coefficients if the targets are what these give and what `follow` found missing more, but for what
+        is left to the intercept. It is computed in float32, but for the sum: repeated, it corrects itself.
         """
 
     def weights(self, coefficients: Tensor) -> Tensor:
@@ -137,7 +134,7 @@ class _ByColumns:
     def __init__(self, samples: Samples, moments: Moments, parts: Sequence[Part], prior: Tensor, pull: float) -> None:
         self.outputs = torch.cat([outputs for outputs, _ in parts])
         self.columns = torch.unique(torch.cat([columns for _, columns in parts])) if len(parts) > 1 else parts[0][1]
-        self._rows, self._pull = _rows_of(samples, self.columns), pull
+        self._rows, self._pull, self._centered = _rows_of(samples, self.columns), pull, samples.centered
         place = torch.empty(prior.shape[1], dtype=torch.long, device=prior.device)
         place[self.columns] = torch.arange(len(self.columns), device=prior.device)
         self._prior = prior.new_zeros(len(self.outputs), len(self.columns))
@@ -170,9 +167,6 @@ class _ByColumns:
             error += (coefficients[own] @ gram * coefficients[own]).sum()
         return max(0.0, float(error))
 
-    def answer(self, coefficients: Tensor) -> Tensor:
-        return self._rows @ coefficients.T.float()
-
     def follow(self, coefficients: Tensor, mean: Tensor, missing: Missing) -> tuple[Tensor, Tensor]:
         missed, drift = torch.zeros_like(coefficients), coefficients.new_zeros(len(coefficients))
         weights, mean = coefficients.T.float(), mean.float()
@@ -181,10 +175,10 @@ class _ByColumns:
             some = missing(torch.addmm(mean, rows, weights), slice(start, start + AT_ONCE))
             missed += some.T @ rows
             drift += some.sum(0)
-        return missed / len(self._rows), drift / len(self._rows)
+        # With an intercept rows are less their mean: what is left to it makes no difference to their products.
+        return missed / len(self._rows), self._centered * drift / len(self._rows)
 
-    def step(self, coefficients: Tensor, missed: Tensor, drift: Tensor) -> Tensor:
-        # Where there is an intercept rows are less their mean, so that their product with the drift is nothing.
+    def step(self, coefficients: Tensor, missed: Tensor) -> Tensor:
         right = (missed - self._pull * (coefficients - self._prior)).float()
         solution = coefficients.clone()
         for own, _, _, coarse in self._groups:
@@ -201,8 +195,8 @@ class _ByRows:
     def __init__(self, samples: Samples, part: Part, prior: Tensor, pull: float) -> None:
         self.outputs, self.columns = part
         rows, own = _rows_of(samples, self.columns), prior[self.outputs[:, None], self.columns]
-        self._targets = samples.centered_targets()[:, self.outputs]
-        self._rows, self._prior, self._pull = rows, own, pull
+        self._targets = samples.of(self.outputs).centered_targets()
+        self._rows, self._prior, self._pull, self._centered = rows, own, pull, samples.centered
         self._start = rows @ own.T.float()
         self._kernel = rows @ rows.T / len(rows)
         system = self._kernel.double()
@@ -217,18 +211,19 @@ class _ByRows:
         return torch.cholesky_solve((self._targets - self._start).double(), self._factor)
 
     def error(self, coefficients: Tensor) -> float:
-        missing = self._targets - self.answer(coefficients)
+        missing = self._targets - self._answer(coefficients)
         return float(missing.square().sum(dtype=torch.float64)) / len(missing)
 
-    def answer(self, coefficients: Tensor) -> Tensor:
+    def _answer(self, coefficients: Tensor) -> Tensor:
         return self._start + self._kernel @ coefficients.float()
 
     def follow(self, coefficients: Tensor, mean: Tensor, missing: Missing) -> tuple[Tensor, Tensor]:
-        missed = missing(self.answer(coefficients) + mean.float(), slice(None))
-        return missed, missed.mean(0, dtype=torch.float64)
+        missed = missing(self._answer(coefficients) + mean.float(), slice(None))
+        drift = self._centered * missed.mean(0, dtype=torch.float64)
+        return missed - drift.float(), drift
 
-    def step(self, coefficients: Tensor, missed: Tensor, drift: Tensor) -> Tensor:
-        right = missed - drift.float() - self._pull * coefficients.float()
+    def step(self, coefficients: Tensor, missed: Tensor) -> Tensor:
+        right = missed - self._pull * coefficients.float()
         return coefficients + torch.cholesky_solve(right, self._coarse)
 
     def weights(self, coefficients: Tensor) -> Tensor:

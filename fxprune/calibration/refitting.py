@@ -215,7 +215,7 @@ def solve(
             best, mean[outputs] = _one_sided(problem, best, samples.of(outputs), bounds, rounds)
         new[outputs[:, None], columns] = problem.weights(best)
     fitted = torch.cat([outputs for outputs, _ in parts]) if parts else torch.zeros(0, dtype=torch.long)
-    energy = float(column_means(samples.centered_targets()[:, fitted], Tensor.square).sum())
+    energy = float(column_means(samples.of(fitted).centered_targets(), Tensor.square).sum())
     masked, refitted = (error / energy if energy > 0 else 0.0 for error in (masked, refitted))
     fit = LayerFit(samples.rows, masked, refitted, ridge)
     return Solution(new.view_as(weight), mean - new @ samples.input_mean, fit)
@@ -232,14 +232,13 @@ def _one_sided(problem: Problem, start: Tensor, samples: Samples, bounds: Bounds
     momentum, before = 1.0, float("inf")
     for _ in range(rounds):
         wanted.loss = 0.0
-        missed, mean = problem.follow(*ahead, wanted.missing)
+        missed, drift = problem.follow(*ahead, wanted.missing)
         if wanted.loss > before * (1 - ENOUGH):
             if momentum == 1.0:
                 break
             momentum, ahead = 1.0, best  # overshot, or slow: once more without momentum
             continue
-        drift = mean * samples.centered
-        new = problem.step(ahead[0], missed, drift), ahead[1] + drift
+        new = problem.step(ahead[0], missed), ahead[1] + drift
         step = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         rate = (momentum - 1) / step
         ahead = new[0] + rate * (new[0] - best[0]), new[1] + rate * (new[1] - best[1])

@@ -17,7 +17,7 @@ from fxprune.calibration.damage import error_weights, interpolated, loss_of
 from fxprune.calibration.following import Bounds
 from fxprune.calibration.held_out import choose_ridge, held_out_errors
 from fxprune.calibration.least_squares import Part
-from fxprune.calibration.samples import Moments, Samples
+from fxprune.calibration.samples import Moments, Samples, column_means
 from fxprune.graph.convolutions import Layer, kernels_of
 from fxprune.methods import Labels, Matrix
 from fxprune.methods.reconstruction import Elimination, Summation, damped_inverse, give_up_together
@@ -65,7 +65,7 @@ class StiffReader:
     def of(cls, layer: Layer, samples: Samples, bounds: Bounds | None) -> "StiffReader":
         """That of a layer whose result a rectifier with `bounds` reads."""
         energy = kernels_of(layer).detach().double().flatten(1).square()
-        return cls((error_weights(samples, bounds) @ energy) * samples.inputs.square().mean(0, dtype=torch.float64))
+        return cls((error_weights(samples, bounds) @ energy) * column_means(samples.inputs, Tensor.square))
 
     def weighed(self, share: float) -> "StiffReader":
         """The same if errors count by this share only."""

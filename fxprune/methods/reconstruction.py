@@ -164,9 +164,8 @@ class Elimination:
         self.inputs = len(inverse)
         if isinstance(owner, int):
             owner = torch.arange(self.inputs, device=inverse.device) // owner
-        taken = owner[owner >= 0]
-        sizes = taken.bincount(minlength=0 if channels is None else channels)
-        self.alive = torch.ones(len(sizes), dtype=torch.bool, device=inverse.device)
+        count = max(channels or 0, int(owner.max()) + 1)
+        self.alive = torch.ones(count, dtype=torch.bool, device=inverse.device)
         self._owner, self._gone = owner, 0
         self._alike = self._places()
 

@@ -103,12 +103,8 @@ def best_plan(subject: Subject, plans: Mapping[str, PrunePlan], what: str) -> Pr
 
 def judged_plans(judge: Judge, plans: Mapping[str, PrunePlan]) -> dict[str, Agreement | None]:
     """What comes of plans of what goes as a whole, refitted without the inputs on which they are judged."""
-    found, fitted = {}, judge.fitted
-    fitted.begin(JUDGING, len(plans))
-    for way, plan in plans.items():
-        masked = masked_by(fitted, plan)
-        found[way], fitted = judge.agreement(masked), fitted.refitted_as(masked)
-    return found
+    judge.fitted.begin(JUDGING, len(plans))
+    return judge.compare(plans, masked_by)
 
 
 def told(what: str, found: Mapping[str, Agreement | None], taken: str) -> str:

@@ -82,7 +82,8 @@ class FilterPlanner:
                 if layer.prunable:
                     check_weight(name, conv_at(subject.layers, name).weight)
             gone = removed_units(removable, request.after)
-            _check_reachable(removable.units, request, gone)
+            if measures and self._readers is None:
+                _check_reachable(removable.units, request, gone)
             times = None if request.latency is None else self._timed(request, removable.units)
             if measures:
                 worth = _by_error(request, self._measured(request, removable, gone), removable.units, times)

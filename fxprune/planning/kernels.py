@@ -64,15 +64,16 @@ def judged_ways(judge: Judge, ways: Mapping[str, Request]) -> dict[str, Agreemen
     """What comes of each way to spend a budget, fitted without the inputs on which it is judged. Ratios are judged, so
     kernels are chosen in a cheaper way.
     """
-    found, fitted = {}, judge.fitted
-    fitted.begin(JUDGING, len(ways))
-    for way, request in ways.items():
+
+    def fit(fitted: Subject, request: Request) -> nn.Module:
         if request.method_for(calibrated=True) == "reconstruction":
             request = replace(request, method="cocluster", criterion="activation")
         _, masked = planned(fitted, request, accurate=serves_accuracy(fitted, request))
         assert masked is not None
-        found[way], fitted = judge.agreement(masked), fitted.refitted_as(masked)
-    return found
+        return masked
+
+    judge.fitted.begin(JUDGING, len(ways))
+    return judge.compare(ways, fit)
 
 
 def planned(subject: Subject, request: Request, accurate: bool = False) -> tuple[PrunePlan, nn.Module | None]:

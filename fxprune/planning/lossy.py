@@ -70,7 +70,7 @@ def mask(
         TraceError: with calibration data, the model does not run on the example.
 
     Warns:
-        PoorAgreementWarning: see `compile`.
+        PoorAgreementWarning, UnlikeTrainingWarning: see `compile`.
     """
     check_is_model(model)
     check_is_plan(plan)
@@ -138,6 +138,9 @@ def recover(
             changes shapes.
         StorageError: the checkpoint cannot be read or written, or is of another run.
         TraceError: a model cannot be traced.
+
+    Warns:
+        UnlikeTrainingWarning: see `compile`.
     """
     recovery = Recovery(seconds=seconds, steps=steps, augment=augment, checkpoint=checkpoint)
     check_seed(seed)
@@ -178,6 +181,9 @@ def refit(
         PlanError: the plan was made for another model, or `masked` is not pruned by it.
         CalibrationError: the calibration data are malformed, or do not fit the model.
         TraceError: a model cannot be traced.
+
+    Warns:
+        UnlikeTrainingWarning: see `compile`.
     """
     check_is_model(model)
     check_is_plan(plan)

@@ -214,8 +214,9 @@ class Sensitivity(Tabular):
                 f"{cost}={share:.4g} cannot be reached by kernels: no convolution can be pruned; let some be"
             )
         total = max(1, self.macs if cost == "macs" else self.params)
-        prices = {layer: getattr(layer, cost) / len(layer.damage) for layer in self.layers}
-        most = sum(price * (len(layer.damage) - unit_of(len(layer.damage), block)) for layer, price in prices.items())
+        sizes = [len(layer.damage) for layer in self.layers]
+        shares = (1 - unit_of(size, block) / size for size in sizes)
+        most = sum(getattr(layer, cost) * share for layer, share in zip(self.layers, shares, strict=True))
         if (least := 1 - most / total) > share * (1 + TOLERANCE):
             raise PlanError(
                 f"{cost}={share:.4g} cannot be reached by kernels: with all but the least that each group of the "

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.calibration.likeness import MEAN, STD, likeness
+from fxprune.calibration.likeness import likeness
 from fxprune.errors import UnlikeTrainingWarning
+from fxprune.models.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 
 def pictures(count: int = 32, seed: int = 0) -> Tensor:
@@ -18,13 +19,12 @@ def pictures(count: int = 32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, 6, 6, generator=generator)
     smooth = nn.functional.interpolate(coarse, size=16, mode="bilinear")
-    colour = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
-    mean, std = colour
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
     return (mean + 1.5 * std * smooth).clamp(0, 1)
 
 
 def normalized(x: Tensor) -> Tensor:
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
     return (x - mean) / std
 
 
