@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from fxprune.errors import FxpruneError, StorageError
 from fxprune.files import write_whole
+from fxprune.graph.examples import Inputs, as_inputs
 from fxprune.inference.runtimes.openvino import hide_permutations
 
 # What torch.jit says of any GraphModule: that the format is deprecated (since torch 2.10), and that it does not like an
@@ -46,30 +48,37 @@ def save_torchscript(model: nn.Module, path: str | os.PathLike[str]) -> torch.ji
     return loaded
 
 
-def save_onnx(model: nn.Module, inputs: tuple[Tensor, ...], path: str | os.PathLike[str]) -> None:
+def save_onnx(model: nn.Module, inputs: Inputs, path: str | os.PathLike[str]) -> None:
     """Export `model` to one ONNX file whose batch size, the first dimension of each input, is free.
+
+    Args:
+        model: whatever `torch.export` takes.
+        inputs: arguments of forward, see `fxprune.compile`: a tensor, a tuple by position, or a dict by name.
+        path: of the file.
 
     Permutations of channels that remain have a second axis for a moment, so that OpenVINO computes them rightly, see
     `fxprune.inference.runtimes.openvino.hide_permutations`.
 
     Raises:
         FxpruneError: onnx or onnxscript is not installed, or the exporter cannot express the model.
+        TraceError: forward takes an argument by name only.
         StorageError: the file cannot be written.
     """
     check_onnx()
-    batch = torch.export.Dim("batch")
+    arguments, batch = as_inputs(inputs, model), torch.export.Dim("batch")
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # the exporter warns of deprecated parts of its own
         try:
             program = torch.onnx.export(
                 model,
-                inputs,
+                arguments,
                 dynamo=True,
-                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                dynamic_shapes=tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None, arguments),
                 verbose=False,
             )
         except Exception as error:  # it wraps whatever torch.export raises, over pages
-            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            said = str(error).rpartition("## Exception summary")[2].strip()
+            first = next(iter(said.splitlines()), type(error).__name__)
             raise FxpruneError(
                 f"ONNX: the exporter cannot express {type(model).__name__} ({first}); torch.export.export(model, "
                 "inputs) says more"

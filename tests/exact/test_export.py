@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import warnings
@@ -23,6 +24,8 @@ from torch import Tensor, fx, nn
 from zoo import CASES
 
 import fxprune
+from fxprune.errors import FxpruneError
+from fxprune.exports import save_onnx
 from fxprune.graph.layers import ChannelGather
 
 # One of each kind of operator that a format may refuse: a residual stream, slices, concatenations, a shuffle by view,
@@ -184,6 +187,38 @@ def test_onnx_with_dynamic_batch(name: str, tmp_path: Path) -> None:
         return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
     check(net, pruned)
+
+
+@pytest.mark.parametrize("given", ["a tensor", "a tuple", "by name"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_saved_onnx_takes_any_number_of_images(given: str, count: int, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pruned, x = compiled(FEW[0]), image(count)
+    inputs: dict[str, Any] = {
+        "a tensor": x,
+        "a tuple": (x,),
+        "by name": {next(iter(inspect.signature(pruned.forward).parameters)): x},
+    }
+    save_onnx(pruned, inputs[given], tmp_path / "net.onnx")
+    session = runtime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", *x.shape[1:]]
+
+    def net(x: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+    check(net, pruned)
+
+
+def test_what_onnx_cannot_express_is_said(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if x.sum() > 0 else x - 1
+
+    with pytest.raises(FxpruneError, match=r"cannot express Branching \(.*data-dependent.*\); torch\.export"):
+        save_onnx(Branching(), image(), tmp_path / "net.onnx")
 
 
 @few_nets
