@@ -47,8 +47,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """The last keep about the multiply-accumulates of kernels at 0.75."""
 COLUMNS = (
-    "onnxruntime float32", "onnxruntime int8", "openvino float32", "openvino int8", "torch float32", "torch bfloat16",
-    "inductor float32", "inductor int8",
+    "onnxruntime float32", "onnxruntime int8", "openvino float32", "openvino bfloat16", "openvino int8",
+    "torch float32", "torch bfloat16", "inductor float32", "inductor int8",
 )  # fmt: skip
 ROUNDS = 15
 TURN_SECONDS = 0.05
@@ -74,6 +74,7 @@ def forms(pruned: nn.Module, images: Tensor, batch: int) -> dict[str, Callable[[
     found: dict[str, Callable[[], nn.Module]] = {
         "torch float32": lambda: fxprune.accelerate(pruned, example),
         "torch bfloat16": lambda: InBfloat16(fxprune.accelerate(half, example.bfloat16())),
+        "openvino bfloat16": lambda: fxprune.accelerate(pruned, example, runtime="openvino", precision="bfloat16"),
         "inductor float32": lambda: fxprune.accelerate(pruned, example, runtime="inductor"),
         "inductor int8": lambda: quantize(fxprune.accelerate(pruned, example, runtime="inductor"), images),
     }

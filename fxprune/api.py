@@ -163,10 +163,10 @@ def compile(
             `"onnxruntime"`, `"openvino"` or `"inductor"`, for which the target is the CPU, or with a target `"torch"`
             or `"auto"`. With `latency` the times are those in this runtime, and the share is of the best dense form in
             it; there it must be `"torch"`, `"onnxruntime"` or `"openvino"`. None is `"torch"` if there is a target.
-        precision: `"int8"`: the network will be quantized in `runtime`, `"onnxruntime"` or `"openvino"`: plan with the
-            times that quantized layers have there, and return the int8 form, as `fxprune.quantize` makes it, with each
-            layer in the form that is fastest in integers. Ranges are measured on the calibration data, which it needs.
-            None is the precision of the model.
+        precision: what `runtime` computes in, if that is less than float32: plan with the times that layers have there
+            in it, and return that form, each layer as is fastest in it. `"int8"`, in `"onnxruntime"` or `"openvino"`,
+            is quantized as by `fxprune.quantize`, with ranges measured on the calibration data, which it needs;
+            `"bfloat16"`, in `"openvino"`, needs a processor that has it. None is the precision of the model.
         block: keep input channels in aligned blocks of this many, so that wide loads of a fused kernel bring a block:
             16 are a sector of memory in half precision. What it costs is in the report, as are layers that do not
             divide into blocks; these are pruned channel by channel. None is 16 for target `"cuda"`, else 1.
@@ -220,7 +220,7 @@ def compile(
     if request.recovery is not None and calibration is None:
         raise CalibrationError("recover learns from calibration data; pass calibration=, or leave recover out")
     target = request.target
-    if precision is not None and calibration is None:
+    if precision == "int8" and calibration is None:
         raise CalibrationError(
             f"precision={precision!r} measures the ranges of activations on data; pass calibration=, or plan without "
             "it by fxprune.make_plan"
@@ -321,7 +321,7 @@ def measure_latency(
         runtime: what computes the network: None or `"torch"`, `"onnxruntime"` or `"openvino"`. In a runtime each layer
             is timed with what is fused into it, as a model of its own; times are kept for the next network with such a
             layer.
-        precision: `"int8"` times layers that are quantized, each by itself, on made-up ranges; see `compile`. The
+        precision: see `compile`; `"int8"` times layers that are quantized, each by itself, on made-up ranges. The
             table says so in its `dtype`, and is for plans of that precision alone.
         granularity: what will go: `"kernel"` times grouped layers, `"filter"` narrower ones, `"auto"` both.
         groups: number of groups to measure; `"auto"` tries several.

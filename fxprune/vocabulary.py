@@ -44,8 +44,8 @@ GraphRuntime: TypeAlias = Literal["inductor", "onnxruntime", "openvino", "tensor
 """What computes a whole network in place of PyTorch."""
 RuntimeName: TypeAlias = Literal["auto", "torch", "inductor", "onnxruntime", "openvino", "tensorrt"]
 """Of `fxprune.accelerate`, see `fxprune.inference.runtimes.RUNTIMES`."""
-Precision: TypeAlias = Literal["int8"]
-"""Lower than that of the model, for the runtimes in `fxprune.inference.runtimes.int8_tools.IN_INTEGERS`."""
+Precision: TypeAlias = Literal["int8", "bfloat16"]
+"""Lower than that of the model, for the runtimes in `fxprune.inference.runtimes.precisions.LESS_PRECISE`."""
 Rival: TypeAlias = Literal["dense", "filters", "torch-pruning"]
 ComparedMethod: TypeAlias = Literal[
     "dense", "tmi", "tmi-refit", "srgkp", "srgkp-refit", "fxprune", "fxprune-8", "filters", "filters-refit", "pairs",

@@ -71,8 +71,8 @@ def add_amounts(parser: argparse.ArgumentParser) -> None:
     add(
         "--precision",
         choices=get_args(Precision),
-        help="the network will be quantized in --runtime onnxruntime or openvino: --latency is then of the best dense "
-        "form in integers; what is written stays in float32, fxprune.quantize makes integers of it",
+        help="what --runtime will compute in, int8 (onnxruntime, openvino) or bfloat16 (openvino): --latency is then "
+        "of the best dense form in it; what is written stays in float32, for quantize or accelerate(precision=)",
     )
 
 

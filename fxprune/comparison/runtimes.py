@@ -16,6 +16,7 @@ import fxprune
 from fxprune.comparison.rivals import Network
 from fxprune.inference.cuda_graphs import captured
 from fxprune.inference.runtimes import OTHERS, TorchModel
+from fxprune.inference.runtimes.precisions import BFLOAT16, LESS_PRECISE
 from fxprune.vocabulary import GraphRuntime
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -43,9 +44,11 @@ class Runtime:
         """Why it cannot run networks there in that type, with the way out; empty if it can."""
         if self.cuda and device == "cpu":
             return "there are no CUDA graphs on the CPU; leave it out, or --device cuda"
-        if self.deploys:
-            return OTHERS[self.deploys].obstacle(torch.device(device), getattr(torch, dtype))
-        return ""
+        if not self.deploys:
+            return ""
+        if self.deploys in LESS_PRECISE.get(dtype, {}):
+            return LESS_PRECISE[dtype][self.deploys].obstacle(torch.device(device), torch.float32)
+        return OTHERS[self.deploys].obstacle(torch.device(device), getattr(torch, dtype))
 
 
 def _eager(module: nn.Module, inputs: Tensor) -> Call:
@@ -74,6 +77,9 @@ def _accelerated_scripted(module: nn.Module, inputs: Tensor) -> Call:
 
 
 def _deployed(name: GraphRuntime, module: nn.Module, inputs: Tensor) -> Call:
+    if inputs.dtype == torch.bfloat16:  # the runtime computes in it; what it takes and gives is float32
+        module, inputs = module.float(), inputs.float()
+        return _eager(fxprune.accelerate(module, inputs, runtime=name, precision=BFLOAT16), inputs)
     return _eager(fxprune.accelerate(module, inputs, runtime=name), inputs)
 
 

@@ -34,11 +34,12 @@ from fxprune.inference.forms import Choices, all_forms, operand_shapes, time_for
 from fxprune.inference.fused_graph import FormatKeepingGather, fused_graph, with_engines
 from fxprune.inference.race import race
 from fxprune.inference.reporting import AccelerationReport, LayerChoice
-from fxprune.inference.runtimes import AUTO, TORCH, RuntimeModel, TorchModel
-from fxprune.inference.runtimes.contest import check_runtime, entrants
+from fxprune.inference.runtimes import AUTO, OTHERS, TORCH, RuntimeModel, TorchModel
+from fxprune.inference.runtimes.contest import check_runtime, computed_in, entrants
+from fxprune.inference.runtimes.precisions import INT8
 from fxprune.inference.runtimes.runtime import Network
 from fxprune.inference.stopwatch import Stopwatch
-from fxprune.vocabulary import GraphRuntime, RuntimeName
+from fxprune.vocabulary import GraphRuntime, Precision, RuntimeName
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -67,6 +68,7 @@ def accelerate(
     example_inputs: Inputs,
     *,
     runtime: GraphRuntime,
+    precision: Precision | None = None,
     remember: bool = True,
     progress: bool = False,
 ) -> RuntimeModel: ...
@@ -74,7 +76,13 @@ def accelerate(
 
 @overload
 def accelerate(
-    model: nn.Module, example_inputs: Inputs, *, runtime: RuntimeName, remember: bool = True, progress: bool = False
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    runtime: RuntimeName,
+    precision: Precision | None = None,
+    remember: bool = True,
+    progress: bool = False,
 ) -> fx.GraphModule | RuntimeModel | TorchModel: ...
 
 
@@ -84,6 +92,7 @@ def accelerate(
     example_inputs: Inputs,
     *,
     runtime: RuntimeName = "torch",
+    precision: Precision | None = None,
     remember: bool = True,
     progress: bool = False,
 ) -> fx.GraphModule | RuntimeModel | TorchModel:
@@ -98,6 +107,9 @@ def accelerate(
             `"openvino"`: that runtime, which is installed with `fxprune[onnx]` or `fxprune[openvino]`; on the CPU, and
             but for Inductor in float32. `"tensorrt"`: refused, fxprune does not run it yet. `"auto"`: all of these that
             are here, and the fastest is returned.
+        precision: what the runtime shall compute a float32 model in: `"bfloat16"` with `runtime="openvino"`, on
+            processors that have it; inputs and results are float32 all the same. None is the type of the model, and so
+            in PyTorch a model in bfloat16 is computed in bfloat16. Integers are made by `fxprune.quantize`.
         remember: keep measured times of layers in the cache folder (`FXPRUNE_CACHE`, default `~/.cache/fxprune`), and
             use those that are there.
         progress: show bars on stderr.
@@ -124,13 +136,19 @@ def accelerate(
             "accelerated; compile with output='graph' if the model can be traced"
         )
     device, dtype = _place(model, inputs)
-    check_runtime(runtime, device, dtype)
+    if precision == INT8:
+        raise AccelerationError(
+            "precision='int8' needs data to measure the ranges of activations on: fxprune.quantize(fxprune.accelerate("
+            "model, x, runtime=...), images)"
+        )
+    check_runtime(runtime, device, dtype, precision)
     original = copy.deepcopy(model).eval()
     reference = tensors_in(original(*inputs))
     graph, skipped = fused_graph(model, inputs)
     stopwatch = Stopwatch(device, remember)
     choices = _choices(graph, inputs, stopwatch, progress) if runtime in (TORCH, AUTO) else {}
-    others, absent = entrants(runtime, Network(graph, inputs, stopwatch, progress), original, reference, dtype)
+    network = Network(graph, inputs, stopwatch, progress)
+    others, absent = entrants(runtime, network, original, reference, dtype, precision)
     stopwatch.save()
 
     in_torch = dict(_candidates(graph, inputs, choices))
@@ -139,6 +157,8 @@ def accelerate(
         scripted, unscripted = _scripted(in_torch)
         graphs |= scripted
         skipped += unscripted
+    raced = [OTHERS[name].remark() for name in OTHERS if precision is None and f"dense {name}" in others]
+    remarks = tuple(filter(None, raced))
     timings = race(
         replayed({name: functools.partial(candidate, *inputs) for name, candidate in graphs.items()}, device),
         rounds=ROUNDS,
@@ -151,25 +171,25 @@ def accelerate(
     result = graphs[chosen]
     if runtime == AUTO and isinstance(result, fx.GraphModule):
         result = TorchModel(result)
-    gap = check_same(result, original, inputs, reference, dtype)
-    network = in_torch.get(chosen.removesuffix(SCRIPTED))
-    memory_format_name = "own" if network is None else chosen.split()[1]
+    gap = check_same(result, original, inputs, reference, computed_in(dtype, precision))
+    of_torch = in_torch.get(chosen.removesuffix(SCRIPTED))
+    memory_format_name = "own" if of_torch is None else chosen.split()[1]
     is_dense = chosen.startswith("dense")
-    layers = result.layers if network is None else _layers(choices[memory_format_name], is_dense)
+    layers = result.layers if of_torch is None else _layers(choices[memory_format_name], is_dense)
     result.meta[ACCELERATION] = AccelerationReport(
         device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=precision or str(dtype).removeprefix("torch."),
         memory_format=memory_format_name,
         chosen=chosen,
         seconds={name: timing.fastest for name, timing in timings.items()},
         relative=timings[chosen].fastest / timings[best_dense].fastest,
         spread={name: timing.spread for name, timing in timings.items()},
         layers=layers,
-        gathers=result.gathers if network is None else sum(1 for _ in calls(network, FormatKeepingGather)),
+        gathers=result.gathers if of_torch is None else sum(1 for _ in calls(of_torch, FormatKeepingGather)),
         difference=gap,
-        notes=skipped,
+        notes=skipped + remarks,
         compiled=getattr(find_record(model), "report", None),
-        runtime=result.runtime if network is None else TORCH,
+        runtime=result.runtime if of_torch is None else TORCH,
         absent=absent,
     )
     return result

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from fxprune.calibration.batches import Batch
-from fxprune.errors import AccelerationError
 from fxprune.exact.record import ACCELERATION, find_record
 from fxprune.exact.verification import difference
 from fxprune.graph.containers import tensors_in
@@ -24,26 +23,12 @@ from fxprune.inference.fused_graph import fused_graph
 from fxprune.inference.race import race
 from fxprune.inference.reporting import AccelerationReport
 from fxprune.inference.runtimes import RuntimeModel
+from fxprune.inference.runtimes.contest import check_runtime
 from fxprune.inference.runtimes.int8 import divided, tell_agreement
 from fxprune.inference.runtimes.int8_tools import IN_INTEGERS
+from fxprune.inference.runtimes.precisions import INT8
 from fxprune.inference.runtimes.runtime import Network
 from fxprune.inference.stopwatch import Stopwatch
-
-INT8 = "int8"
-
-
-def check_integers(runtime: str, device: torch.device, dtype: torch.dtype) -> None:
-    """See that networks on a device in a type can be quantized for a runtime here.
-
-    Args:
-        runtime: a key of `fxprune.inference.runtimes.int8_tools.IN_INTEGERS`.
-        device, dtype: of the float model.
-
-    Raises:
-        AccelerationError: they cannot; the message says what to install.
-    """
-    if reason := IN_INTEGERS[runtime].obstacle(device, dtype):
-        raise AccelerationError(f"runtime={runtime!r}, precision='int8': {reason}")
 
 
 @torch.no_grad()
@@ -77,7 +62,7 @@ def in_integers(
         PoorAgreementWarning: see `fxprune.quantize`.
     """
     weight = next(model.parameters())
-    check_integers(runtime, weight.device, weight.dtype)
+    check_runtime(runtime, weight.device, weight.dtype, INT8)
     original = copy.deepcopy(model).eval()
     graph, skipped = fused_graph(model, inputs)
     stopwatch = Stopwatch(torch.device("cpu"), remember)

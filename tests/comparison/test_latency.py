@@ -135,6 +135,18 @@ def test_half_precision(run: Callable[..., int], record: Path, dtype: str) -> No
     assert max(differences) > 1e-5, "it did run in half precision"
 
 
+def test_openvino_computes_a_network_in_bfloat16(run: Callable[..., int], record: Path) -> None:
+    openvino = pytest.importorskip("fxprune.inference.runtimes.openvino")
+    for package in ("openvino", "onnxscript"):
+        pytest.importorskip(package)
+    if not openvino.has_bfloat16():
+        pytest.skip("this processor has no instructions for bfloat16")
+    assert run("--dtype", "bfloat16", "--runtime", "accelerate,openvino") == 0
+    differences = [row["difference"] for row in rows_of(record) if row["runtime"] == "openvino"]
+    assert len(differences) >= 2
+    assert min(differences) > 1e-5
+
+
 def test_some_convolutions_in_one_form(run: Callable[..., int], record: Path) -> None:
     assert run("--only", "sec*", "--form", "overlap", "--groups", "4", "--layers") == 0
     (layer,) = json.loads(record.read_text())["layers"]

@@ -140,7 +140,7 @@ def test_a_runtime_without_integers_is_refused(runtime: Any) -> None:
 
 
 def test_what_is_no_precision() -> None:
-    with pytest.raises(PlanError, match="precision is 'int4'; it must be 'int8', or None for that of the model"):
+    with pytest.raises(PlanError, match="precision is 'int4'; it must be 'int8' or 'bfloat16', or None for"):
         fxprune.make_plan(net(), 0.5, runtime="onnxruntime", precision="int4", example_inputs=image())  # type: ignore[arg-type]
 
 

@@ -11,11 +11,17 @@ from fxprune.graph.containers import tensors_in
 from fxprune.inference.checks import check_same
 from fxprune.inference.runtimes import AUTO, OTHERS, RUNTIMES, TORCH
 from fxprune.inference.runtimes.model import RuntimeModel
+from fxprune.inference.runtimes.precisions import LESS_PRECISE, check_runs_in
 from fxprune.inference.runtimes.runtime import Network
 
 
-def check_runtime(runtime: str, device: torch.device, dtype: torch.dtype) -> None:
+def check_runtime(runtime: str, device: torch.device, dtype: torch.dtype, precision: str | None = None) -> None:
     """See that there is such a runtime, and that it can be used here.
+
+    Args:
+        runtime: one of `RUNTIMES`.
+        device, dtype: of the model.
+        precision: what it shall compute in; None is the type of the model.
 
     Raises:
         AccelerationError: there is none, or it cannot; the message says what to install.
@@ -24,13 +30,20 @@ def check_runtime(runtime: str, device: torch.device, dtype: torch.dtype) -> Non
         raise AccelerationError(
             f"runtime is {runtime!r}{near_matches(str(runtime), RUNTIMES)}; it must be one of {', '.join(RUNTIMES)}"
         )
-    if runtime in OTHERS and (reason := OTHERS[runtime].obstacle(device, dtype)):
+    if precision is not None:
+        check_runs_in(runtime, precision, device, dtype)
+    elif runtime in OTHERS and (reason := OTHERS[runtime].obstacle(device, dtype)):
         raise AccelerationError(f"runtime={runtime!r}: {reason}")
 
 
 @torch.no_grad()
 def entrants(
-    runtime: str, network: Network, original: nn.Module, expected: Sequence[Tensor], dtype: torch.dtype
+    runtime: str,
+    network: Network,
+    original: nn.Module,
+    expected: Sequence[Tensor],
+    dtype: torch.dtype,
+    precision: str | None = None,
 ) -> tuple[dict[str, RuntimeModel], dict[str, str]]:
     """The network in the runtimes beside PyTorch, each of which computes what the model does.
 
@@ -40,6 +53,7 @@ def entrants(
         original: the model, in evaluation mode.
         expected: what it returns for the inputs of the network.
         dtype: its type.
+        precision: what the one runtime computes in; None is that type.
 
     Returns:
         Accelerated models by name: `"dense openvino"`; and by runtime the reason why it has none.
@@ -51,14 +65,14 @@ def entrants(
     models: dict[str, RuntimeModel] = {}
     absent: dict[str, str] = {}
     for name in () if runtime == TORCH else OTHERS if runtime == AUTO else (runtime,):
-        device = expected[0].device
-        if reason := OTHERS[name].obstacle(device, dtype):
+        device, found = expected[0].device, OTHERS[name] if precision is None else LESS_PRECISE[precision][name]
+        if reason := found.obstacle(device, dtype):
             absent[name] = reason
             continue
         try:
-            built = OTHERS[name].build(network)
+            built = found.build(network)
             for model in built.values():
-                _check(model, original, network.inputs, list(expected), dtype)
+                _check(model, original, network.inputs, list(expected), computed_in(dtype, precision))
         except FxpruneError as error:
             if runtime != AUTO:
                 raise
@@ -66,6 +80,14 @@ def entrants(
         else:
             models |= built
     return models, absent
+
+
+def computed_in(dtype: torch.dtype, precision: str | None) -> torch.dtype:
+    """The type whose rounding errors are to be expected of a model in a type, computed in a precision."""
+    if precision is None:
+        return dtype
+    found: torch.dtype = getattr(torch, precision)
+    return found
 
 
 def _check(

@@ -27,6 +27,7 @@ class OpenVinoProgram(OnnxProgram):
 
     runtime = "openvino"
     suffixes = (".xml",)
+    computes_in = "f32"  # the default is bfloat16 where the processor has it
 
     @classmethod
     def of(cls, model: Any) -> Self:
@@ -41,7 +42,7 @@ class OpenVinoProgram(OnnxProgram):
     def load(self, threads: int) -> Run:
         try:
             core = core_of(os.getpid())
-            return _Compiled(core, functools.partial(core.read_model, *self.parts()), threads)
+            return _Compiled(core, functools.partial(core.read_model, *self.parts()), threads, self.computes_in)
         except Exception as error:  # its exceptions have no common base
             raise refused("OpenVINO", error) from error
 
@@ -62,6 +63,13 @@ class OpenVinoProgram(OnnxProgram):
             os.replace(made, path)
 
 
+class OpenVinoBfloat16Program(OpenVinoProgram):
+    """The same, computed in bfloat16: weights and what it takes and gives are float32."""
+
+    runtime = "openvino, bfloat16"
+    computes_in = "bf16"
+
+
 class OpenVino(OnnxBased):
     """OpenVINO."""
 
@@ -69,6 +77,30 @@ class OpenVino(OnnxBased):
     packages = ("onnx", "onnxscript", "openvino")
     extra = "fxprune[openvino]"
     program: ClassVar[type[OnnxProgram]] = OpenVinoProgram
+
+    def remark(self) -> str:
+        if not has_bfloat16():
+            return ""
+        return (
+            "OpenVINO is held to float32, as the model is; by default it computes in bfloat16 on this processor, which "
+            "is faster and less exact: precision='bfloat16' does that"
+        )
+
+
+class OpenVinoBfloat16(OpenVino):
+    """OpenVINO in bfloat16, the default of its own on processors that have it."""
+
+    name = "openvino bfloat16"
+    program = OpenVinoBfloat16Program
+
+    def obstacle(self, device: torch.device, dtype: torch.dtype) -> str:
+        reason = super().obstacle(device, dtype)
+        if not reason and not has_bfloat16():
+            return "this processor has no instructions for bfloat16; leave precision out"
+        return reason
+
+    def remark(self) -> str:
+        return ""
 
 
 class _Compiled:
@@ -78,9 +110,10 @@ class _Compiled:
         core: what compiles.
         read: gives the model anew; it is not kept, for it holds all weights, which what is compiled has as well.
         threads: to run with.
+        computes_in: the type, `"f32"` or `"bf16"`.
     """
 
-    def __init__(self, core: Any, read: Callable[[], Any], threads: int) -> None:
+    def __init__(self, core: Any, read: Callable[[], Any], threads: int, computes_in: str) -> None:
         self.core, self.read = core, read
         self.compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
         read()  # that it cannot be read is to be known now
@@ -88,7 +121,7 @@ class _Compiled:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": "f32",  # else it takes bfloat16 where the processor has it
+            "INFERENCE_PRECISION_HINT": computes_in,
         }
         self.lock = threading.Lock()
         self.requests: dict[tuple[int, Any], Any] = {}  # of each thread: a request serves one at a time
@@ -142,6 +175,11 @@ def hide_permutations(model: Any) -> None:
         model.graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), f"{name}_axis"))
         model.graph.node.append(helper.make_node("Squeeze", [f"{name}_deep", f"{name}_axis"], [name]))
     drop_unread(model)
+
+
+def has_bfloat16() -> bool:
+    """Whether OpenVINO finds instructions for bfloat16 in the processor: AVX-512, or AMX."""
+    return "BF16" in core_of(os.getpid()).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 @functools.cache

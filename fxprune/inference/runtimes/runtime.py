@@ -105,6 +105,10 @@ class Runtime:
             return f"fxprune runs it in float32 only, and the model is {str(dtype).removeprefix('torch.')}"
         return ""
 
+    def remark(self) -> str:
+        """What users should know of how it computes a network here; empty if there is nothing."""
+        return ""
+
     def build(self, network: Network) -> dict[str, RuntimeModel]:
         """The network in this runtime: `"dense NAME"`, and `"pruned NAME"` if layers of it are pruned.
 

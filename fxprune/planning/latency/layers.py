@@ -7,7 +7,7 @@ what these take, and the call, is timed as well and taken off.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, get_args
+from typing import Protocol
 
 import torch
 
@@ -17,11 +17,10 @@ from fxprune.inference.acceleration import FORMATS
 from fxprune.inference.engines import ENGINES
 from fxprune.inference.forms import Form, form_calls, form_key
 from fxprune.inference.runtimes import AUTO, OTHERS, TORCH
-from fxprune.inference.runtimes.int8_tools import IN_INTEGERS
 from fxprune.inference.runtimes.onnx_based import OnnxBased
 from fxprune.inference.runtimes.onnx_layers import DENSE, GROUPED, SPLIT
+from fxprune.inference.runtimes.precisions import LESS_PRECISE, precision_obstacle
 from fxprune.inference.stopwatch import Stopwatch
-from fxprune.vocabulary import Precision
 
 LEAST = 0.05
 """Share of what was timed that a layer takes at least, whatever its neighbours take: noise must not leave nothing."""
@@ -129,7 +128,7 @@ def layers_in(runtime: str, precision: str | None) -> OnnxBased | None:
         PlanError: they cannot be; the message says why, and what to do.
     """
     check_timed(runtime, precision)
-    found = OTHERS.get(runtime) if precision is None else IN_INTEGERS[runtime]
+    found = OTHERS.get(runtime) if precision is None else LESS_PRECISE[precision][runtime]
     return found if isinstance(found, OnnxBased) else None
 
 
@@ -139,15 +138,8 @@ def check_precision(runtime: str, precision: str | None) -> None:
     Raises:
         PlanError: there is no such precision, or the runtime has none.
     """
-    if precision is None or (precision in get_args(Precision) and runtime in IN_INTEGERS):
-        return
-    if precision not in get_args(Precision):
-        raise PlanError(f"precision is {precision!r}; it must be 'int8', or None for that of the model")
-    raise PlanError(
-        f"precision={precision!r} is for runtime='onnxruntime' or 'openvino', and the network shall run in "
-        f"{runtime!r}; name one of them. In PyTorch: fxprune.quantize(fxprune.accelerate(pruned, x, "
-        "runtime='inductor'), images)"
-    )
+    if precision is not None and (reason := precision_obstacle(runtime, precision)):
+        raise PlanError(reason)
 
 
 def check_timed(runtime: str, precision: str | None = None) -> None:

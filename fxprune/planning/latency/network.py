@@ -16,9 +16,10 @@ from fxprune.errors import AccelerationError
 from fxprune.exact.rewriting import rewrite
 from fxprune.inference.acceleration import accelerate
 from fxprune.inference.duel import share_of_time
-from fxprune.inference.integers import check_integers, in_integers
+from fxprune.inference.integers import in_integers
 from fxprune.inference.runtimes import RuntimeModel, TorchModel
 from fxprune.inference.runtimes.contest import check_runtime
+from fxprune.inference.runtimes.precisions import INT8
 from fxprune.planning.estimates import TIMING
 from fxprune.planning.requests import Request
 from fxprune.plans import PrunePlan
@@ -38,7 +39,7 @@ class WholeNetwork:
         inputs: arguments of forward.
         runtime: what runs it.
         progress: show bars on stderr.
-        precision: `"int8"` if it is quantized there; None if not.
+        precision: what it computes in there, if that is less than the type of the model.
 
     Attributes:
         run: for which it is timed, if that was announced; how far it has come is told there.
@@ -97,9 +98,9 @@ class WholeNetwork:
         """A network in its fastest form; in integers with ranges measured on the batches, or where there are none, for
         its times alone.
         """
-        if self.precision is not None:
+        if self.precision == INT8:
             return in_integers(model, self.inputs, self.runtime, batches, self.progress)
-        return accelerate(model, self.inputs, runtime=self.runtime, progress=self.progress)
+        return accelerate(model, self.inputs, runtime=self.runtime, precision=self.precision, progress=self.progress)
 
     def share_with(self, plan: PrunePlan) -> float:
         """The share of the dense time that the network takes, pruned by a plan; its weights change no time."""
@@ -134,6 +135,4 @@ def check_target(model: nn.Module, request: Request, has_inputs: bool) -> None:
             f"{target} first, or plan with make_plan(target={target!r}) and accelerate there"
         )
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    check_runtime(request.runs_in, torch.device(target), dtype)
-    if request.precision is not None:
-        check_integers(request.runs_in, torch.device(target), dtype)
+    check_runtime(request.runs_in, torch.device(target), dtype, request.precision)

@@ -1,0 +1,49 @@
+"""Runtimes that compute a float32 network in less than float32."""
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+
+from fxprune.errors import AccelerationError
+from fxprune.inference.runtimes.int8_tools import IN_INTEGERS
+from fxprune.inference.runtimes.onnx_based import OnnxBased
+from fxprune.inference.runtimes.openvino import OpenVinoBfloat16
+from fxprune.vocabulary import Precision
+
+INT8: Literal["int8"] = "int8"
+BFLOAT16: Literal["bfloat16"] = "bfloat16"
+LESS_PRECISE: Mapping[str, Mapping[str, OnnxBased]] = {INT8: IN_INTEGERS, BFLOAT16: {"openvino": OpenVinoBfloat16()}}
+"""By precision and the name of the runtime in float32."""
+
+INSTEAD = {
+    INT8: "fxprune.quantize(fxprune.accelerate(pruned, x, runtime='inductor'), images)",
+    BFLOAT16: "fxprune.accelerate(pruned.bfloat16(), x.bfloat16())",
+}
+"""How it goes in PyTorch."""
+
+
+def precision_obstacle(runtime: str, precision: str) -> str:
+    """Why there is no such precision, or not in a runtime; empty if there is, here or elsewhere."""
+    if precision not in get_args(Precision):
+        known = " or ".join(map(repr, get_args(Precision)))
+        return f"precision is {precision!r}; it must be {known}, or None for that of the model"
+    if runtime in LESS_PRECISE[precision]:
+        return ""
+    known = " or ".join(map(repr, LESS_PRECISE[precision]))
+    return (
+        f"precision={precision!r} is for runtime={known}, and the network shall run in {runtime!r}; name "
+        f"{'one of them' if ' or ' in known else 'it'}. In PyTorch: {INSTEAD[precision]}"
+    )
+
+
+def check_runs_in(runtime: str, precision: str, device: torch.device, dtype: torch.dtype) -> None:
+    """See that networks on a device in a type can be computed by a runtime in a precision here.
+
+    Raises:
+        AccelerationError: they cannot; the message says what to do, or to install.
+    """
+    if reason := precision_obstacle(runtime, precision):
+        raise AccelerationError(reason)
+    if reason := LESS_PRECISE[precision][runtime].obstacle(device, dtype):
+        raise AccelerationError(f"runtime={runtime!r}, precision={precision!r}: {reason}")
