@@ -18,8 +18,8 @@ T = TypeVar("T")
 TOLD = Effort(rows=16_384)
 """What is fitted to tell how good a plan is, and not handed out: on a quarter of the positions that a refit takes,
 still some 30 for each unknown of a layer with 64 channels."""
-LESS = replace(TOLD, rounds=3)
-"""What is fitted to be compared with others: as far as the first rounds come."""
+LESS = replace(TOLD, rows=8192, rounds=3)
+"""What is fitted to be compared with others: half of that, and as far as the first rounds come."""
 
 
 class Judge:

@@ -22,7 +22,7 @@ from fxprune.calibration.stages import Run
 from fxprune.errors import CalibrationError
 from fxprune.graph.memory import Memory, is_mutating
 
-MEMORY_LIMIT = 4 * 2**30
+MEMORY_LIMIT = 3 * 2**30
 """Bytes of intermediate values that are kept in memory; what exceeds them goes to temporary files."""
 
 
