@@ -44,6 +44,7 @@ MIN_SECONDS = 0.02
 
 WHAT = "ms: median of a call; to dense, to best: median of the ratios within a round, not the ratio of the medians"
 """What the columns of the table are."""
+HELD = "openvino is held to float32; on this processor it computes in bfloat16 by default: --dtype bfloat16 races that"
 
 
 @dataclass(frozen=True)
@@ -270,6 +271,9 @@ class Latency:
     def __str__(self) -> str:
         given = ", ".join(f"{name} {_words(value)}" for name, value in self.settings.items() if value not in (None, []))
         parts = [f"{given}\n{table(self.rows)}", WHAT, *([layer_table(self.layers)] if self.layers else [])]
+        has_bfloat16 = {"avx512_bf16", "amx_bf16"} & set(self.environment.get("cpu_flags", ()))
+        if has_bfloat16 and self.settings.get("dtype") == "float32" and "openvino" in self.settings.get("runtime", ()):
+            parts.append(HELD)
         slow = [batch for batch in dict.fromkeys(row.batch for row in self.rows) if not self.is_worth_it(batch)]
         if slow and not self.is_wrong:
             batches = " and ".join(map(str, slow))

@@ -61,3 +61,18 @@ def test_bench_says_so_too(relative: float, said: bool) -> None:
     latency = Latency({}, {"model": "net"}, [row("dense", 1.0), row("fxprune", relative)])
     assert ("not worth pruning for time at batch 1" in str(latency)) is said
     assert "not worth" not in str(Latency({}, {}, [row("dense", 1.0)])), "nothing pruned was timed"
+
+
+@pytest.mark.parametrize(
+    "flags, dtype, runtimes, said",
+    [
+        (["avx2", "amx_bf16"], "float32", ["accelerate", "openvino"], True),
+        (["avx512_bf16"], "float32", ["openvino"], True),
+        (["avx2", "avx512f"], "float32", ["openvino"], False),
+        (["amx_bf16"], "bfloat16", ["openvino"], False),
+        (["amx_bf16"], "float32", ["onnxruntime"], False),
+    ],
+)
+def test_what_openvino_is_held_to_is_said(flags: list[str], dtype: str, runtimes: list[str], said: bool) -> None:
+    latency = Latency({"cpu_flags": flags}, {"dtype": dtype, "runtime": runtimes})
+    assert ("--dtype bfloat16 races that" in str(latency)) is said
