@@ -23,12 +23,13 @@ NOISE = 0.03
 
 @dataclass(frozen=True)
 class Worth:
-    """Times of two networks. `str()` is a sentence.
+    """Times of two networks. `str()` is a sentence, and what should be known of the runtimes.
 
     Attributes:
         dense, pruned: shortest time of one call, in seconds, by runtime.
         batch, threads: of a call.
         models: the pruned network in each runtime, to be written.
+        remarks: of the runtimes.
     """
 
     dense: Mapping[str, float]
@@ -36,6 +37,7 @@ class Worth:
     batch: int
     threads: int
     models: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    remarks: tuple[str, ...] = ()
 
     @property
     def best_dense(self) -> str:
@@ -68,12 +70,13 @@ class Worth:
         dense = f"{1e3 * self.dense[self.best_dense]:.2f} ms in {self.best_dense}"
         pruned = f"{1e3 * self.pruned[self.best]:.2f} ms in {self.best}"
         where = f"best of {', '.join(self.dense)}; batch {self.batch}, threads: {self.threads}"
-        if self.is_faster:
-            return f"{self.ratio:.2f} times as fast: pruned {pruned}, dense {dense} ({where})"
-        return (
-            f"not worth pruning for time here: dense {dense}, pruned {pruned} ({where}); "
-            "prune more, plan for time with --latency, or keep the dense network"
-        )
+        said = f"{self.ratio:.2f} times as fast: pruned {pruned}, dense {dense} ({where})"
+        if not self.is_faster:
+            said = (
+                f"not worth pruning for time here: dense {dense}, pruned {pruned} ({where}); "
+                "prune more, plan for time with --latency, or keep the dense network"
+            )
+        return "\n".join((said, *self.remarks))
 
 
 def measure_worth(
@@ -114,7 +117,10 @@ def measure_worth(
         {str(name): timings[f"{what} {name}"].fastest for name in chosen} for what in ("dense", "pruned")
     )
     models = {str(name): network for (name, what), network in accelerated.items() if what == "pruned"}
-    return Worth(dense_times, times, batch=len(inputs), threads=torch.get_num_threads(), models=models)
+    remarks = tuple(OTHERS[name].remark() for name in chosen if name in OTHERS)
+    return Worth(
+        dense_times, times, len(inputs), torch.get_num_threads(), models=models, remarks=tuple(filter(None, remarks))
+    )
 
 
 def usual_runtimes(inputs: Tensor) -> tuple[RuntimeName, ...]:

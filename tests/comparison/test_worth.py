@@ -45,6 +45,17 @@ def test_both_networks_are_timed_in_all_that_is_here() -> None:
     torch.testing.assert_close(found.models[runtimes[0]](x), pruned(x), rtol=1e-3, atol=1e-4)
 
 
+def test_what_a_runtime_is_held_to_stands_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1, 3, 16, 16)
+    (name, *_) = usual_runtimes(x)
+    if name not in OTHERS:
+        pytest.skip("needs fxprune[onnx] or fxprune[openvino]")
+    monkeypatch.setattr(OTHERS[name], "remark", lambda: "it is held to float32")
+    assert str(measure_worth(net(), net(), x, (name,), rounds=2)).splitlines()[1:] == ["it is held to float32"]
+    monkeypatch.setattr(OTHERS[name], "remark", lambda: "")
+    assert len(str(measure_worth(net(), net(), x, (name,), rounds=2)).splitlines()) == 1
+
+
 def test_without_other_runtimes_pytorch_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in GRAPH_RUNTIMES:
         monkeypatch.setattr(type(OTHERS[name]), "obstacle", lambda *_: "not installed")
