@@ -66,6 +66,7 @@ def save_onnx(model: nn.Module, inputs: Inputs, path: str | os.PathLike[str]) ->
     """
     check_onnx()
     arguments, batch = as_inputs(inputs, model), torch.export.Dim("batch")
+    free = tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) and leaf.dim() else None, arguments)
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # the exporter warns of deprecated parts of its own
         try:
@@ -73,7 +74,7 @@ def save_onnx(model: nn.Module, inputs: Inputs, path: str | os.PathLike[str]) ->
                 model,
                 arguments,
                 dynamo=True,
-                dynamic_shapes=tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None, arguments),
+                dynamic_shapes=free,
                 verbose=False,
             )
         except Exception as error:  # it wraps whatever torch.export raises, over pages
