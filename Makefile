@@ -14,7 +14,7 @@ SETUP := requirements-dev.txt setup.cfg pyproject.toml
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-demo: .venv/.installed ## train a small network on digits, compile it, compare (under a minute)
+demo: .venv/.installed ## train a small network on digits, compile it, compare (a minute or two)
 	$(BIN)/fxprune demo --output build/demo
 
 install: .venv/.installed-dev ## create .venv with fxprune (editable) and everything the tests need
@@ -51,7 +51,7 @@ clean: ## remove .venv, caches and build products
 	$(PYTHON) -m venv $(@D:/bin=)
 
 .venv/.installed: $(SETUP) | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements-dev.txt -e '.[onnx]'
 	touch $@
 
 .venv/.installed-dev: .venv/.installed

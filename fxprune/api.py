@@ -237,8 +237,7 @@ def compile(
     if latency is not None:
         reached = network.share_of(result)
         said = acceleration_report(result)
-        where = request.runs_in if precision is None else f"{request.runs_in} in {precision}"
-        note = f"latency: asked for {latency:.2f} of the best dense time in {where}, reached {reached:.2f}"
+        note = f"latency: asked for {latency:.2f} of the best dense time in {request.where}, reached {reached:.2f}"
         if latency_table is not None and not latency_table.is_from_here:
             note += f" here; it was planned for another machine: {latency_table.place()}"
         result.meta[ACCELERATION] = replace(said, notes=(*said.notes, note))

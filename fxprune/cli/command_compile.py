@@ -36,6 +36,14 @@ if TYPE_CHECKING:
     from fxprune.comparison.evaluation import Evaluation
     from fxprune.comparison.worth import Worth
 
+IN_FLOAT32 = {
+    "int8": "what was written is in float32: fxprune.quantize(fxprune.accelerate(fxprune.load(FILE, model), x, "
+    "runtime=...), images) makes integers of it",
+    "bfloat16": "what was written is in float32: OpenVINO computes such an ONNX file in bfloat16 by default where the "
+    "processor has it; fxprune.accelerate(fxprune.load(FILE, model), x, runtime='openvino', precision='bfloat16') "
+    "makes an .xml",
+}
+"""What becomes of files that were planned for a precision."""
 EXAMPLES = """\
 examples:
   fxprune compile resnet50 --ratio 0.5 -o resnet50.pt
@@ -143,6 +151,7 @@ def run(options: argparse.Namespace) -> int:
         *([] if evaluation is None else [str(evaluation)]),
         verdict(check),
         *(f"wrote {path} ({kind})" for kind, path in written.items()),
+        *([] if options.precision is None else [IN_FLOAT32[options.precision]]),
         *([] if worth is None else [str(worth)]),
     ]
     return show(options, document, "\n".join(lines))

@@ -222,16 +222,22 @@ def replayed(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> di
 
 def _place(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[torch.device, torch.dtype]:
     """Device and floating-point type of model and inputs."""
-    given = tensors_in(inputs)
-    tensors = [*model.parameters(), *model.buffers(), *given]
-    devices = {tensor.device for tensor in tensors}
-    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    own, given = [*model.parameters(), *model.buffers()], tensors_in(inputs)
+    devices = {tensor.device for tensor in (*own, *given)}
+    dtypes = {tensor.dtype for tensor in (*own, *given) if tensor.is_floating_point()}
     if len(devices) != 1 or len(dtypes) != 1:
         found = ", ".join(sorted(map(str, devices | dtypes)))
         raise AccelerationError(
-            f"model and example inputs are of several devices or types ({found}); move and convert them to one"
+            f"model and example inputs are of several devices or types ({found}): the model {_of(own)}, the inputs "
+            f"{_of(given)}; move and convert them to one"
         )
     return devices.pop(), dtypes.pop()
+
+
+def _of(tensors: Iterable[torch.Tensor]) -> str:
+    """Types and devices of tensors, in words."""
+    found = {f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in tensors if t.is_floating_point()}
+    return " and ".join(sorted(found)) or "has none"
 
 
 def _choices(

@@ -114,7 +114,7 @@ class BranchPlanner:
         gone = order.first(counts[place])
         reached = self.share_without(gone, request)
         return gone, (
-            f"latency: asked for {request.latency:.2f} of the best dense time in {request.runs_in}; without "
+            f"latency: asked for {request.latency:.2f} of the best dense time in {request.where}; without "
             f"{len(gone)} branches it was {reached:.2f}",
         )
 

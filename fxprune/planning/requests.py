@@ -182,6 +182,11 @@ class Request:
         return self.runtime or "torch"
 
     @property
+    def where(self) -> str:
+        """The same in words, with the precision if that is less than the model's."""
+        return self.runs_in if self.precision is None else f"{self.runs_in} in {self.precision}"
+
+    @property
     def patterns(self) -> tuple[str, ...]:
         """The patterns of `ignore`, in which modules and types have names already, see `ignored_patterns`."""
         return tuple(entry for entry in as_entries(self.ignore) if isinstance(entry, str))

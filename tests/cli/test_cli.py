@@ -385,6 +385,20 @@ def test_onnx(capsys: pytest.CaptureFixture[str]) -> None:
     torch.testing.assert_close(torch.tensor(found), pruned(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "precision, said",
+    [("int8", "makes integers of it"), ("bfloat16", "computes such an ONNX file in bfloat16"), (None, "")],
+)
+def test_files_are_in_float32_whatever_the_plan_is_for(
+    capsys: pytest.CaptureFixture[str], precision: str | None, said: str
+) -> None:
+    given = [] if precision is None else ["--runtime", "openvino", "--precision", precision]
+    assert cli.main(["compile", "handmade_nets:small", *SIZE, *given, "-o", "small.pt"]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("what was written is in float32: " if precision else "wrote small.pt")
+    assert said in last
+
+
 def test_onnx_not_installed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxprune.exports.importlib.util.find_spec", lambda name: None)
     line = error_of(capsys, "compile", "handmade_nets:small", *SIZE, "--onnx", "small.onnx")

@@ -135,5 +135,5 @@ def test_a_model_that_was_compiled_in_bfloat16() -> None:
 def test_other_runtimes_say_what_they_take(name: Any) -> None:
     if OTHERS[name].obstacle(torch.device("cpu"), torch.float32):
         pytest.skip(f"{name} is not here")
-    with pytest.raises(fxprune.AccelerationError, match="fxprune runs it in float32 only, and the model is bfloat16"):
+    with pytest.raises(fxprune.AccelerationError, match="fxprune takes float32 models there, and this one is bfloat16"):
         accelerate(network("dense").bfloat16(), image().bfloat16(), runtime=name)

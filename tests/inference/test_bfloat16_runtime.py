@@ -48,8 +48,15 @@ def test_it_computes_in_bfloat16(tmp_path: Path) -> None:
     for hint, same in (({}, True), ({"INFERENCE_PRECISION_HINT": "f32"}, False)):
         found = torch.from_numpy(core.compile_model(path, "CPU", hint)([x.numpy()])[0])
         assert (far(found, fast(x)) < 1e-4) == same, "its own default is bfloat16"
-    with pytest.raises(AccelerationError, match="openvino, bfloat16 has no int8 form"):
+    with pytest.raises(AccelerationError, match=r"openvino, bfloat16 has no int8 form here; .* returned, in float32"):
         fxprune.quantize(fast, image(32))
+
+
+def test_a_model_that_is_in_bfloat16_already_is_not_what_it_takes() -> None:
+    with pytest.raises(AccelerationError, match="this one is bfloat16; pass it and its inputs in float32, as"):
+        fxprune.accelerate(net().bfloat16(), image().bfloat16(), runtime="openvino", precision="bfloat16")
+    with pytest.raises(AccelerationError, match="the model bfloat16 on cpu, the inputs float32 on cpu; move and"):
+        fxprune.accelerate(net().bfloat16(), image(), runtime="openvino", precision="bfloat16")
 
 
 @has_it
@@ -89,7 +96,7 @@ def test_a_processor_without_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None
             {"precision": "bfloat16", "runtime": "onnxruntime"},
             "is for runtime='openvino', and the network",
         ),
-        ({"precision": "bfloat16"}, r"run in 'torch'; name it. In PyTorch: fxprune.accelerate\(pruned.bfloat16\(\)"),
+        ({"precision": "bfloat16"}, r"run in 'torch'; name it. In PyTorch: fxprune.accelerate\(copy"),
         ({"precision": "fp8", "runtime": "openvino"}, "precision is 'fp8'; it must be 'int8' or 'bfloat16', or None"),
     ],
 )
@@ -110,6 +117,7 @@ def test_a_share_of_the_time_is_planned_and_reached_in_it(monkeypatch: pytest.Mo
     assert (table.dtype, table.runtime) == ("bfloat16", "openvino")
     fast = fxprune.compile(net(), latency=0.6, granularity="filter", latency_table=table, **options)
     assert fast.runtime == "openvino, bfloat16"
+    assert "asked for 0.60 of the best dense time in openvino in bfloat16; 0." in str(fxprune.report(fast))
     (note,) = (note for note in fxprune.acceleration_report(fast).notes if note.startswith("latency"))
     assert note.startswith("latency: asked for 0.60 of the best dense time in openvino in bfloat16, reached 0.")
     assert float(note.rpartition(" ")[2]) == pytest.approx(0.6, rel=0.07)

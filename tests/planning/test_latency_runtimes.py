@@ -243,6 +243,6 @@ def test_a_runtime_that_is_not_installed_says_what_to_install(monkeypatch: pytes
 
 @needs_onnx
 def test_another_type_is_refused_before_anything_is_measured(clock: OnnxClock) -> None:
-    with pytest.raises(AccelerationError, match="fxprune runs it in float32 only, and the model is float64"):
+    with pytest.raises(AccelerationError, match="fxprune takes float32 models there, and this one is float64"):
         fxprune.make_plan(net().double(), latency=0.6, runtime="onnxruntime", example_inputs=image().double())
     assert clock.races == 0

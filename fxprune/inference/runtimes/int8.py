@@ -42,7 +42,7 @@ def quantize(model: RuntimeModel, calibration: Calibration) -> RuntimeModel:
         found = getattr(model, "runtime", type(model).__name__)
         raise AccelerationError(
             f"{found} has no int8 form here; pass what fxprune.accelerate(model, x, runtime='onnxruntime'), 'openvino' "
-            "or 'inductor' returned"
+            "or 'inductor' returned, in float32"
         )
     names = [spec.name for spec in model.call.specs]
     fitted, held = divided(read_batches(calibration, len(names), names), model.call)

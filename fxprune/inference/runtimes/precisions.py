@@ -18,7 +18,7 @@ LESS_PRECISE: Mapping[str, Mapping[str, OnnxBased]] = {INT8: IN_INTEGERS, BFLOAT
 
 INSTEAD = {
     INT8: "fxprune.quantize(fxprune.accelerate(pruned, x, runtime='inductor'), images)",
-    BFLOAT16: "fxprune.accelerate(pruned.bfloat16(), x.bfloat16())",
+    BFLOAT16: "fxprune.accelerate(copy.deepcopy(pruned).bfloat16(), x.bfloat16())",
 }
 """How it goes in PyTorch."""
 

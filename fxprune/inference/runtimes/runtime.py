@@ -102,7 +102,10 @@ class Runtime:
         if device.type != "cpu":
             return f"fxprune runs it on the CPU only, and the model is on {device.type}"
         if dtype != torch.float32:
-            return f"fxprune runs it in float32 only, and the model is {str(dtype).removeprefix('torch.')}"
+            return (
+                f"fxprune takes float32 models there, and this one is {str(dtype).removeprefix('torch.')}; pass it and "
+                "its inputs in float32, as they were before a conversion"
+            )
         return ""
 
     def remark(self) -> str:

@@ -104,8 +104,10 @@ class Met(Generic[T]):
             else f"not measured here, for the table is of another machine ({table.place()})"
         )
         if self.reached is not None and self.reached > share * (1 + TOLERANCE):
-            measured += ": it was missed; ask for a larger share, another granularity, or a wider choice of groups"
+            measured += (
+                ": it was missed; ask for a larger share or another granularity, or of kernels a wider choice of groups"
+            )
         return (
-            f"latency: asked for {share:.2f} of the best dense time in {table.runtime}; {self.predicted:.2f} by the "
+            f"latency: asked for {share:.2f} of the best dense time in {table.where}; {self.predicted:.2f} by the "
             f"times of single layers, {measured}"
         )

@@ -186,6 +186,11 @@ class LatencyTable(Tabular):
         )
         return Table(columns, tuple(rows), before)
 
+    @property
+    def where(self) -> str:
+        """In what runtime, and in what type unless that is float32."""
+        return self.runtime if self.dtype == "float32" else f"{self.runtime} in {self.dtype}"
+
     def place(self) -> str:
         """Where, when and with what it was made, in words."""
         if not self.made:
