@@ -2,7 +2,7 @@
 
 `runtime` says what a runtime is, `model` what it makes: a module that is called as the network is (`calls`). Two read
 ONNX (`onnx_based`), which is made once (`onnx_graphs`) and filled with the forms of each layer (`onnx_layers`).
-`contest` builds a network in all that are here.
+`contest` builds a network in all that are here, `precisions` says which compute in less than float32.
 """
 
 from fxprune.inference.runtimes.inductor import Inductor
