@@ -387,7 +387,7 @@ def test_a_model_that_a_runtime_cannot_take(name: GraphRuntime) -> None:
         AccelerationError, match=r"a result is 2, a int; other runtimes than PyTorch take and give tensors"
     ):
         accelerate(Number(), image(), runtime=name)
-    with pytest.raises(AccelerationError, match=r"float32 only, and the model is float64"):
+    with pytest.raises(AccelerationError, match=r"takes float32 models there, and this one is float64"):
         accelerate(net().double(), image().double(), runtime=name)
 
     class Odd(nn.Module):
