@@ -79,7 +79,7 @@ class OpenVino(OnnxBased):
     program: ClassVar[type[OnnxProgram]] = OpenVinoProgram
 
     def remark(self) -> str:
-        if not has_bfloat16():
+        if not prefers_bfloat16():
             return ""
         return (
             "OpenVINO is held to float32, as the model is; by default it computes in bfloat16 on this processor, which "
@@ -180,6 +180,12 @@ def hide_permutations(model: Any) -> None:
 def has_bfloat16() -> bool:
     """Whether OpenVINO finds instructions for bfloat16 in the processor: AVX-512, or AMX."""
     return "BF16" in core_of(os.getpid()).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def prefers_bfloat16() -> bool:
+    """Whether that is what OpenVINO computes float32 models in here if nobody says otherwise."""
+    default = core_of(os.getpid()).get_property("CPU", "INFERENCE_PRECISION_HINT")
+    return bool(default == _library().Type.bf16)
 
 
 @functools.cache
