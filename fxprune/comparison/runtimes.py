@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.comparison.rivals import Network
 from fxprune.inference.cuda_graphs import captured
-from fxprune.inference.runtimes import OTHERS, TorchModel
-from fxprune.inference.runtimes.precisions import BFLOAT16, LESS_PRECISE
+from fxprune.inference.runtimes import TorchModel
+from fxprune.inference.runtimes.precisions import BFLOAT16, LESS_PRECISE, runtime_in
 from fxprune.vocabulary import GraphRuntime
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -47,8 +47,8 @@ class Runtime:
         if not self.deploys:
             return ""
         if self.deploys in LESS_PRECISE.get(dtype, {}):
-            return LESS_PRECISE[dtype][self.deploys].obstacle(torch.device(device), torch.float32)
-        return OTHERS[self.deploys].obstacle(torch.device(device), getattr(torch, dtype))
+            return runtime_in(self.deploys, dtype).obstacle(torch.device(device), torch.float32)
+        return runtime_in(self.deploys, None).obstacle(torch.device(device), getattr(torch, dtype))
 
 
 def _eager(module: nn.Module, inputs: Tensor) -> Call:

@@ -34,7 +34,7 @@ from fxprune.inference.forms import Choices, all_forms, operand_shapes, time_for
 from fxprune.inference.fused_graph import FormatKeepingGather, fused_graph, with_engines
 from fxprune.inference.race import race
 from fxprune.inference.reporting import AccelerationReport, LayerChoice
-from fxprune.inference.runtimes import AUTO, OTHERS, TORCH, RuntimeModel, TorchModel
+from fxprune.inference.runtimes import AUTO, TORCH, RuntimeModel, TorchModel
 from fxprune.inference.runtimes.contest import check_runtime, computed_in, entrants
 from fxprune.inference.runtimes.precisions import INT8
 from fxprune.inference.runtimes.runtime import Network
@@ -148,7 +148,7 @@ def accelerate(
     stopwatch = Stopwatch(device, remember)
     choices = _choices(graph, inputs, stopwatch, progress) if runtime in (TORCH, AUTO) else {}
     network = Network(graph, inputs, stopwatch, progress)
-    others, absent = entrants(runtime, network, original, reference, dtype, precision)
+    others, absent, remarks = entrants(runtime, network, original, reference, dtype, precision)
     stopwatch.save()
 
     in_torch = dict(_candidates(graph, inputs, choices))
@@ -157,8 +157,6 @@ def accelerate(
         scripted, unscripted = _scripted(in_torch)
         graphs |= scripted
         skipped += unscripted
-    raced = [OTHERS[name].remark() for name in OTHERS if precision is None and f"dense {name}" in others]
-    remarks = tuple(filter(None, raced))
     timings = race(
         replayed({name: functools.partial(candidate, *inputs) for name, candidate in graphs.items()}, device),
         rounds=ROUNDS,

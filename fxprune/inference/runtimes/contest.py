@@ -11,7 +11,7 @@ from fxprune.graph.containers import tensors_in
 from fxprune.inference.checks import check_same
 from fxprune.inference.runtimes import AUTO, OTHERS, RUNTIMES, TORCH
 from fxprune.inference.runtimes.model import RuntimeModel
-from fxprune.inference.runtimes.precisions import LESS_PRECISE, check_runs_in
+from fxprune.inference.runtimes.precisions import precision_obstacle, runtime_in
 from fxprune.inference.runtimes.runtime import Network
 
 
@@ -30,10 +30,11 @@ def check_runtime(runtime: str, device: torch.device, dtype: torch.dtype, precis
         raise AccelerationError(
             f"runtime is {runtime!r}{near_matches(str(runtime), RUNTIMES)}; it must be one of {', '.join(RUNTIMES)}"
         )
-    if precision is not None:
-        check_runs_in(runtime, precision, device, dtype)
-    elif runtime in OTHERS and (reason := OTHERS[runtime].obstacle(device, dtype)):
-        raise AccelerationError(f"runtime={runtime!r}: {reason}")
+    if precision is not None and (reason := precision_obstacle(runtime, precision)):
+        raise AccelerationError(reason)
+    if runtime in OTHERS and (reason := runtime_in(runtime, precision).obstacle(device, dtype)):
+        asked = "" if precision is None else f", precision={precision!r}"
+        raise AccelerationError(f"runtime={runtime!r}{asked}: {reason}")
 
 
 @torch.no_grad()
@@ -44,7 +45,7 @@ def entrants(
     expected: Sequence[Tensor],
     dtype: torch.dtype,
     precision: str | None = None,
-) -> tuple[dict[str, RuntimeModel], dict[str, str]]:
+) -> tuple[dict[str, RuntimeModel], dict[str, str], tuple[str, ...]]:
     """The network in the runtimes beside PyTorch, each of which computes what the model does.
 
     Args:
@@ -56,7 +57,8 @@ def entrants(
         precision: what the one runtime computes in; None is that type.
 
     Returns:
-        Accelerated models by name: `"dense openvino"`; and by runtime the reason why it has none.
+        Accelerated models by name: `"dense openvino"`; by runtime the reason why it has none; and the remarks of those
+        that have some.
 
     Raises:
         AccelerationError: the one runtime that was asked for cannot take the network.
@@ -64,8 +66,9 @@ def entrants(
     """
     models: dict[str, RuntimeModel] = {}
     absent: dict[str, str] = {}
+    remarks: list[str] = []
     for name in () if runtime == TORCH else OTHERS if runtime == AUTO else (runtime,):
-        device, found = expected[0].device, OTHERS[name] if precision is None else LESS_PRECISE[precision][name]
+        device, found = expected[0].device, runtime_in(name, precision)
         if reason := found.obstacle(device, dtype):
             absent[name] = reason
             continue
@@ -79,7 +82,8 @@ def entrants(
             absent[name] = str(error)
         else:
             models |= built
-    return models, absent
+            remarks.append(found.remark())
+    return models, absent, tuple(filter(None, remarks))
 
 
 def computed_in(dtype: torch.dtype, precision: str | None) -> torch.dtype:

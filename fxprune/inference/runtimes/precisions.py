@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-import torch
-
-from fxprune.errors import AccelerationError
+from fxprune.inference.runtimes import OTHERS
 from fxprune.inference.runtimes.int8_tools import IN_INTEGERS
 from fxprune.inference.runtimes.onnx_based import OnnxBased
 from fxprune.inference.runtimes.openvino import OpenVinoBfloat16
+from fxprune.inference.runtimes.runtime import Runtime
 from fxprune.vocabulary import Precision
 
 INT8: Literal["int8"] = "int8"
@@ -37,13 +36,6 @@ def precision_obstacle(runtime: str, precision: str) -> str:
     )
 
 
-def check_runs_in(runtime: str, precision: str, device: torch.device, dtype: torch.dtype) -> None:
-    """See that networks on a device in a type can be computed by a runtime in a precision here.
-
-    Raises:
-        AccelerationError: they cannot; the message says what to do, or to install.
-    """
-    if reason := precision_obstacle(runtime, precision):
-        raise AccelerationError(reason)
-    if reason := LESS_PRECISE[precision][runtime].obstacle(device, dtype):
-        raise AccelerationError(f"runtime={runtime!r}, precision={precision!r}: {reason}")
+def runtime_in(name: str, precision: str | None) -> Runtime:
+    """What computes a network in a runtime, in a precision that it has; None is float32."""
+    return OTHERS[name] if precision is None else LESS_PRECISE[precision][name]

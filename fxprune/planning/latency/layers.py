@@ -19,7 +19,7 @@ from fxprune.inference.forms import Form, form_calls, form_key
 from fxprune.inference.runtimes import AUTO, OTHERS, TORCH
 from fxprune.inference.runtimes.onnx_based import OnnxBased
 from fxprune.inference.runtimes.onnx_layers import DENSE, GROUPED, SPLIT
-from fxprune.inference.runtimes.precisions import LESS_PRECISE, precision_obstacle
+from fxprune.inference.runtimes.precisions import precision_obstacle, runtime_in
 from fxprune.inference.stopwatch import Stopwatch
 
 LEAST = 0.05
@@ -128,7 +128,7 @@ def layers_in(runtime: str, precision: str | None) -> OnnxBased | None:
         PlanError: they cannot be; the message says why, and what to do.
     """
     check_timed(runtime, precision)
-    found = OTHERS.get(runtime) if precision is None else LESS_PRECISE[precision][runtime]
+    found = runtime_in(runtime, precision) if runtime in OTHERS else None
     return found if isinstance(found, OnnxBased) else None
 
 
